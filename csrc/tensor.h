@@ -1,0 +1,106 @@
+// The view of a tensor that crosses the binding: pointer, shape, strides (in elements), dtype, device.
+// The module knows nothing of torch: anything with data_ptr(), shape, stride(), dtype and device loads.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fa {
+
+enum class DType { f32, f64, bf16, f16, i16, i32, i64, u8, boolean };
+
+inline const char* name(DType t) {
+  switch (t) {
+    case DType::f32: return "float32";
+    case DType::f64: return "float64";
+    case DType::bf16: return "bfloat16";
+    case DType::f16: return "float16";
+    case DType::i16: return "int16";
+    case DType::i32: return "int32";
+    case DType::i64: return "int64";
+    case DType::u8: return "uint8";
+    case DType::boolean: return "bool";
+  }
+  return "?";
+}
+
+struct Tensor {
+  void* data = nullptr;
+  std::vector<int64_t> shape, strides;
+  DType dtype = DType::f32;
+  bool cuda = false;
+
+  int64_t dim() const { return static_cast<int64_t>(shape.size()); }
+  int64_t size(int64_t i) const { return shape[i]; }
+  int64_t stride(int64_t i) const { return strides[i]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t s : shape) n *= s;
+    return n;
+  }
+  template <typename T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+
+  // Throws "what: expected float32 [.., 3], got bfloat16 [2, 4]"; -1 in `want` stands for any size.
+  const Tensor& check(const char* what, DType type, std::vector<int64_t> want) const {
+    bool ok = dtype == type && shape.size() == want.size();
+    for (size_t i = 0; ok && i < want.size(); ++i) ok = want[i] < 0 || want[i] == shape[i];
+    if (!ok) throw std::invalid_argument(std::string(what) + ": expected " + describe(type, want) + ", got " + describe(dtype, shape));
+    return *this;
+  }
+  const Tensor& contiguous(const char* what) const {
+    int64_t expect = 1;
+    for (size_t i = shape.size(); i-- > 0;) {
+      if (shape[i] != 1 && strides[i] != expect)
+        throw std::invalid_argument(std::string(what) + ": expected a contiguous tensor, got " + describe(dtype, shape) + " with gaps");
+      expect *= shape[i];
+    }
+    return *this;
+  }
+  static std::string describe(DType type, const std::vector<int64_t>& shape) {
+    std::string s = std::string(name(type)) + " [";
+    for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + (shape[i] < 0 ? std::string("*") : std::to_string(shape[i]));
+    return s + "]";
+  }
+};
+
+}  // namespace fa
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fa::Tensor> {
+  PYBIND11_TYPE_CASTER(fa::Tensor, const_name("torch.Tensor"));
+
+  bool load(handle src, bool) {
+    if (!hasattr(src, "data_ptr")) return false;
+    value.data = reinterpret_cast<void*>(src.attr("data_ptr")().cast<uintptr_t>());
+    for (handle s : src.attr("shape")) value.shape.push_back(s.cast<int64_t>());
+    for (handle s : src.attr("stride")()) value.strides.push_back(s.cast<int64_t>());
+    value.dtype = dtype_of(src.attr("dtype"));
+    value.cuda = src.attr("is_cuda").cast<bool>();
+    return true;
+  }
+
+ private:
+  static fa::DType dtype_of(handle dtype) {  // torch.dtype objects are singletons: remember them by address
+    static std::vector<std::pair<PyObject*, fa::DType>> known;
+    for (auto& [object, type] : known)
+      if (object == dtype.ptr()) return type;
+    std::string text = str(dtype);
+    for (auto type : {fa::DType::f32, fa::DType::f64, fa::DType::bf16, fa::DType::f16, fa::DType::i16, fa::DType::i32, fa::DType::i64,
+                      fa::DType::u8, fa::DType::boolean})
+      if (text == std::string("torch.") + fa::name(type)) {
+        known.emplace_back(dtype.ptr(), type);
+        return type;
+      }
+    throw type_error("fastalign: no native kernel reads dtype " + text);
+  }
+};
+
+}  // namespace pybind11::detail

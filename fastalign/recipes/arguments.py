@@ -1,0 +1,230 @@
+"""The commands' arguments, torch-free so that -h is fast. Names are TRL's where TRL has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelArguments:
+    """The model.
+
+    Args:
+        model_name_or_path: a local folder in Hugging Face format, or a Hub name.
+        dtype: float32, bfloat16 (fp32 masters kept as a 16-bit tail), or auto (what the checkpoint says).
+        tokenizer_name_or_path: the tokenizer, when it is not beside the model.
+        chat_template: a Jinja file that replaces the tokenizer's chat template.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        head_dtype: the dtype of the LM head's GEMMs: auto (the model's) or float32.
+        use_peft: train LoRA adapters instead of the weights; the reference is then the model with the adapter off.
+        lora_r: rank of the LoRA matrices.
+        lora_alpha: LoRA scaling numerator (scaling = lora_alpha / lora_r).
+        lora_dropout: dropout of LoRA inputs; online training wants 0, dropout breaks sampler-trainer parity.
+        lora_target_modules: names of the modules that get adapters; empty: every linear layer but the head.
+        device: cpu, cuda, or auto.
+    """
+
+    model_name_or_path: str = ""
+    dtype: str = "auto"
+    tokenizer_name_or_path: str = ""
+    chat_template: str = ""
+    gradient_checkpointing: bool = False
+    head_dtype: str = "auto"
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] = field(default_factory=list)
+    device: str = "auto"
+
+
+@dataclass
+class DataArguments:
+    """The data.
+
+    Args:
+        dataset_name: a .jsonl, .json, .csv or .parquet file, a `datasets` directory, or a Hub name.
+        dataset_split: the split of a Hub data set or a `datasets` directory.
+        dataset_map: column renames, theirs=ours, comma-separated (GSM8K: question=prompt,answer=completion).
+        eval_dataset_name: held-out data, same formats; empty: none.
+        eval_max_samples: how many held-out records to use; 0: all.
+        max_samples: how many training records to use; 0: all.
+        max_length: longest sequence in tokens, prompt and completion together.
+        max_prompt_length: longest prompt in tokens; 0: no limit of its own.
+        system_prompt: a system message put before every conversational prompt.
+        on_bad_record: error (stop, naming the line) or skip (drop it, counted at the end).
+        shuffle: draw the records in a new seeded order every epoch.
+    """
+
+    dataset_name: str = ""
+    dataset_split: str = "train"
+    dataset_map: str = ""
+    eval_dataset_name: str = ""
+    eval_max_samples: int = 0
+    max_samples: int = 0
+    max_length: int = 1024
+    max_prompt_length: int = 0
+    system_prompt: str = ""
+    on_bad_record: str = "error"
+    shuffle: bool = True
+
+
+@dataclass
+class OptimArguments:
+    """The optimizer and its schedule.
+
+    Args:
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: a transformers schedule: constant, linear, cosine, constant_with_warmup, …
+        warmup_steps: optimizer steps of linear warm-up; a value below 1 is a fraction of all steps.
+        weight_decay: decoupled weight decay of the matrices (norms and biases get none).
+        adam_beta1: decay of the first moment.
+        adam_beta2: decay of the second moment.
+        adam_epsilon: the term added to the root of the second moment.
+        max_grad_norm: gradients are scaled down to this global norm; 0: no clipping.
+        max_steps: optimizer steps; -1: given by num_train_epochs.
+        num_train_epochs: passes over the data when max_steps is -1.
+    """
+
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+
+
+@dataclass
+class BatchArguments:
+    """The batch. Its cut into micro-batches changes memory and speed, never the loss.
+
+    Args:
+        per_device_train_batch_size: sequences (grpo: completions) of one accumulation step.
+        gradient_accumulation_steps: multiplies the batch; sequences an optimizer step = this x per_device_train_batch_size.
+        max_tokens_per_micro_batch: tokens forwarded at once, shared prompts counted once.
+        max_chunk_bytes: logits held at once, in bytes; 0: chosen from the caches.
+    """
+
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_tokens_per_micro_batch: int = 8192
+    max_chunk_bytes: int = 0
+
+
+@dataclass
+class RunArguments:
+    """The run: outputs, logging, checkpoints.
+
+    Args:
+        output_dir: where the model, metrics.jsonl, summary.json, report.html and checkpoints go.
+        overwrite_output_dir: allow an output_dir that already holds a finished or broken-off run.
+        run_name: the run's name in the trackers; empty: output_dir's last part.
+        seed: seeds data order, sampling and initialization.
+        report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio (comma-separated), or none.
+        logging_steps: optimizer steps between logged metrics.
+        save_steps: optimizer steps between checkpoints; 0: only at the end or on interrupt.
+        save_total_limit: how many checkpoints to keep; 0: all.
+        eval_steps: optimizer steps between held-out evaluations; 0: only before and after.
+        resume_from_checkpoint: a checkpoint folder, or "latest" in output_dir.
+        dry_run: check everything, print the plan, train nothing.
+    """
+
+    output_dir: str = "runs/out"
+    overwrite_output_dir: bool = False
+    run_name: str = ""
+    seed: int = 0
+    report_to: str = "none"
+    logging_steps: int = 1
+    save_steps: int = 0
+    save_total_limit: int = 2
+    eval_steps: int = 0
+    resume_from_checkpoint: str = ""
+    dry_run: bool = False
+
+
+@dataclass
+class SamplingArguments:
+    """Sampling.
+
+    Args:
+        max_completion_length: most tokens of a completion.
+        temperature: softmax temperature of sampling and of the trained log-probs; 0: greedy (generate only).
+        top_p: keep the smallest set of tokens with this probability; 1: off.
+        top_k: keep the k most probable tokens; 0: off.
+        min_p: keep tokens at least this fraction of the most probable one; 0: off.
+        stop: text that ends a completion (repeatable).
+        max_num_seqs: sequences decoded at once.
+        kv_cache_tokens: tokens that the KV cache holds; 0: chosen from the work and free memory.
+    """
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    max_num_seqs: int = 256
+    kv_cache_tokens: int = 0
+
+
+@dataclass
+class OnlineArguments:
+    """Online reinforcement learning.
+
+    Args:
+        algorithm: a row of the table: grpo, dr_grpo, rloo, dapo, …; `fastalign algorithms` lists them.
+        num_generations: completions a prompt (the group's size G).
+        num_iterations: optimizer passes over each rollout (mu).
+        beta: coefficient of the KL penalty to the reference; unset: the algorithm's.
+        epsilon: clip range below 1 (and above, unless epsilon_high); unset: the algorithm's.
+        epsilon_high: clip range above 1; unset: the algorithm's, or epsilon.
+        reward: a built-in (math, gsm8k, format, length), module:function or path.py:function (repeatable).
+        reward_weights: one weight a reward; empty: 1 each.
+        reward_timeout: seconds one sample's reward may take.
+        advantage: replaces the algorithm's advantage estimator by another row.
+        loss: replaces the algorithm's policy loss by another row.
+        aggregate: replaces the algorithm's aggregation: token, sequence or budget.
+    """
+
+    algorithm: str = "grpo"
+    num_generations: int = 8
+    num_iterations: int = 1
+    beta: float | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    reward: list[str] = field(default_factory=list)
+    reward_weights: list[float] = field(default_factory=list)
+    reward_timeout: float = 10.0
+    advantage: str = ""
+    loss: str = ""
+    aggregate: str = ""
+
+
+@dataclass
+class GenerateArguments:
+    """What generate writes.
+
+    Args:
+        output_file: the .jsonl to write, one object a prompt with all its completions.
+        num_samples: completions a prompt.
+        logprobs: write token ids and log-probs too.
+        prompt: a prompt given on the command line (repeatable) instead of a data set.
+        seed: sampling seed.
+    """
+
+    output_file: str = ""
+    num_samples: int = 1
+    logprobs: bool = False
+    prompt: list[str] = field(default_factory=list)
+    seed: int = 0
+
+
+COMMANDS: dict[str, tuple[type, ...]] = {
+    "sft": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments),
+    "grpo": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments, SamplingArguments, OnlineArguments),
+    "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
+}

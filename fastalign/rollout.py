@@ -1,0 +1,75 @@
+"""Rollout: what sampling hands to training, whichever engine sampled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from .packing import Segment, group
+
+
+@dataclass
+class Sample:
+    """One completion.
+
+    Attributes:
+        ids: its token ids, stop token included.
+        logprobs: nats, of the distribution that was sampled (temperature and truncation applied).
+        raw_logprobs: nats, of the model at temperature 1 with no truncation.
+        kept_mass: probability that top-k, top-p and min-p left, a token; None when nothing was truncated.
+        weight_versions: the engine's weight version at each token.
+        finish_reason: "stop" | "length" | "abort".
+        scored: one flag a token; False for tokens that an environment wrote. None: all scored.
+        text: the completion as text, without the stop string.
+        rewards: by name; NaN where the reward is missing.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    raw_logprobs: list[float]
+    kept_mass: list[float] | None = None
+    weight_versions: list[int] | None = None
+    finish_reason: str = "stop"
+    scored: list[bool] | None = None
+    text: str = ""
+    rewards: dict[str, float] = field(default_factory=dict)
+
+    def reward(self, weights: dict[str, float]) -> float:
+        """The weighted sum of the rewards that exist; NaN when none does."""
+        found = [weights[name] * value for name, value in self.rewards.items() if not math.isnan(value)]
+        return sum(found) if found else math.nan
+
+
+@dataclass
+class Rollout:
+    """Prompts and their samples; groups may be ragged.
+
+    Attributes:
+        prompts: token ids, one list a group.
+        samples: the completions of each prompt.
+        columns: every other column of the prompts' records, for the rewards.
+    """
+
+    prompts: list[list[int]]
+    samples: list[list[Sample]]
+    columns: list[dict] = field(default_factory=list)
+
+    @property
+    def flat(self) -> list[Sample]:
+        """All samples, group by group: the [B] order of advantages and of `Packed.cu_targets`."""
+        return [sample for samples in self.samples for sample in samples]
+
+    @property
+    def cu_groups(self) -> list[int]:
+        """[P+1] offsets of the groups in `flat`."""
+        bounds = [0]
+        for samples in self.samples:
+            bounds.append(bounds[-1] + len(samples))
+        return bounds
+
+    def trees(self) -> list[Segment]:
+        """One token tree a prompt, ready for `pack`."""
+        return [
+            group(prompt, [s.ids for s in samples], [s.scored or [True] * len(s.ids) for s in samples])
+            for prompt, samples in zip(self.prompts, self.samples, strict=True)
+        ]
