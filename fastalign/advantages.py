@@ -1,0 +1,122 @@
+"""Group advantages: rewards in, one advantage a sequence out.
+
+Every estimator takes rewards `[P, G]`, or flat `[B]` with `cu_groups` `[P+1]` where groups are ragged (filtered, aborted or
+branched samples). A missing reward is NaN: it is skipped by every mean and its own advantage is 0; a group of one has
+advantage 0 under every estimator with a group baseline. The result has the shape of `rewards`, fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.scan import discounted_returns, gae
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Flat rewards with missing ones zeroed, and what the estimators reduce over."""
+
+    values: Tensor  # [B] fp32
+    present: Tensor  # [B] fp32, 1 where the reward exists
+    index: Tensor  # [B] the group of each sequence
+    count: Tensor  # [P] rewards that exist
+
+    def total(self, x: Tensor) -> Tensor:
+        return x.new_zeros(self.count.numel()).index_add_(0, self.index, x)
+
+    def mean(self) -> Tensor:
+        """[B] the mean reward of each sequence's group."""
+        return (self.total(self.values) / self.count.clamp(min=1))[self.index]
+
+    def constant(self) -> Tensor:
+        """[B] bool: all rewards of the group are equal, to the bit; means round, so differences must not be trusted to be 0."""
+        inf = torch.full_like(self.count, torch.inf)
+        masked = torch.where(self.present > 0, self.values, torch.nan)
+        low = inf.scatter_reduce(0, self.index, masked.nan_to_num(torch.inf), "amin")
+        high = (-inf).scatter_reduce(0, self.index, masked.nan_to_num(-torch.inf), "amax")
+        return (low >= high)[self.index]
+
+    def finish(self, advantages: Tensor, shape: torch.Size) -> Tensor:
+        return torch.where(self.present > 0, advantages, 0.0).view(shape)
+
+
+def _grouped(rewards: Tensor, cu_groups: Tensor | None) -> _Groups:
+    flat = rewards.reshape(-1).float()
+    if cu_groups is None:
+        if rewards.dim() != 2:
+            raise ValueError(f"advantages: expected rewards [P, G], or flat [B] with cu_groups; got shape {list(rewards.shape)} without cu_groups")
+        sizes = torch.full((rewards.shape[0],), rewards.shape[1], dtype=torch.long)
+    else:
+        sizes = cu_groups.long().diff().cpu()
+        if int(sizes.sum()) != flat.numel() or int(cu_groups[0]) != 0:
+            raise ValueError(f"advantages: cu_groups must run from 0 to {flat.numel()} rewards, got {cu_groups.tolist()}")
+    if torch.isinf(flat).any():
+        raise ValueError("advantages: rewards must be finite or NaN (missing), got inf; bound the reward function")
+    index = torch.repeat_interleave(torch.arange(sizes.numel()), sizes).to(flat.device)
+    present = (~torch.isnan(flat)).float()
+    count = present.new_zeros(sizes.numel()).index_add_(0, index, present)
+    return _Groups(flat.nan_to_num(0.0), present, index, count)
+
+
+def grpo(rewards: Tensor, cu_groups: Tensor | None = None, *, eps: float = 1e-4) -> Tensor:
+    """GRPO (arXiv:2402.03300, §4.1.2): (r - mean) / (std + eps) over the group, std with Bessel's correction. Constant group: 0."""
+    g = _grouped(rewards, cu_groups)
+    centred = (g.values - g.mean()) * g.present
+    variance = g.total(centred.square()) / (g.count - 1).clamp(min=1)
+    advantages = centred / (variance.sqrt()[g.index] + eps)
+    return g.finish(torch.where(g.constant(), 0.0, advantages), rewards.shape)
+
+
+def dr_grpo(rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
+    """Dr.GRPO (arXiv:2503.20783): r - mean over the group, no division by the deviation."""
+    g = _grouped(rewards, cu_groups)
+    return g.finish(torch.where(g.constant(), 0.0, g.values - g.mean()), rewards.shape)
+
+
+def rloo(rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
+    """RLOO (arXiv:2402.14740, Eq. 8): r minus the mean of the group's *other* rewards."""
+    g = _grouped(rewards, cu_groups)
+    scale = (g.count / (g.count - 1).clamp(min=1))[g.index]
+    return g.finish(torch.where(g.constant(), 0.0, scale * (g.values - g.mean())), rewards.shape)
+
+
+def reinforce_pp(rewards: Tensor, cu_groups: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
+    """REINFORCE++ (arXiv:2501.03262): rewards normalized over the global batch, no group baseline."""
+    g = _grouped(rewards, cu_groups)
+    return g.finish(_whiten(g.values, g.present, eps), rewards.shape)
+
+
+def reinforce_pp_baseline(rewards: Tensor, cu_groups: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
+    """REINFORCE++-baseline (arXiv:2501.03262, §3): group mean subtracted, then normalized over the global batch."""
+    g = _grouped(rewards, cu_groups)
+    centred = torch.where(g.constant(), 0.0, g.values - g.mean())
+    return g.finish(_whiten(centred, g.present, eps), rewards.shape)
+
+
+def reinforce(rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
+    """REINFORCE (Williams 1992): the reward itself, no baseline."""
+    g = _grouped(rewards, cu_groups)
+    return g.finish(g.values, rewards.shape)
+
+
+def _whiten(values: Tensor, present: Tensor, eps: float) -> Tensor:
+    count = present.sum()
+    mean = (values * present).sum() / count.clamp(min=1)
+    variance = ((values - mean).square() * present).sum() / (count - 1).clamp(min=1)
+    return (values - mean) / (variance.sqrt() + eps)
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce": reinforce,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+}
+
+__all__ = ["ADVANTAGES", "discounted_returns", "gae", *ADVANTAGES]

@@ -1,0 +1,121 @@
+"""The table of online algorithms: a row names one advantage, one policy loss, one aggregation, one KL placement.
+
+The loop never asks for an algorithm's name; what distinguishes two algorithms is here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .advantages import ADVANTAGES
+from .losses.policy import AGGREGATES, KL, POLICY
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row.
+
+    Attributes:
+        advantage: a row of `ADVANTAGES`, with its own arguments in `advantage_options`.
+        loss: a row of `POLICY`, with its own arguments in `loss_options`.
+        aggregate: how tokens become a scalar: "token", "sequence" or "budget".
+        kl_coef: coefficient of the KL to the reference, in the loss; 0: no reference model at all.
+        kl: a row of `KL`.
+        dynamic_sampling: refill the batch until every group has mixed rewards (DAPO, §3.2).
+        overlong_buffer: tokens before the limit over which a completion loses up to 1 reward (DAPO, Eq. 13); 0: off.
+    """
+
+    advantage: str = "grpo"
+    loss: str = "clip"
+    aggregate: str = "sequence"
+    kl_coef: float = 0.0
+    kl: str = "k3"
+    dynamic_sampling: bool = False
+    overlong_buffer: float = 0.0
+    advantage_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+GRPO = Algorithm(kl_coef=0.04, loss_options={"epsilon": 0.2})
+DR_GRPO = replace(GRPO, advantage="dr_grpo", aggregate="budget", kl_coef=0.0)
+RLOO = replace(GRPO, advantage="rloo", aggregate="sequence", kl_coef=0.05)
+DAPO = replace(
+    GRPO,
+    aggregate="token",
+    kl_coef=0.0,
+    loss_options={"epsilon": 0.2, "epsilon_high": 0.28},
+    dynamic_sampling=True,
+    overlong_buffer=0.2,
+)
+GSPO = replace(GRPO, loss="gspo", kl_coef=0.0, loss_options={})
+CISPO = replace(GRPO, loss="cispo", aggregate="token", kl_coef=0.0, loss_options={})
+REINFORCE = replace(GRPO, advantage="reinforce", loss="reinforce", aggregate="sequence", kl_coef=0.0, loss_options={})
+REINFORCE_PP = replace(GRPO, advantage="reinforce_pp", aggregate="token", kl_coef=0.01)
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "grpo": GRPO,
+    "dr_grpo": DR_GRPO,
+    "rloo": RLOO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "reinforce": REINFORCE,
+    "reinforce_pp": REINFORCE_PP,
+}
+
+
+def row(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """The row of a table, or a ValueError that names the nearest ones."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
+    raise ValueError(f"{what}: no row named {name!r}; " + (f"did you mean {', '.join(near)}? " if near else "") + f"Rows: {', '.join(table)}")
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
+    """Raises a ValueError when an option is not a keyword-only argument of the function."""
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"{what}: {function.__name__} has no option {name!r}; {hint}Options: {', '.join(known) or 'none'}")
+
+
+def resolve(
+    name: str,
+    *,
+    advantage: str = "",
+    loss: str = "",
+    aggregate: str = "",
+    kl_coef: float | None = None,
+    advantage_options: Mapping[str, Any] | None = None,
+    loss_options: Mapping[str, Any] | None = None,
+) -> Algorithm:
+    """A row with parts replaced by other rows or by options, all checked.
+
+    Replacing the loss or the advantage drops the options that the row had for it.
+    """
+    base: Algorithm = row(ALGORITHMS, name, "algorithm")
+    own_loss = {} if loss and loss != base.loss else dict(base.loss_options)
+    own_advantage = {} if advantage and advantage != base.advantage else dict(base.advantage_options)
+    chosen = replace(
+        base,
+        advantage=advantage or base.advantage,
+        loss=loss or base.loss,
+        aggregate=aggregate or base.aggregate,
+        kl_coef=base.kl_coef if kl_coef is None else kl_coef,
+        advantage_options=own_advantage | dict(advantage_options or {}),
+        loss_options=own_loss | dict(loss_options or {}),
+    )
+    check_options(row(ADVANTAGES, chosen.advantage, "advantage"), chosen.advantage_options, "--advantage")
+    check_options(row(POLICY, chosen.loss, "loss").function, chosen.loss_options, "--loss")
+    row(dict.fromkeys(AGGREGATES), chosen.aggregate, "aggregate")
+    row(KL, chosen.kl, "kl")
+    if chosen.kl_coef < 0:
+        raise ValueError(f"--beta must be >= 0, got {chosen.kl_coef}")
+    return chosen
