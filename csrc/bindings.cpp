@@ -1,6 +1,11 @@
 // The one PYBIND11_MODULE. Each op binds itself in csrc/bind_<op>.cpp's function; every call releases the GIL while it computes.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+
 namespace py = pybind11;
 
 namespace fa {
@@ -9,8 +14,62 @@ void bind_scan(py::module_& m);
 void bind_adamw(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_sample(py::module_& m);
+
+namespace {
+
+Isa widest() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa chosen = widest();
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+
+void set_isa(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(widest()); ++i)
+    if (name == kNames[i]) {
+      chosen = static_cast<Isa>(i);
+      return;
+    }
+  throw std::invalid_argument("set_isa: expected an instruction set up to '" + std::string(kNames[static_cast<int>(widest())]) +
+                              "' (baseline, avx2, avx512), got '" + name + "'");
+}
+
+}  // namespace
+
+Isa isa() { return chosen; }
+
 }  // namespace fa
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastalign's native kernels; torch-free. Import torch first: OpenMP comes from the runtime that torch has loaded.";
+  m.def("isa", [] { return std::string(fa::kNames[static_cast<int>(fa::isa())]); }, "The CPU instruction set in use.");
+  m.def("set_isa", &fa::set_isa, py::arg("name"), "Use a narrower instruction set than the machine has (tests).");
+#ifdef HAS_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+#ifdef HAS_linear_logp
+  fa::bind_linear_logp(m);
+#endif
+#ifdef HAS_scan
+  fa::bind_scan(m);
+#endif
+#ifdef HAS_adamw
+  fa::bind_adamw(m);
+#endif
+#ifdef HAS_attention
+  fa::bind_attention(m);
+#endif
+#ifdef HAS_sample
+  fa::bind_sample(m);
+#endif
 }

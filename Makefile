@@ -1,0 +1,73 @@
+# make demo    set up and run the main job on the embedded task
+# make test    set up and run the tests; `make test-all` adds the long ones
+# make build   rebuild the native core in place (incremental, seconds)
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+BUILD := build/native
+CUDA ?= auto
+CUDA_BUILD := build/cuda-check
+STAMP := $(VENV)/.installed
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+CXX_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu')
+
+.PHONY: setup build demo test test-all lint format bench gpu cuda-check clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"fastalign needs Python 3.11 or newer, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first: it is the large one, and the same requirement gives the CPU or the CUDA build of the machine.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt $(CXX_SOURCES) | $(VENV)/.torch
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev,math]'
+	touch $@
+
+# In-place and incremental, for work on csrc/; needs an environment that `make setup` has made once.
+build:
+	$(PY) -m cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTALIGN_OUTPUT=$(abspath fastalign) \
+	  -DFASTALIGN_CUDA=$(CUDA) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) --log-level=WARNING
+	$(PY) -m cmake --build $(BUILD)
+
+demo: setup
+	$(OFFLINE) $(PY) -m fastalign.cli demo --output_dir runs/demo
+
+test: setup
+	$(OFFLINE) $(PY) -m pytest -q -m "not slow"
+
+test-all: setup
+	$(OFFLINE) $(PY) -m pytest -q
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix-only -q .
+	$(PY) -m ruff format .
+
+bench: setup
+	$(OFFLINE) $(PY) -m bench.harness
+
+# Everything that needs a GPU, on a machine that has one: native build, gpu tests, benches; leaves one JSON file in bench/results/.
+gpu: setup
+	$(OFFLINE) $(PY) -m pytest -q -m gpu
+	$(OFFLINE) $(PY) -m bench.harness --device cuda
+
+# Compiles every CUDA kernel for sm_80 and sm_90 (SASS and PTX) with warnings as errors; needs nvcc, no GPU.
+cuda-check: setup
+	$(PY) -m cmake -S . -B $(CUDA_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTALIGN_OUTPUT=$(abspath $(CUDA_BUILD)) \
+	  -DFASTALIGN_CUDA=on -DFASTALIGN_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) --log-level=WARNING
+	$(PY) -m cmake --build $(CUDA_BUILD)
+
+clean:
+	rm -rf build dist *.egg-info fastalign/_C*.so runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(STAMP)

@@ -1,0 +1,26 @@
+// One source, several instruction sets. Each csrc/cpu/<op>.cpp is compiled once an ISA with FA_ISA naming its namespace:
+//   header:  FA_DECLARE(void logp_rows(const LogpRows& rows);)       declares it in every ISA's namespace
+//   source:  namespace fa::FA_ISA { void logp_rows(...) {...} }
+//   binding: FA_CALL(logp_rows)(rows)                                the widest set this machine has
+#pragma once
+
+namespace fa {
+
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+
+Isa isa();  // in use: the widest that the machine has, unless a test has chosen a narrower one
+
+}  // namespace fa
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FA_DECLARE(...)                \
+  namespace fa::baseline { __VA_ARGS__ } \
+  namespace fa::avx2 { __VA_ARGS__ }     \
+  namespace fa::avx512 { __VA_ARGS__ }
+#define FA_CALL(fn) \
+  (::fa::isa() == ::fa::Isa::avx512 ? ::fa::avx512::fn : ::fa::isa() == ::fa::Isa::avx2 ? ::fa::avx2::fn : ::fa::baseline::fn)
+#else
+#define FA_DECLARE(...) \
+  namespace fa::baseline { __VA_ARGS__ }
+#define FA_CALL(fn) (::fa::baseline::fn)
+#endif
