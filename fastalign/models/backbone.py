@@ -1,0 +1,119 @@
+"""A causal language model taken apart: the backbone that gives hidden rows, and the head that the fused losses read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastalign.models.attention import UnsupportedModelError, reading_layout
+from fastalign.ops.attention import PagedLayout, TreeLayout
+from fastalign.packing import Packed
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits come from hidden rows: logit_scale * softcap(hidden @ weightᵀ + bias).
+
+    Attributes:
+        weight: [V, H], the parameter itself.
+        bias: [V] or None.
+        logit_softcap: logits become softcap * tanh(logits / softcap), or None.
+        logit_scale: multiplies the logits (cohere's logit_scale, granite's 1 / logits_scaling).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_softcap: float | None
+    logit_scale: float
+
+    def temperature(self, temperature: float = 1.0) -> float:
+        """The sampling temperature and the model's scale as the one divisor that the ops of logits take."""
+        return temperature / self.logit_scale
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside: the model itself, or what a PEFT wrapper wraps (its layers carry the adapter)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"expected a transformers PreTrainedModel or a PEFT model around one, got {type(base).__name__}")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(f"{base.config.model_type}: prompt-learning adapters add virtual tokens to every sequence; use LoRA")
+    return base
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a causal LM, with what its family does to the logits.
+
+    Raises:
+        UnsupportedModelError: when there is no linear head, or an adapter sits on it.
+    """
+    base = causal_lm(model)
+    family = base.config.model_type
+    head = base.get_output_embeddings()
+    saved = getattr(head, "modules_to_save", None)  # PEFT trains a full copy of the head
+    if saved is not None:
+        head = saved[head.active_adapter] if isinstance(head.active_adapter, str) else saved[head.active_adapter[0]]
+    if not isinstance(head, nn.Linear):
+        found = type(head).__name__
+        raise UnsupportedModelError(f"{family}: expected the output embeddings to be one nn.Linear, got {found}; keep adapters off the head")
+    config = base.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    if softcap is not None and scale != 1.0:
+        raise UnsupportedModelError(f"{family}: both a final soft-cap and a logit scale; their order is not known to fastalign")
+    return Head(head.weight, head.bias, softcap, scale)
+
+
+def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
+    """The backbone's last hidden rows of a token tree, differentiable.
+
+    Args:
+        model: a causal LM with the "fastalign" attention (`load.load_causal_lm`), or a PEFT model around one.
+        packed: the tree, its ids on the model's device. T tokens.
+
+    Returns:
+        [T, H] in the model's dtype.
+    """
+    layout = TreeLayout(packed.cu_seqlens, packed.parent)
+    return _forward(model, packed.input_ids, packed.position_ids, layout)
+
+
+def paged_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: PagedLayout) -> Tensor:
+    """The backbone's last hidden rows of one generation step, [T, H]; keys and values go to the layout's cache."""
+    return _forward(model, input_ids, position_ids, layout)
+
+
+def row_multiple(model: nn.Module) -> int:
+    """Rows are padded to a multiple of this, so that a row's bits do not depend on how many others there are.
+
+    Two things on the CPU depend on the row count (measured): MKL's fp32 GEMM below 12 rows, and ATen's element-wise
+    activations, which finish a run of elements that is no multiple of two vectors with scalar code. 16 rows settle both at
+    ordinary widths; a width such as 172 or 173 takes 32 or 64.
+    """
+    base = causal_lm(model)
+    head = base.get_output_embeddings()
+    width_of = {p.shape[-2:] for m in base.modules() if m is not head and not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1}
+    step = 2 * 64 // next(base.parameters()).element_size()  # elements of two 64-byte vectors
+    step <<= max(1, torch.get_num_threads()).bit_length() - 1  # ATen cuts long runs evenly among its threads
+    multiple = 16
+    while multiple < 64 and any(multiple * width % step for shape in width_of for width in shape):
+        multiple *= 2
+    return multiple
+
+
+def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: TreeLayout | PagedLayout) -> Tensor:
+    base = causal_lm(model)
+    rows = input_ids.shape[0]
+    padding = -rows % row_multiple(model) if input_ids.device.type == "cpu" else 0
+    if padding:
+        input_ids = nn.functional.pad(input_ids, (0, padding))
+        position_ids = nn.functional.pad(position_ids, (0, padding))
+    arguments: dict[str, Any] = {"use_cache": False, "return_dict": True, "attention_layout": layout}
+    with reading_layout():
+        out = base.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
+    return out.last_hidden_state[0, :rows]

@@ -1,0 +1,83 @@
+"""Models and tokenizers from a folder or the Hub, ready to run as a token tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastalign.models.attention import disable_dropout, use_fastalign_attention
+from fastalign.models.probe import probe
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_causal_lm(name_or_path: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Loads a causal language model, gives it the fastalign attention, sets dropout to 0 and probes it.
+
+    Args:
+        name_or_path: a folder with config.json and weights, or a Hub name. Remote code is never run.
+        dtype: "auto" (as saved), "float32" or "bfloat16".
+        device: where the model goes.
+
+    Raises:
+        ValueError: when the folder is no model, the name is not found, or dtype is none of the three.
+        UnsupportedModelError: when the family cannot run as a token tree; it names the reason.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"load_causal_lm: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    where = _source("load_causal_lm", name_or_path, "config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False, **where)
+    except OSError as error:
+        raise ValueError(f"load_causal_lm: no causal language model at {name_or_path!r}: {error}") from error
+    model = model.to(device)
+    use_fastalign_attention(model)
+    disable_dropout(model)
+    probe(model)
+    return model
+
+
+def load_tokenizer(name_or_path: str, chat_template: str = "") -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        name_or_path: a folder with tokenizer files, or a Hub name.
+        chat_template: a Jinja file, or the template itself, that replaces the tokenizer's own; empty keeps it.
+
+    Raises:
+        ValueError: when there is no tokenizer, or the template's file is missing.
+    """
+    where = _source("load_tokenizer", name_or_path, "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load_tokenizer: no tokenizer at {name_or_path!r}: {error}") from error
+    if chat_template:
+        tokenizer.chat_template = _template(chat_template)
+    return tokenizer
+
+
+def _source(op: str, name_or_path: str, *wanted: str) -> dict[str, Any]:
+    """`local_files_only` for a folder that holds one of `wanted`; a path that is no such folder is an error."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in wanted):
+            raise ValueError(f"{op}: the folder {name_or_path!r} has no {' or '.join(wanted)}; is it a Hugging Face folder?")
+        return {"local_files_only": True}
+    if path.exists():
+        raise ValueError(f"{op}: expected a folder or a Hub name, got the file {name_or_path!r}")
+    if name_or_path.count("/") > 1 or name_or_path.startswith(("/", ".", "~")) or not name_or_path:
+        raise ValueError(f"{op}: there is no folder {name_or_path!r}")
+    return {}
+
+
+def _template(chat_template: str) -> str:
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if not path.is_file():
+        raise ValueError(f"load_tokenizer: chat_template must be a Jinja file or a template, and there is no file {chat_template!r}")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Attention that reads a token tree (training, scoring) and attention that reads a paged cache (generation).
+
+Both run one kernel core with a fixed order of reduction: keys are taken in blocks of 64 logical positions counted from
+the start of the sequence, each (query, head) row keeps its own online softmax, and no row's arithmetic depends on how
+rows are tiled or batched or on the cache's block size. So the tree forward, prefill and decode agree to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import attention_reference as reference
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """A packed token tree, for training and scoring.
+
+    A token attends to every token of the segments its own continues, and causally to its own segment.
+
+    Attributes:
+        cu_seqlens: [S+1] int32 on the CPU; segment s is rows cu_seqlens[s]:cu_seqlens[s+1].
+        parent: [S] int32 on the CPU; the segment that s continues, -1 for a root; parents come first.
+    """
+
+    cu_seqlens: Tensor
+    parent: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value, size in (("cu_seqlens", self.cu_seqlens, self.parent.numel() + 1), ("parent", self.parent, self.parent.numel())):
+            if value.dtype != torch.int32 or value.device.type != "cpu" or value.shape != (size,):
+                found = f"{value.dtype} {list(value.shape)} on {value.device}"
+                raise ValueError(f"TreeLayout: {name} must be torch.int32 [{size}] on the CPU, got {found}")
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """One step of generation: S live sequences, each with its new tokens of this step (a prefill chunk or one token).
+
+    Attributes:
+        cu_seqlens: [S+1] int32; the new tokens of sequence s are rows cu_seqlens[s]:cu_seqlens[s+1].
+        context_lens: [S] int32; keys visible once this step's tokens are stored, the new tokens included.
+        block_tables: [S, max_blocks] int32; the cache blocks that hold the sequence, in order.
+        slots: [T] int64; block * block_size + offset where each new token is stored; -1: a padding row, nothing stored.
+        k_cache: one [num_blocks, kv_heads, block_size, head_dim] a layer.
+        v_cache: likewise.
+    """
+
+    cu_seqlens: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    slots: Tensor
+    k_cache: list[Tensor] = field(repr=False)
+    v_cache: list[Tensor] = field(repr=False)
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, *, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """Causal attention over a packed token tree, differentiable in q, k and v.
+
+    Args:
+        q: [T, Hq, D] fp32, bf16 or fp64.
+        k: [T, Hkv, D]; Hq is a multiple of Hkv.
+        v: [T, Hkv, D].
+        layout: the tree. T may exceed its cu_seqlens[-1]: trailing rows are padding, with zero output and gradient.
+        scale: multiplies q kᵀ.
+        window: a query at position p (counted from its root) sees keys at positions > p - window.
+        softcap: scores become softcap * tanh(scores / softcap), before masking.
+
+    Returns:
+        [T, Hq, D] in q's dtype; sums in fp32 (fp64 for fp64), rounded once.
+
+    Raises:
+        ValueError: on shapes, dtypes or a layout that do not fit together.
+    """
+    _check_heads("tree_attention", q, k, v, window, softcap)
+    if int(layout.cu_seqlens[-1]) > q.shape[0]:
+        raise ValueError(f"tree_attention: the layout holds {int(layout.cu_seqlens[-1])} tokens, q has only {q.shape[0]} rows")
+    return reference.tree_attention(q, k, v, layout.cu_seqlens, layout.parent, scale=scale, window=window, softcap=softcap)
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PagedLayout,
+    layer: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Stores the new keys and values in the cache, then attends to everything each sequence has stored. No gradient.
+
+    Args:
+        q: [T, Hq, D]; k, v: [T, Hkv, D]; rows past cu_seqlens[-1] are padding and come back as zero.
+        layout: the step; its caches of `layer` are written.
+        layer: which layer's cache.
+        scale, window, softcap: as in `tree_attention`.
+
+    Returns:
+        [T, Hq, D], bitwise equal to `tree_attention` over the whole sequences on the native backend.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit together.
+    """
+    _check_heads("paged_attention", q, k, v, window, softcap)
+    k_cache, v_cache = layout.k_cache[layer], layout.v_cache[layer]
+    if k_cache.dtype != k.dtype or k_cache.shape[1] != k.shape[1] or k_cache.shape[3] != k.shape[2]:
+        raise ValueError(
+            f"paged_attention: the cache must be {k.dtype} [blocks, {k.shape[1]}, block_size, {k.shape[2]}], "
+            f"got {k_cache.dtype} {list(k_cache.shape)}"
+        )
+    q, k, v = q.detach(), k.detach(), v.detach()
+    rows = layout.slots.shape[0]
+    reference.store_kv(k[:rows], v[:rows], k_cache, v_cache, layout.slots)
+    return reference.paged_attention(
+        q, k_cache, v_cache, layout.cu_seqlens, layout.context_lens, layout.block_tables, scale=scale, window=window, softcap=softcap
+    )
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"{op}: expected q [T, Hq, D] and k, v [T, Hkv, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: the query heads must be a multiple of the key heads, got {q.shape[1]} and {k.shape[1]}")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"{op}: q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them or use autocast outside")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window must be >= 1 or None, got {window}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap must be > 0 or None, got {softcap}")
