@@ -1,0 +1,57 @@
+"""fastalign: post-training of language models that computes everything once. Public names load when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module it lives in; a module's own name stands for the module itself
+_HOME = {
+    "linear_logp": "ops.linear",
+    "linear_cross_entropy": "ops.linear",
+    "linear_loss": "ops.linear",
+    "gae": "ops.scan",
+    "discounted_returns": "ops.scan",
+    "use_backend": "ops.backend",
+    "Packed": "packing",
+    "Segment": "packing",
+    "pack": "packing",
+    "group": "packing",
+    "pair": "packing",
+    "conversation": "packing",
+    "losses": "losses",
+    "advantages": "advantages",
+    "Engine": "generation.engine",
+    "SamplingParams": "generation.params",
+    "RequestOutput": "generation.params",
+    "env": "environment",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from . import advantages, losses
+    from .environment import env
+    from .generation.engine import Engine
+    from .generation.params import RequestOutput, SamplingParams
+    from .ops.backend import use_backend
+    from .ops.linear import linear_cross_entropy, linear_logp, linear_loss
+    from .ops.scan import discounted_returns, gae
+    from .packing import Packed, Segment, conversation, group, pack, pair
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name (PEP 562): `import fastalign` alone imports neither torch nor transformers."""
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'fastalign' has no attribute {name!r}; public names: {', '.join(_HOME)}")
+    module = import_module(f".{home}", __name__)
+    value = module if home == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

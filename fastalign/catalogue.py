@@ -1,0 +1,78 @@
+"""The names of the tables' rows, their papers and help, without torch: what -h and error messages need.
+
+The rows themselves are beside their equations (algorithms.py, advantages.py, losses/); a test keeps both in agreement.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is said about a row.
+
+    Attributes:
+        help: one line.
+        paper: where the equation comes from; empty where there is none.
+        options: its own keyword arguments, given as --loss.NAME or --advantage.NAME.
+    """
+
+    help: str
+    paper: str = ""
+    options: tuple[str, ...] = ()
+
+
+ALGORITHMS: dict[str, Entry] = {
+    "grpo": Entry("z-scored group rewards, clipped ratio, sequence mean, KL to the reference", "arXiv:2402.03300"),
+    "dr_grpo": Entry("GRPO without its two biases: no division by the deviation, constant token budget", "arXiv:2503.20783"),
+    "rloo": Entry("each reward against the mean of the group's others", "arXiv:2402.14740"),
+    "dapo": Entry("clip-higher, token mean, no KL, dynamic sampling, soft overlong punishment", "arXiv:2503.14476"),
+    "gspo": Entry("one clipped ratio a sequence", "arXiv:2507.18071"),
+    "cispo": Entry("REINFORCE weighted by the clipped, detached ratio: no token's gradient is lost", "arXiv:2506.13585"),
+    "reinforce": Entry("the reward times the gradient of the log-probability, no baseline", "Williams 1992"),
+    "reinforce_pp": Entry("rewards normalized over the global batch", "arXiv:2501.03262"),
+}
+
+ADVANTAGES: dict[str, Entry] = {
+    "grpo": Entry("(reward - group mean) / (group deviation + eps)", "arXiv:2402.03300", ("eps",)),
+    "dr_grpo": Entry("reward - group mean", "arXiv:2503.20783"),
+    "rloo": Entry("reward - mean of the group's other rewards", "arXiv:2402.14740"),
+    "reinforce": Entry("the reward itself", "Williams 1992"),
+    "reinforce_pp": Entry("reward normalized over the global batch", "arXiv:2501.03262", ("eps",)),
+    "reinforce_pp_baseline": Entry("reward - group mean, then normalized over the global batch", "arXiv:2501.03262", ("eps",)),
+}
+
+POLICY_LOSSES: dict[str, Entry] = {
+    "clip": Entry("PPO's clipped surrogate, with clip-higher and dual clip", "arXiv:1707.06347", ("epsilon", "epsilon_high", "dual_clip")),
+    "reinforce": Entry("-A log p", "Williams 1992"),
+    "gspo": Entry("clipped ratio of whole sequences", "arXiv:2507.18071", ("epsilon", "epsilon_high")),
+    "cispo": Entry("-clip(ratio), detached, times A log p", "arXiv:2506.13585", ("epsilon", "epsilon_high")),
+}
+
+AGGREGATES: dict[str, Entry] = {
+    "token": Entry("every token of the batch counts the same", "arXiv:2503.14476"),
+    "sequence": Entry("every sequence of the batch counts the same", "arXiv:2402.03300"),
+    "budget": Entry("every token counts 1 / max_completion_length, whatever the length", "arXiv:2503.20783"),
+}
+
+TRACKERS: dict[str, str] = {
+    "tensorboard": "event files in output_dir/tensorboard",
+    "wandb": "Weights & Biases; WANDB_MODE=offline is respected",
+    "trackio": "Trackio's local dashboard",
+}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest valid ones, and all of them where they are few."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    near += [word for word in valid if len(name) > 2 and word not in near and (word.startswith(name) or word.endswith(name))][: 3 - len(near)]
+    hint = f"unknown {name!r}"
+    if near:
+        hint += f"; did you mean {' or '.join(near)}?"
+    if len(valid) <= 12:
+        hint += f" Valid: {', '.join(valid)}"
+    return hint
