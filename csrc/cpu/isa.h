@@ -1,7 +1,7 @@
 // One source, several instruction sets. Each csrc/cpu/<op>.cpp is compiled once an ISA with FA_ISA naming its namespace:
 //   header:  FA_DECLARE(void logp_rows(const LogpRows& rows);)       declares it in every ISA's namespace
 //   source:  namespace fa::FA_ISA { void logp_rows(...) {...} }
-//   binding: FA_CALL(logp_rows)(rows)                                the widest set this machine has
+//   binding: FA_CALL(logp_rows, rows)                                the widest set this machine has
 #pragma once
 
 namespace fa {
@@ -17,10 +17,12 @@ Isa isa();  // in use: the widest that the machine has, unless a test has chosen
   namespace fa::baseline { __VA_ARGS__ } \
   namespace fa::avx2 { __VA_ARGS__ }     \
   namespace fa::avx512 { __VA_ARGS__ }
-#define FA_CALL(fn) \
-  (::fa::isa() == ::fa::Isa::avx512 ? ::fa::avx512::fn : ::fa::isa() == ::fa::Isa::avx2 ? ::fa::avx2::fn : ::fa::baseline::fn)
+#define FA_CALL(fn, ...)                                              \
+  (::fa::isa() == ::fa::Isa::avx512 ? ::fa::avx512::fn(__VA_ARGS__)   \
+   : ::fa::isa() == ::fa::Isa::avx2 ? ::fa::avx2::fn(__VA_ARGS__) \
+                                    : ::fa::baseline::fn(__VA_ARGS__))
 #else
 #define FA_DECLARE(...) \
   namespace fa::baseline { __VA_ARGS__ }
-#define FA_CALL(fn) (::fa::baseline::fn)
+#define FA_CALL(fn, ...) (::fa::baseline::fn(__VA_ARGS__))
 #endif
