@@ -1,7 +1,7 @@
-"""Metrics: sums over micro-batches in, one JSON object a logging step out.
+"""Metrics: one dict a step in, one JSON object a logging step out, under TRL's keys.
 
-The keys are TRL's. A mean is kept as (sum, count) until a row is written, so it does not depend on how the batch was
-cut into micro-batches; tensors are summed where they are and read once a row, so a GPU is not waited for in between.
+A row covers every step since the row before: means, except where the name says otherwise (`reduction`). Tensors are
+kept where they are and read once a row, so a GPU is not waited for in between.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import json
 import math
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,12 @@ from .files import disk_errors, write_atomic
 from .progress import Progress
 from .trackers import open_trackers
 
-Number = float | int | Tensor
+Values = Mapping[str, float | int | Tensor]
+_LAST = ("learning_rate", "epoch", "num_tokens", "peak_memory_mb")
 
 
 class Metrics:
-    """Collects the numbers of a run and writes them to `output_dir`.
+    """Writes the numbers of a run to `output_dir` and to trackers.
 
     Args:
         output_dir: gets metrics.jsonl, config.yaml and summary.json.
@@ -36,8 +35,11 @@ class Metrics:
         run_name: the run's name in the trackers; empty: the last part of output_dir.
         config: the resolved configuration; written as config.yaml unless empty.
         total_steps: the length of the progress bar; 0: unknown.
-        logging_steps: optimizer steps a row.
         progress: show a bar on a terminal, or one line a row elsewhere.
+
+    Raises:
+        ValueError: an unknown tracker, or one whose package is not installed.
+        OSError: the disk is full.
     """
 
     def __init__(
@@ -46,129 +48,87 @@ class Metrics:
         *,
         report_to: str = "none",
         run_name: str = "",
-        config: dict[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         total_steps: int = 0,
-        logging_steps: int = 1,
         progress: bool = True,
     ) -> None:
-        if logging_steps < 1:
-            raise ValueError(f"--logging_steps must be >= 1, got {logging_steps}")
         self.output_dir = Path(output_dir)
         self.path = self.output_dir / "metrics.jsonl"
         with disk_errors(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         if config:
-            write_atomic(self.output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        self.trackers = open_trackers(report_to, self.output_dir, run_name or self.output_dir.resolve().name, config or {})
+            write_atomic(self.output_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        name = run_name or self.output_dir.resolve().name
+        self.trackers = open_trackers(report_to, self.output_dir, name, dict(config or {}))
         self.progress = Progress(total_steps) if progress else None
-        self.logging_steps = logging_steps
-        self.num_tokens = 0
-        self._sums: dict[str, list[Number]] = {}
-        self._extremes: dict[str, Number] = {}
-        self._values: dict[str, float] = {}
-        self._steps, self._tokens, self._started = 0, 0, time.perf_counter()
+        self._window: dict[str, list[float | int | Tensor]] = {}
+        cut_partial_line(self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the length of the run)
 
-    def add(self, name: str, total: Number, count: Number = 1) -> None:
-        """Adds to the mean of `name`: `total` is a sum over `count` items. A tensor is detached and not waited for."""
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] = entry[0] + _detached(total)
-        entry[1] = entry[1] + _detached(count)
-
-    def lowest(self, name: str, value: Number) -> None:
-        """Keeps the smallest value since the last row."""
-        known = self._extremes.get(name)
-        self._extremes[name] = _number(value) if known is None else min(_number(known), _number(value))
-
-    def highest(self, name: str, value: Number) -> None:
-        """Keeps the largest value since the last row."""
-        known = self._extremes.get(name)
-        self._extremes[name] = _number(value) if known is None else max(_number(known), _number(value))
-
-    def put(self, **values: float) -> None:
-        """Sets values of which the last one counts: learning_rate, epoch."""
-        self._values.update(values)
-
-    def count_tokens(self, count: int) -> None:
-        """Counts trained tokens for num_tokens and tokens_per_second."""
-        self._tokens += count
-        self.num_tokens += count
-
-    @contextmanager
-    def timer(self, phase: str) -> Iterator[None]:
-        """Adds the block's wall time to `timing_s/{phase}`: seconds a step (on a GPU: until its kernels are queued)."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._sums.setdefault(f"timing_s/{phase}", [0.0, 0.0])[0] += time.perf_counter() - start
-
-    def end_step(self, step: int) -> dict[str, float] | None:
-        """Ends optimizer step `step` (counted from 1). Returns the row when this step is a logging step, else None."""
-        self._steps += 1
-        if step % self.logging_steps:
+    def update(self, step: int, values: Values, *, log: bool = True) -> dict[str, float] | None:
+        """Takes what optimizer step `step` (counted from 1) measured; with `log`, writes a row and returns it."""
+        for name, value in values.items():
+            self._window.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
+        if not log:
             if self.progress:
                 self.progress.advance(step)
             return None
-        return self.flush(step)
-
-    def flush(self, step: int) -> dict[str, float]:
-        """Writes what has been collected as one row, and starts anew. For the last step, whatever its number."""
-        row = self._row()
+        row = _reduced(self._window)
+        row.setdefault("peak_memory_mb", peak_memory_mb())
+        self._window = {}
         self.write(step, row)
         if self.progress:
             self.progress.show(step, row)
-        self._sums, self._extremes = {}, {}
-        self._steps, self._tokens, self._started = 0, 0, time.perf_counter()
         return row
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """Appends one row as it is, as evaluations do. NaN and infinity are written as null.
+    def evaluation(self, step: int, values: Values) -> None:
+        """Writes held-out metrics as a row of their own."""
+        row = {name: float(value) for name, value in values.items()}
+        self.write(step, row)
+        if self.progress:
+            self.progress.show_evaluation(step, row)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Appends one row as it is. NaN and infinity are written as null.
 
         Raises:
             OSError: the disk is full; metrics.jsonl keeps whole lines only.
         """
-        line = json.dumps({"step": step, **{name: value if math.isfinite(value) else None for name, value in row.items()}})
         with disk_errors(self.path):
-            start = self.path.stat().st_size if self.path.exists() else 0
+            whole = self.path.stat().st_size
             try:
-                self._file.write(line + "\n")
+                self._file.write(json.dumps({"step": step, **_finite(row)}) + "\n")
                 self._file.flush()
             except OSError:
-                self._discard_buffer(start)
+                self._discard_after(whole)
                 raise
         for tracker in self.trackers:
-            tracker.log(step, row)
+            tracker.log(step, dict(row))
 
-    def summary(self, values: dict[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any]) -> None:
         """Writes summary.json, replacing an earlier one as a whole."""
         write_atomic(self.output_dir / "summary.json", json.dumps(_finite(values), indent=2) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every row on disk, resumed ones included."""
+        """Every row on disk, those from before a resume included."""
         return read_metrics(self.output_dir)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: what has been collected since the last row, so that a resumed run writes the same rows."""
-        sums = {name: [_number(total), _number(count)] for name, (total, count) in self._sums.items()}
-        extremes = {name: _number(value) for name, value in self._extremes.items()}
-        return {"num_tokens": self.num_tokens, "sums": sums, "extremes": extremes, "steps": self._steps, "tokens": self._tokens}
+        """JSON: the steps since the last row, so that a resumed run writes the very rows an unbroken one does."""
+        return {"window": {name: [float(value) for value in values] for name, values in self._window.items()}}
 
-    def resume(self, step: int, state: dict[str, Any]) -> None:
+    def resume(self, step: int, state: Mapping[str, Any] | None = None) -> None:
         """Goes on after `step` with what `state_dict` returned then: later rows on disk are removed."""
         kept = [row for row in read_metrics(self.output_dir) if row["step"] <= step]
         self._file.close()
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self.num_tokens, self._steps, self._tokens = state["num_tokens"], state["steps"], state["tokens"]
-        self._sums = {name: list(pair) for name, pair in state["sums"].items()}
-        self._extremes = dict(state["extremes"])
-        self._started = time.perf_counter()
+        self._window = {name: list(values) for name, values in (state or {}).get("window", {}).items()}
         if self.progress:
             self.progress.advance(step)
 
     def close(self) -> None:
-        """Closes the file, the bar and the trackers. Called twice, it does nothing the second time."""
+        """Closes the file, the bar and the trackers; a second call does nothing."""
         self._file.close()
         if self.progress:
             self.progress.close()
@@ -176,28 +136,15 @@ class Metrics:
             tracker.close()
         self.trackers = []
 
-    def _row(self) -> dict[str, float]:
-        steps, seconds = max(1, self._steps), time.perf_counter() - self._started
-        row = dict(self._values)
-        for name, (total, count) in self._sums.items():
-            divisor = float(steps) if name.startswith("timing_s/") else _number(count)
-            row[name] = _number(total) / divisor if divisor else math.nan
-        row.update({name: _number(value) for name, value in self._extremes.items()})
-        row["num_tokens"] = self.num_tokens
-        row["tokens_per_second"] = self._tokens / seconds if seconds > 0 else 0.0
-        row["step_time"] = seconds / steps
-        row["peak_memory_mb"] = peak_memory_mb()
-        return row
-
-    def _discard_buffer(self, size: int) -> None:
+    def _discard_after(self, size: int) -> None:
         """After a failed write: drops the unwritten rest and cuts the half-written line off."""
         try:
             self._file.close()
         except OSError:
             pass  # closing flushes, which fails again; the descriptor is closed all the same
-        self._file = open(self.path, "r+", encoding="utf-8")  # noqa: SIM115
-        self._file.truncate(size)
-        self._file.seek(0, 2)
+        with open(self.path, "r+b") as file:
+            file.truncate(size)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -205,8 +152,31 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(output_dir) / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.split("\n") if line]
+
+
+def cut_partial_line(path: Path) -> None:
+    """Removes a last line that a kill cut short, so that the next one does not continue it."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole != path.stat().st_size:
+            with open(path, "r+b") as file:
+                file.truncate(whole)
+
+
+def reduction(name: str) -> Callable[[list[float]], float]:
+    """How the steps of a row become one number: the last, the lowest, the highest, the sum, or the mean."""
+    key = name.rpartition("/")[2]
+    if name in _LAST:
+        return lambda values: values[-1]
+    if key.startswith("min"):
+        return min
+    if key.startswith("max"):
+        return max
+    if key.startswith(("skipped", "num_", "missing")):
+        return math.fsum
+    return lambda values: math.fsum(values) / len(values)
 
 
 def peak_memory_mb() -> float:
@@ -217,16 +187,20 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _detached(value: Number) -> Number:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _number(value: Number) -> float:
-    return float(value)
+def _reduced(window: Mapping[str, list[float | int | Tensor]]) -> dict[str, float]:
+    columns = {name: [float(value) for value in values] for name, values in window.items()}
+    row = {}
+    for name, values in columns.items():
+        known = [value for value in values if not math.isnan(value)]  # a step without rewards leaves the others' mean
+        row[name] = reduction(name)(known) if known else math.nan
+    rates, times = columns.get("tokens_per_second", []), columns.get("step_time", [])
+    if rates and len(rates) == len(times) and sum(times) > 0:  # tokens over seconds, not a mean of rates
+        row["tokens_per_second"] = math.fsum(r * t for r, t in zip(rates, times, strict=True)) / math.fsum(times)
+    return row
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]

@@ -54,6 +54,15 @@ class Progress:
             self.shown_at = time.monotonic()
             print(f"step {step}{f'/{self.total}' if self.total else ''}  {headline(row)}", file=sys.stderr, flush=True)
 
+    def show_evaluation(self, step: int, row: dict[str, float]) -> None:
+        """Held-out numbers always get a line of their own."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("eval/"))
+        line = f"step {step}  {text}"
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
