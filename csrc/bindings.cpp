@@ -52,24 +52,33 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastalign's native kernels; torch-free. Import torch first: OpenMP comes from the runtime that torch has loaded.";
   m.def("isa", [] { return std::string(fa::kNames[static_cast<int>(fa::isa())]); }, "The CPU instruction set in use.");
   m.def("set_isa", &fa::set_isa, py::arg("name"), "Use a narrower instruction set than the machine has (tests).");
-#ifdef HAS_CUDA
-  m.attr("has_cuda") = true;
-#else
-  m.attr("has_cuda") = false;
-#endif
+  py::list ops, cuda_ops;  // what this build has, by the stem of the source
 #ifdef HAS_linear_logp
   fa::bind_linear_logp(m);
+  ops.append("linear_logp");
 #endif
 #ifdef HAS_scan
   fa::bind_scan(m);
+  ops.append("scan");
 #endif
 #ifdef HAS_adamw
   fa::bind_adamw(m);
+  ops.append("adamw");
 #endif
 #ifdef HAS_attention
   fa::bind_attention(m);
+  ops.append("attention");
 #endif
 #ifdef HAS_sample
   fa::bind_sample(m);
+  ops.append("sample");
 #endif
+#ifdef HAS_CUDA
+  cuda_ops.append("linear_logp");
+  m.attr("cuda_architectures") = FA_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+  m.attr("ops") = py::tuple(ops);
+  m.attr("cuda_ops") = py::tuple(cuda_ops);
 }

@@ -1,0 +1,99 @@
+"""Which code runs an op: the native module, a Triton kernel, or the plain torch reference.
+
+The choice is made per op and device, is printed by `fastalign env`, and can be forced for tests with `use_backend`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+
+import torch  # first: the native module takes OpenMP from the runtime that torch loads
+
+BACKENDS = ("reference", "native", "triton")
+
+_forced: str | None = None
+
+
+@functools.cache
+def load_native() -> tuple[ModuleType | None, str]:
+    """The native module, or None and the reason why it cannot be used. Announces a missing module once."""
+    try:
+        return importlib.import_module("fastalign._C"), ""
+    except ModuleNotFoundError as error:
+        if error.name != "fastalign._C":
+            raise
+        reason = "it is not built (install with a C++20 compiler present, or run `make build` in a clone)"
+    except ImportError as error:
+        reason = f"it does not load ({error}); an undefined GOMP_ or omp_ symbol means that torch brought no OpenMP runtime"
+    warnings.warn(f"fastalign: no native module: {reason}. Every op runs on its slower torch reference.", stacklevel=2)
+    return None, reason
+
+
+def native() -> ModuleType | None:
+    """The native module; None when it is not built, or when another backend is forced."""
+    if _forced in ("reference", "triton"):
+        return None
+    module, reason = load_native()
+    if module is None and _forced == "native":
+        raise RuntimeError(f"use_backend('native'): the native module cannot be used: {reason}")
+    return module
+
+
+class use_backend:  # a verb, used like a function
+    """Force one backend for every op: at once as a call, until the end of the block as a context manager.
+
+    Args:
+        name: "reference", "native" or "triton"; None goes back to the choice per op and device.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` set, or None."""
+    return _forced
+
+
+@functools.cache
+def has_triton(op: str) -> bool:
+    """Whether Triton is installed and has a kernel for this op."""
+    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(f"fastalign.kernels.{op}") is not None
+
+
+def backend_for(op: str, device: torch.device | str = "cpu") -> str:
+    """The backend that runs `op` on `device`.
+
+    Args:
+        op: the stem of its native source: "linear_logp", "scan", "adamw", "attention", "sample" or "linear_kl".
+        device: a torch device or its name.
+
+    Returns:
+        "native", "triton" or "reference". A forced backend that has no kernel for the op gives "reference".
+    """
+    cuda = torch.device(device).type == "cuda"
+    if _forced in (None, "native"):
+        module = native()
+        if module is not None and op in (module.cuda_ops if cuda else module.ops):
+            return "native"
+    if (_forced == "triton" or (_forced is None and cuda)) and has_triton(op):
+        return "triton"
+    return "reference"
