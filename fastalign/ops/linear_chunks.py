@@ -1,0 +1,179 @@
+"""One chunk of rows of a head: forward to per-row numbers, back from per-row gradients. The loops of all linear ops use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.linear_head import Head, head_logits
+from fastalign.ops.reference import grad_rows_, logp_rows
+
+BLOCK_BYTES = 4 << 20  # a block of the head gradient that stays in cache between its GEMM and its fp32 sum
+
+
+class Rows(NamedTuple):
+    """Per-row results [n], fp32 (fp64 for fp64 inputs): nats; `correct` is bool."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    correct: Tensor
+
+    def of(self, index: slice | Tensor) -> Rows:
+        """The same for some of the rows."""
+        return Rows(self.logp[index], self.lse[index], None if self.entropy is None else self.entropy[index], self.correct[index])
+
+
+class RowGrads(NamedTuple):
+    """dL/d(per-row results), each [n]. `classes` multiplies `class_weight` [V]: the gradient of Σ_v class_weight_v logit_v."""
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    classes: Tensor | None = None
+    class_weight: Tensor | None = None
+
+    def of(self, index: slice | Tensor) -> RowGrads:
+        """The same for some of the rows."""
+        logp, entropy, lse, classes = (None if g is None else g[index] for g in self[:4])
+        assert logp is not None
+        return RowGrads(logp, entropy, lse, classes, self.class_weight)
+
+    def active(self) -> Tensor:
+        """Which rows have any gradient [n] bool; a NaN counts."""
+        nonzero = self.logp != 0
+        for other in self[1:4]:
+            if other is not None:
+                nonzero = nonzero | (other != 0)
+        return nonzero
+
+
+def forward_chunk(head: Head, hidden: Tensor, targets: Tensor, *, entropy: bool, buffer: Tensor | None = None) -> tuple[Tensor, Rows]:
+    """hidden [n, H] → (logits [n, V] in `buffer`, per-row results). 2nVH."""
+    logits = head_logits(hidden, head.weight, head.bias, out=buffer)
+    found = logp_rows(logits, targets, temperature=head.temperature, logit_softcap=head.logit_softcap, entropy=entropy)
+    return logits, Rows(*found)
+
+
+def dlogits_(head: Head, logits: Tensor, targets: Tensor, rows: Rows, grads: RowGrads) -> Tensor:
+    """Turns the logits of a chunk into their gradient, in place."""
+    g_logp = grads.logp if grads.lse is None else grads.logp - grads.lse
+    grad_rows_(
+        logits, targets, rows.lse, rows.entropy, g_logp, grads.entropy, temperature=head.temperature, logit_softcap=head.logit_softcap
+    )
+    if grads.lse is not None:  # g_lse·p = g_lse·onehot − g_lse (onehot − p)
+        assert head.logit_softcap is None
+        logits.scatter_add_(1, targets[:, None], (grads.lse / head.temperature)[:, None].to(logits.dtype))
+    if grads.classes is not None and grads.class_weight is not None:
+        logits.addr_(grads.classes.to(logits.dtype), grads.class_weight.to(logits.dtype))
+    return logits
+
+
+@dataclass
+class Gradients:
+    """dL/dhidden [N, H] in the dtype of hidden, dL/dweight [V, H] and dL/dbias [V] summed in fp32 (fp64); None: not wanted.
+
+    One exception saves a pass over [V, H]: when `only_chunk`, a 16-bit head gradient stays what its one GEMM wrote.
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    only_chunk: bool = False
+    started: bool = False
+
+    @classmethod
+    def of(
+        cls, head: Head, num_rows: int, wanted: tuple[bool, bool, bool], *, weight: Tensor | None = None, only_chunk: bool = False
+    ) -> Gradients:
+        """wanted: hidden, weight, bias. weight: a buffer for the head gradient; its content is overwritten."""
+        like, (vocab_size, width) = head.weight, head.weight.shape
+        wide = torch.promote_types(like.dtype, torch.float32)
+        only_chunk = only_chunk and wide != like.dtype
+        if wanted[1] and weight is None:
+            weight = torch.empty(vocab_size, width, dtype=like.dtype if only_chunk else wide, device=like.device)
+        return cls(
+            like.new_zeros(num_rows, width) if wanted[0] else None,
+            weight if wanted[1] else None,
+            torch.zeros(vocab_size, dtype=wide, device=like.device) if wanted[2] else None,
+            only_chunk,
+        )
+
+    @property
+    def gemms(self) -> int:
+        """GEMMs a row costs on the way back, each 2VH."""
+        return (self.hidden is not None) + (self.weight is not None)
+
+    def keep_fp32(self) -> None:
+        """There will be more than one chunk after all."""
+        if self.only_chunk and self.weight is not None:
+            self.weight = torch.empty_like(self.weight, dtype=torch.float32)
+        self.only_chunk = False
+
+    def add(self, head: Head, dlogits: Tensor, hidden: Tensor, at: slice | Tensor) -> None:
+        """Adds one chunk: dlogits [n, V], its hidden rows [n, H], and where they lie in dL/dhidden."""
+        if self.hidden is not None:
+            self.hidden[at] = torch.mm(dlogits, head.weight)
+        if self.weight is not None:
+            self._add_weight(dlogits, hidden)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+
+    def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
+        assert self.weight is not None
+        if dlogits.dtype == self.weight.dtype:
+            if self.started:
+                self.weight.addmm_(dlogits.t(), hidden)
+            else:
+                torch.mm(dlogits.t(), hidden, out=self.weight)
+        else:  # no CPU GEMM adds bf16 products into fp32: take blocks that are still in cache when they are added
+            block = max(64, BLOCK_BYTES // (hidden.shape[1] * dlogits.element_size()))
+            for v in range(0, dlogits.shape[1], block):
+                part = torch.mm(dlogits[:, v : v + block].t(), hidden)
+                if self.started:
+                    self.weight[v : v + block] += part
+                else:
+                    self.weight[v : v + block] = part
+        self.started = True
+
+    def head_gradient(self) -> Tensor | None:
+        """dL/dweight, zero if no chunk had a gradient."""
+        if self.weight is not None and not self.started:
+            self.weight.zero_()
+            self.started = True
+        return self.weight
+
+
+def backward_chunk(
+    head: Head, logits: Tensor, hidden: Tensor, targets: Tensor, rows: Rows, grads: RowGrads, into: Gradients, at: slice
+) -> int:
+    """Logits of a chunk → its share of the gradients; returns how many rows had any. Rows without are dropped first."""
+    keep = grads.active().nonzero().squeeze(1)
+    if len(keep) == 0:
+        return 0
+    where: slice | Tensor = at
+    if len(keep) < len(targets):
+        logits = compact_(logits, keep)
+        hidden, targets, grads, rows = hidden[keep], targets[keep], grads.of(keep), rows.of(keep)
+        where = keep + at.start
+    into.add(head, dlogits_(head, logits, targets, rows, grads), hidden, where)
+    return len(keep)
+
+
+def compact_(logits: Tensor, keep: Tensor) -> Tensor:
+    """Moves rows `keep` (ascending) to the front of the same memory, run by run; returns them as a view."""
+    front = 0
+    breaks = (keep[1:] - keep[:-1] != 1).nonzero().squeeze(1) + 1
+    for run in keep.tensor_split(breaks.cpu()):
+        first, count = int(run[0]), len(run)
+        if first >= front + count or first == front:
+            if first != front:
+                logits[front : front + count] = logits[first : first + count]
+        else:  # the run overlaps its new place: row by row, front to back
+            for i in range(count):
+                logits[front + i] = logits[first + i]
+        front += count
+    return logits[:front]

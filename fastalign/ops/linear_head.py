@@ -1,0 +1,149 @@
+"""What every op on hidden × head shares: input checks, the logits GEMM, chunk sizes, the buffers that outlive a call.
+
+Numerics. The logits have the dtype of the GEMM: the CPU's bf16 GEMM rounds them to bf16 (up to 0.06 nats at
+logp ≈ −14); everything after them (log-sum-exp, logp, entropy, losses) is fp32. The head gradient is summed in fp32.
+A row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16, the fp32 GEMM's
+result was measured to depend on its number of rows below 12 and never from 16 on (AVX-512 and AVX2 CPUs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_GEMM_ROWS = 16
+CHUNK_ROWS = 512  # below this the bf16 head gradient's pass over [V, H] shows (two naive chunks cost 1.58×, measured)
+CHUNK_BYTES = 64 << 20  # with a small vocabulary a chunk takes more rows, up to this many bytes of logits
+MAX_CHUNK_BYTES = 1 << 30  # how far a chunk may grow to hold one unit
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head as the loops read it: detached, in the dtype of the GEMM. weight [V, H], bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    logit_softcap: float | None
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """hidden [N, H] · weight [V, H]ᵀ + bias → logits [N, V] in the inputs' dtype; the same bits for a row in any batch.
+
+    Args:
+        out: a buffer of at least max(N, 16) rows of V; a view of its first N rows is returned.
+    """
+    rows = hidden.shape[0]
+    if rows < MIN_GEMM_ROWS:
+        hidden = F.pad(hidden, (0, 0, 0, MIN_GEMM_ROWS - rows))
+    out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out[: hidden.shape[0]]
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+    return out[:rows]
+
+
+def chunk_rows(vocab_size: int, itemsize: int, max_chunk_bytes: int | None) -> tuple[int, int]:
+    """(rows of an ordinary chunk, rows a chunk may grow to), from the bytes of one row of logits."""
+    row_bytes = vocab_size * itemsize
+    limit = max(1, (MAX_CHUNK_BYTES if max_chunk_bytes is None else max_chunk_bytes) // row_bytes)
+    ordinary = max(CHUNK_ROWS, CHUNK_BYTES // row_bytes)
+    return min(ordinary, limit), limit
+
+
+def even_chunks(start: int, stop: int, rows: int) -> list[slice]:
+    """Splits rows start:stop into equal chunks of at most `rows` rows."""
+    count = max(1, -(-(stop - start) // rows))
+    size = -(-(stop - start) // count)
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)] if stop > start else []
+
+
+_free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+
+@contextmanager
+def borrowed(rows: int, columns: int, like: Tensor) -> Iterator[Tensor]:
+    """A work buffer [max(rows, 16), columns] with the dtype and device of `like`, kept between calls.
+
+    A fresh buffer of this size is returned to the system at every free, and its page faults cost more than the row pass.
+    """
+    rows = max(rows, MIN_GEMM_ROWS)
+    kept = _free.setdefault((like.device, like.dtype), [])
+    flat = kept.pop() if kept else like.new_empty(0)
+    if flat.numel() < rows * columns:
+        flat = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+    try:
+        yield flat[: rows * columns].view(rows, columns)
+    finally:
+        if not kept:
+            kept.append(flat)
+
+
+def release_buffers() -> None:
+    """Gives the work buffers back to the system; the next call allocates them again."""
+    _free.clear()
+
+
+def compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the GEMM: autocast's where it applies, else the one both inputs have; raises ValueError if they differ."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{op}: hidden and weight must have one dtype outside autocast, got {_name(hidden)} and {_name(weight)};"
+            " cast one of them or run under torch.autocast"
+        )
+    return hidden.dtype
+
+
+def check_inputs(
+    op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, logit_softcap: float | None
+) -> None:
+    """Shapes, dtypes and options; raises ValueError or TypeError that says what was expected."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: expected hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{op}: expected targets [{hidden.shape[0]}], one a row of hidden, got {list(targets.shape)}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: expected int64 targets, got {_name(targets)}")
+    if not hidden.dtype.is_floating_point or not weight.dtype.is_floating_point:
+        raise TypeError(f"{op}: expected floating-point hidden and weight, got {_name(hidden)} and {_name(weight)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: expected bias [{weight.shape[0]}], one a row of weight, got {list(bias.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"{op}: logit_softcap must be > 0 or None, got {logit_softcap}")
+
+
+def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int | None) -> None:
+    """Every target is a row of the head (or ignore_index); raises ValueError naming the first row that is not."""
+    bad = (targets < 0) | (targets >= vocab_size)
+    if ignore_index is not None:
+        bad &= targets != ignore_index
+    if not bool(bad.any()):
+        return
+    row = int(bad.nonzero()[0])
+    value = int(targets[row])
+    if value >= vocab_size:
+        raise ValueError(
+            f"{op}: targets must be < vocab size {vocab_size}, got {value} at row {row}; is the tokenizer larger than the head?"
+        )
+    remedy = "drop the rows that are not scored first" if ignore_index is None else f"only ignore_index {ignore_index} may be negative"
+    raise ValueError(f"{op}: targets must be >= 0, got {value} at row {row}; {remedy}")
+
+
+def blas_ready(matrix: Tensor) -> Tensor:
+    """The matrix itself when a GEMM reads it in place (rows or columns contiguous), else a contiguous copy."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,163 @@
+"""The specification: every linear op in plain torch, in fp32 (fp64 where the inputs are fp64), with the logits in memory.
+
+Order of operations everywhere: logits = hidden · headᵀ + bias → soft-cap → ÷ temperature. The row functions at the top
+are also what runs when the native module is absent or the dtype has no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_BYTES = 32 << 20  # rows are widened to fp32 in blocks of this size, so a bf16 chunk never doubles
+
+
+def scaled_logits(logits: Tensor, temperature: float = 1.0, logit_softcap: float | None = None) -> Tensor:
+    """logits [N, V] of any float dtype → soft-capped, divided by the temperature, fp32 (fp64 stays fp64)."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if logit_softcap is not None:
+        wide = logit_softcap * torch.tanh(wide / logit_softcap)
+    return wide if temperature == 1.0 else wide / temperature
+
+
+def logp_rows(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, logit_softcap: float | None = None, entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Log-prob of each row's target. logits [N, V], targets [N] int64 → (logp, lse, entropy | None, correct), each [N].
+
+    logp, lse and entropy (nats) are fp32, fp64 for fp64 logits. `correct` says that no other logit is larger than the
+    target's. A NaN logit makes its row NaN.
+    """
+    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    logp, lse = (torch.empty(len(targets), dtype=wide, device=logits.device) for _ in range(2))
+    ent = torch.empty_like(lse) if entropy else None
+    correct = torch.empty(len(targets), dtype=torch.bool, device=logits.device)
+    for s in _blocks(logits):
+        z = scaled_logits(logits[s], temperature, logit_softcap)
+        chosen = z.gather(1, targets[s, None]).squeeze(1)
+        lse[s] = torch.logsumexp(z, 1)
+        logp[s] = chosen - lse[s]
+        correct[s] = chosen >= z.amax(1)
+        if ent is not None:
+            ent[s] = entropy_of(z - lse[s, None])
+    return logp, lse, ent, correct
+
+
+def grad_rows_(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    g_logp: Tensor,
+    g_entropy: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """Turns logits [N, V] in place into the gradient of Σ g_logp·logp + g_entropy·entropy, in the dtype of the logits.
+
+    dlogits = (g_logp (onehot − p) − g_entropy p (log p + entropy)) / temperature, times the slope of the soft-cap.
+    """
+    for s in _blocks(logits):
+        z = scaled_logits(logits[s], temperature, logit_softcap)
+        log_p = z - lse[s, None].to(z.dtype)
+        p = log_p.exp()
+        grad = p * -g_logp[s, None]
+        grad.scatter_add_(1, targets[s, None], g_logp[s, None].to(grad.dtype))
+        if g_entropy is not None and entropy is not None:
+            grad -= g_entropy[s, None] * torch.where(p > 0, p * (log_p + entropy[s, None]), torch.zeros((), dtype=p.dtype, device=p.device))
+        if logit_softcap is not None:
+            grad *= 1 - (z * (temperature / logit_softcap)).square()
+        logits[s] = grad if temperature == 1.0 else grad / temperature
+    return logits
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension; a probability of zero adds nothing."""
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_p, torch.zeros((), dtype=p.dtype, device=p.device)).sum(-1)
+
+
+def linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Any:
+    """What `fastalign.linear_logp` computes, through plain autograd."""
+    z = scaled_logits(F.linear(hidden, weight, bias), temperature, logit_softcap)
+    log_p = torch.log_softmax(z, -1)
+    kept = targets != ignore_index
+    logp = log_p.gather(1, torch.where(kept, targets, 0)[:, None]).squeeze(1)
+    logp = torch.where(kept, logp, torch.zeros_like(logp))
+    if not return_entropy:
+        return logp
+    entropy = entropy_of(log_p)
+    return logp, torch.where(kept, entropy, torch.zeros_like(entropy))
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: Callable[..., Any],
+    *,
+    units: Sequence[int] | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor:
+    """The scalar of `fastalign.linear_loss`: the objective of every unit, one unit at a time, through plain autograd."""
+    found = linear_logp(
+        hidden, weight, targets, bias=bias, temperature=temperature, logit_softcap=logit_softcap, return_entropy=return_entropy
+    )
+    values = found if return_entropy else (found,)
+    offsets = list(range(len(targets) + 1)) if units is None else [int(u) for u in units]
+    total = hidden.sum() * 0
+    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        if stop > start:
+            out = objective(*(v[start:stop] for v in values), slice(start, stop))
+            total = total + (out[0] if isinstance(out, tuple) else out)
+    return total
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """What `fastalign.linear_cross_entropy` computes, through plain autograd."""
+    z = scaled_logits(F.linear(input, linear_weight, linear_bias))
+    weight = None if weight is None else weight.to(z.dtype)
+    loss = F.cross_entropy(z, target, weight, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)
+    kept = target != ignore_index
+    if z_loss:
+        loss = loss + torch.where(kept, z_loss * torch.logsumexp(z, -1).square(), torch.zeros_like(loss))
+    if reduction == "none":
+        return loss
+    if reduction == "sum" or not kept.any():
+        return loss.sum()
+    return loss.sum() / (kept.sum() if weight is None else weight[target[kept]].sum())
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Row ranges whose fp32 copy stays small."""
+    rows = max(1, BLOCK_BYTES // max(1, 4 * logits.shape[1]))
+    return [slice(i, min(i + rows, len(logits))) for i in range(0, len(logits), rows)]
