@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.linear_head import Head, head_logits
-from fastalign.ops.reference import grad_rows_, logp_rows
+from fastalign.ops.logits import grad_rows_, logp_rows
 
 BLOCK_BYTES = 4 << 20  # a block of the head gradient that stays in cache between its GEMM and its fp32 sum
 

@@ -1,7 +1,7 @@
 """The specification: every linear op in plain torch, in fp32 (fp64 where the inputs are fp64), with the logits in memory.
 
-Order of operations everywhere: logits = hidden · headᵀ + bias → soft-cap → ÷ temperature. The row functions at the top
-are also what runs when the native module is absent or the dtype has no kernel.
+Order of operations everywhere: logits = hidden · headᵀ + bias → soft-cap → ÷ temperature. The oracle of the tests, and
+the way to second derivatives.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_BYTES = 32 << 20  # rows are widened to fp32 in blocks of this size, so a bf16 chunk never doubles
-
 
 def scaled_logits(logits: Tensor, temperature: float = 1.0, logit_softcap: float | None = None) -> Tensor:
     """logits [N, V] of any float dtype → soft-capped, divided by the temperature, fp32 (fp64 stays fp64)."""
@@ -22,58 +20,6 @@ def scaled_logits(logits: Tensor, temperature: float = 1.0, logit_softcap: float
     if logit_softcap is not None:
         wide = logit_softcap * torch.tanh(wide / logit_softcap)
     return wide if temperature == 1.0 else wide / temperature
-
-
-def logp_rows(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, logit_softcap: float | None = None, entropy: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Log-prob of each row's target. logits [N, V], targets [N] int64 → (logp, lse, entropy | None, correct), each [N].
-
-    logp, lse and entropy (nats) are fp32, fp64 for fp64 logits. `correct` says that no other logit is larger than the
-    target's. A NaN logit makes its row NaN.
-    """
-    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    logp, lse = (torch.empty(len(targets), dtype=wide, device=logits.device) for _ in range(2))
-    ent = torch.empty_like(lse) if entropy else None
-    correct = torch.empty(len(targets), dtype=torch.bool, device=logits.device)
-    for s in _blocks(logits):
-        z = scaled_logits(logits[s], temperature, logit_softcap)
-        chosen = z.gather(1, targets[s, None]).squeeze(1)
-        lse[s] = torch.logsumexp(z, 1)
-        logp[s] = chosen - lse[s]
-        correct[s] = chosen >= z.amax(1)
-        if ent is not None:
-            ent[s] = entropy_of(z - lse[s, None])
-    return logp, lse, ent, correct
-
-
-def grad_rows_(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    g_logp: Tensor,
-    g_entropy: Tensor | None,
-    *,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-) -> Tensor:
-    """Turns logits [N, V] in place into the gradient of Σ g_logp·logp + g_entropy·entropy, in the dtype of the logits.
-
-    dlogits = (g_logp (onehot − p) − g_entropy p (log p + entropy)) / temperature, times the slope of the soft-cap.
-    """
-    for s in _blocks(logits):
-        z = scaled_logits(logits[s], temperature, logit_softcap)
-        log_p = z - lse[s, None].to(z.dtype)
-        p = log_p.exp()
-        grad = p * -g_logp[s, None]
-        grad.scatter_add_(1, targets[s, None], g_logp[s, None].to(grad.dtype))
-        if g_entropy is not None and entropy is not None:
-            grad -= g_entropy[s, None] * torch.where(p > 0, p * (log_p + entropy[s, None]), torch.zeros((), dtype=p.dtype, device=p.device))
-        if logit_softcap is not None:
-            grad *= 1 - (z * (temperature / logit_softcap)).square()
-        logits[s] = grad if temperature == 1.0 else grad / temperature
-    return logits
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -155,9 +101,3 @@ def linear_cross_entropy(
     if reduction == "sum" or not kept.any():
         return loss.sum()
     return loss.sum() / (kept.sum() if weight is None else weight[target[kept]].sum())
-
-
-def _blocks(logits: Tensor) -> list[slice]:
-    """Row ranges whose fp32 copy stays small."""
-    rows = max(1, BLOCK_BYTES // max(1, 4 * logits.shape[1]))
-    return [slice(i, min(i + rows, len(logits))) for i in range(0, len(logits), rows)]
