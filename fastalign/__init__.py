@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 # public name -> the module it lives in; a module's own name stands for the module itself
 _HOME = {
-    "linear_logp": "ops.linear",
-    "linear_cross_entropy": "ops.linear",
-    "linear_loss": "ops.linear",
+    "linear_logp": "ops.linear_logp",
+    "linear_cross_entropy": "ops.linear_cross_entropy",
+    "linear_loss": "ops.linear_loss",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
     "use_backend": "ops.backend",
@@ -31,15 +31,25 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:
-    from . import advantages, losses
-    from .environment import env
-    from .generation.engine import Engine
-    from .generation.params import RequestOutput, SamplingParams
-    from .ops.backend import use_backend
-    from .ops.linear import linear_cross_entropy, linear_logp, linear_loss
-    from .ops.scan import discounted_returns, gae
-    from .packing import Packed, Segment, conversation, group, pack, pair
+if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
+    from . import advantages as advantages
+    from . import losses as losses
+    from .environment import env as env
+    from .generation.engine import Engine as Engine
+    from .generation.params import RequestOutput as RequestOutput
+    from .generation.params import SamplingParams as SamplingParams
+    from .ops.backend import use_backend as use_backend
+    from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .ops.linear_logp import linear_logp as linear_logp
+    from .ops.linear_loss import linear_loss as linear_loss
+    from .ops.scan import discounted_returns as discounted_returns
+    from .ops.scan import gae as gae
+    from .packing import Packed as Packed
+    from .packing import Segment as Segment
+    from .packing import conversation as conversation
+    from .packing import group as group
+    from .packing import pack as pack
+    from .packing import pair as pair
 
 
 def __getattr__(name: str) -> Any:

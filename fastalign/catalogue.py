@@ -64,15 +64,24 @@ TRACKERS: dict[str, str] = {
     "trackio": "Trackio's local dashboard",
 }
 
+COMMANDS: dict[str, str] = {
+    "sft": "supervised fine-tuning",
+    "grpo": "online reinforcement learning with rewards: grpo, dr_grpo, rloo, dapo, … (--algorithm)",
+    "generate": "completions of prompts, with log-probs if asked for",
+    "demo": "a small model learns arithmetic in minutes on a CPU: SFT, then GRPO",
+    "algorithms": "the rows that --algorithm, --advantage, --loss and --aggregate name",
+    "env": "what is in use: versions, devices, the backend of every operation",
+}
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid ones, and all of them where they are few."""
+
+def nearest(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
+    """The sentence about an unknown name: the nearest valid ones, or all of them where they are few."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
-    near += [word for word in valid if len(name) > 2 and word not in near and (word.startswith(name) or word.endswith(name))][: 3 - len(near)]
-    hint = f"unknown {name!r}"
+    if len(name) > 2:  # `batch_size` is not close to any flag, but it ends one
+        near += [word for word in valid if word not in near and (word.startswith(name) or word.endswith(name))][: 3 - len(near)]
+    sentence = f"unknown {prefix}{name or repr(name)}"
+    sign = prefix if prefix == "--" else ""
     if near:
-        hint += f"; did you mean {' or '.join(near)}?"
-    if len(valid) <= 12:
-        hint += f" Valid: {', '.join(valid)}"
-    return hint
+        return f"{sentence}; did you mean {' or '.join(sign + word for word in near)}?"
+    return f"{sentence}; valid: {', '.join(valid)}." if len(valid) <= 12 else f"{sentence}."

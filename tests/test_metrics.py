@@ -27,8 +27,11 @@ def test_metrics_row_reduces_each_key_by_its_meaning(tmp_path):
     second = {"loss": torch.tensor(3.0), "epoch": 0.2, "completions/min_length": 5, "completions/max_length": 7, "skipped_updates": 1}
     assert metrics.update(1, first, log=False) is None
     row = metrics.update(2, second)
-    assert row["loss"] == 2.0 and row["epoch"] == 0.2
-    assert row["completions/min_length"] == 3 and row["completions/max_length"] == 9 and row["skipped_updates"] == 2
+    assert row["loss"] == 2.0
+    assert row["epoch"] == 0.2
+    assert row["completions/min_length"] == 3
+    assert row["completions/max_length"] == 9
+    assert row["skipped_updates"] == 2
     assert row["peak_memory_mb"] > 1
     metrics.close()
     assert [r["step"] for r in read_metrics(tmp_path)] == [2]
@@ -46,7 +49,9 @@ def test_metrics_nan_is_null_and_left_out_of_means(tmp_path):
     metrics.update(1, {"reward": math.nan, "kl": math.nan}, log=False)
     metrics.update(2, {"reward": 0.5, "kl": math.nan, "loss": math.inf})
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert row["reward"] == 0.5 and row["kl"] is None and row["loss"] is None
+    assert row["reward"] == 0.5
+    assert row["kl"] is None
+    assert row["loss"] is None
 
 
 def test_metrics_resumed_run_writes_the_rows_of_an_unbroken_one(tmp_path):
@@ -64,7 +69,8 @@ def test_metrics_resumed_run_writes_the_rows_of_an_unbroken_one(tmp_path):
     resumed.resume(4, state)
     for step, value in enumerate(values[4:], 5):
         resumed.update(step, value, log=step % 3 == 0 or step == 7)
-    assert resumed.rows() == whole.rows() and len(whole.rows()) == 3
+    assert resumed.rows() == whole.rows()
+    assert len(whole.rows()) == 3
 
 
 def test_metrics_line_cut_short_by_a_kill_is_dropped(tmp_path):
@@ -89,7 +95,9 @@ def test_metrics_evaluation_is_a_row_of_its_own(tmp_path, capsys):
     metrics.close()
     assert metrics.rows()[0] == {"step": 0, "eval/reward": 0.25}
     shown = capsys.readouterr().err
-    assert "eval/reward 0.25" in shown and "step 1/2" in shown and "reward 0.5" in shown
+    assert "eval/reward 0.25" in shown
+    assert "step 1/2" in shown
+    assert "reward 0.5" in shown
 
 
 def test_metrics_headline_shows_what_there_is():
@@ -115,8 +123,11 @@ def test_metrics_rows_reach_the_trackers(tmp_path, monkeypatch):
     metrics.update(1, {"loss": 1.0})
     metrics.close()
     metrics.close()
-    assert logged[0]["config"] == {"seed": 1} and logged[0]["name"] == tmp_path.name
-    assert logged[1][0] == 1 and logged[1][1]["loss"] == 1.0 and finished == [True]
+    assert logged[0]["config"] == {"seed": 1}
+    assert logged[0]["name"] == tmp_path.name
+    assert logged[1][0] == 1
+    assert logged[1][1]["loss"] == 1.0
+    assert finished == [True]
 
 
 def test_metrics_full_disk_names_the_path_and_keeps_whole_lines(tmp_path):
@@ -134,16 +145,23 @@ except OSError as error:
     metrics.close()
 """
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
-    assert "metrics.jsonl" in out and "no space left" in out
+    assert "metrics.jsonl" in out
+    assert "no space left" in out
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert lines and all(json.loads(line)["loss"] for line in lines)
+    assert lines
+    assert all(json.loads(line)["loss"] for line in lines)
 
 
 def test_files_full_disk_is_recognized_behind_other_exceptions(tmp_path):
-    for error in (OSError(errno.ENOSPC, "x"), RuntimeError("[enforce fail at inline_container.cc:672]"), Exception("I/O error (os error 28)")):
+    for error in (
+        OSError(errno.ENOSPC, "x"),
+        RuntimeError("[enforce fail at inline_container.cc:672]"),
+        Exception("I/O error (os error 28)"),
+    ):
         with pytest.raises(OSError, match="no space left") as caught, disk_errors(tmp_path / "model"):
             raise error
-        assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "model")
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / "model")
     with pytest.raises(RuntimeError, match="other"), disk_errors(tmp_path):
         raise RuntimeError("other")
 
@@ -154,15 +172,17 @@ def test_files_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="no space left"):
         write_atomic(path, "new")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_interrupt_first_signal_asks_second_raises(capsys):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruptible() as interrupt:
+    with pytest.raises(KeyboardInterrupt), interruptible() as interrupt:  # noqa: PT012 (the second signal is the last statement)
         assert not interrupt.requested
         signal.raise_signal(signal.SIGTERM)
-        assert interrupt.requested and "SIGTERM" in capsys.readouterr().err
+        assert interrupt.requested
+        assert "SIGTERM" in capsys.readouterr().err
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 

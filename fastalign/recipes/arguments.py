@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 
 @dataclass
@@ -25,11 +26,11 @@ class ModelArguments:
     """
 
     model_name_or_path: str = ""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     tokenizer_name_or_path: str = ""
     chat_template: str = ""
     gradient_checkpointing: bool = False
-    head_dtype: str = "auto"
+    head_dtype: Literal["auto", "float32"] = "auto"
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -65,7 +66,7 @@ class DataArguments:
     max_length: int = 1024
     max_prompt_length: int = 0
     system_prompt: str = ""
-    on_bad_record: str = "error"
+    on_bad_record: Literal["error", "skip"] = "error"
     shuffle: bool = True
 
 
@@ -126,7 +127,7 @@ class RunArguments:
         seed: seeds data order, sampling and initialization.
         report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio (comma-separated), or none.
         logging_steps: optimizer steps between logged metrics.
-        save_steps: optimizer steps between checkpoints; 0: only at the end or on interrupt.
+        save_steps: optimizer steps between checkpoints; 0: only when interrupted. The final model is always saved.
         save_total_limit: how many checkpoints to keep; 0: all.
         eval_steps: optimizer steps between held-out evaluations; 0: only before and after.
         resume_from_checkpoint: a checkpoint folder, or "latest" in output_dir.
@@ -223,8 +224,55 @@ class GenerateArguments:
     seed: int = 0
 
 
+@dataclass
+class DemoArguments:
+    """The demonstration.
+
+    Args:
+        output_dir: where its models, report.html and summary.json go.
+        seed: seeds the model, the problems, data order and sampling.
+        quick: a run of seconds that shows every stage and learns nothing.
+    """
+
+    output_dir: str = "runs/demo"
+    seed: int = 0
+    quick: bool = False
+
+
 COMMANDS: dict[str, tuple[type, ...]] = {
     "sft": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments),
     "grpo": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments, SamplingArguments, OnlineArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
+    "demo": (DemoArguments,),
 }
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All arguments of one command; sections that the command does not have keep their defaults.
+
+    Attributes:
+        command: a key of `COMMANDS`.
+        loss_options, advantage_options: the rows' own arguments, given as --loss.NAME and --advantage.NAME.
+    """
+
+    command: str = "grpo"
+    model: ModelArguments = field(default_factory=ModelArguments)
+    data: DataArguments = field(default_factory=DataArguments)
+    optim: OptimArguments = field(default_factory=OptimArguments)
+    batch: BatchArguments = field(default_factory=BatchArguments)
+    run: RunArguments = field(default_factory=RunArguments)
+    sampling: SamplingArguments = field(default_factory=SamplingArguments)
+    online: OnlineArguments = field(default_factory=OnlineArguments)
+    generate: GenerateArguments = field(default_factory=GenerateArguments)
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    advantage_options: dict[str, Any] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Any]:
+        """Every argument of the command by flag name, as config.yaml holds them: `--config` reads it back."""
+        flat: dict[str, Any] = {}
+        for section in (self.model, self.data, self.optim, self.batch, self.run, self.sampling, self.online, self.generate):
+            if isinstance(section, COMMANDS[self.command]):
+                flat |= asdict(section)
+        flat |= {f"loss.{name}": value for name, value in self.loss_options.items()}
+        return flat | {f"advantage.{name}": value for name, value in self.advantage_options.items()}

@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,8 @@ class Metrics:
 
     def _discard_after(self, size: int) -> None:
         """After a failed write: drops the unwritten rest and cuts the half-written line off."""
-        try:
+        with suppress(OSError):  # closing flushes, which fails again; the descriptor is closed all the same
             self._file.close()
-        except OSError:
-            pass  # closing flushes, which fails again; the descriptor is closed all the same
         with open(self.path, "r+b") as file:
             file.truncate(size)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115

@@ -81,5 +81,6 @@ def open_trackers(report_to: str, output_dir: Path, run_name: str, config: dict[
         try:
             trackers.append(_KINDS[name](output_dir, run_name, config))
         except ImportError as error:
-            raise ValueError(f'--report_to {name} needs a package that is not installed ({error}): pip install "fastalign[{name}]"') from error
+            remedy = f'pip install "fastalign[{name}]"'
+            raise ValueError(f"--report_to {name} needs a package that is not installed ({error}): {remedy}") from error
     return trackers

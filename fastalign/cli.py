@@ -1,0 +1,159 @@
+"""The command `fastalign`. torch is imported only when a recipe runs, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from . import __version__, catalogue
+from .catalogue import nearest
+from .recipes.arguments import COMMANDS, Arguments, DemoArguments
+from .recipes.flags import ROWS, build, parse, parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 0, 2 for a user's error, 130 when interrupted.
+
+    An error raised by fastalign itself, or by the file system, is one line; FASTALIGN_DEBUG=1 shows the traceback.
+    """
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("fastalign: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastalign algorithms | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get("FASTALIGN_DEBUG") == "1" or not _is_user_error(error):
+            raise
+        print(f"fastalign: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_overview())
+    elif command == "--version":
+        print(f"fastalign {__version__}")
+    elif command not in catalogue.COMMANDS:
+        raise ValueError(nearest(command, catalogue.COMMANDS, prefix="command "))
+    elif command in COMMANDS and not {"-h", "--help"} & set(rest):
+        _start(command, parse(command, rest))
+    elif command in COMMANDS:
+        print(parser(command).format_help(), end="")
+    elif rest and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"fastalign {command} takes no arguments, got {' '.join(rest)}")
+    elif command == "env" and not rest:
+        _print_env()
+    else:
+        print(_tables() if command == "algorithms" else f"fastalign {command}: {catalogue.COMMANDS[command]}")
+    return 0
+
+
+def _start(command: str, values: dict[str, Any]) -> None:
+    """Checks what can be checked without torch, then imports the recipe and runs it."""
+    import logging
+
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("fastalign").setLevel(logging.INFO)
+    if command == "demo":
+        options = DemoArguments(**values)
+        from .recipes import demo
+
+        demo.run(options.output_dir, options.seed, quick=options.quick)
+        return
+    args = build(command, values)
+    check_required(args)
+    if command == "sft":
+        from .recipes import sft
+
+        sft.run(args)
+    elif command == "grpo":
+        from .recipes import online
+
+        online.run(args)
+    else:
+        from .recipes import generate
+
+        generate.run(args.model, args.data, args.sampling, args.generate)
+
+
+def check_required(args: Arguments) -> None:
+    """What a command cannot do without, said before torch is imported.
+
+    Raises:
+        ValueError: a flag is missing.
+        FileNotFoundError: the model or data is a local path, and there is nothing there.
+    """
+    required = {"--model_name_or_path": bool(args.model.model_name_or_path)}
+    required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
+    if args.command == "grpo":
+        required["--reward"] = bool(args.online.reward)
+    missing = [flag for flag, given in required.items() if not given]
+    if missing:
+        raise ValueError(f"fastalign {args.command} needs {' and '.join(missing)}; see fastalign {args.command} -h")
+    paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
+    paths |= {"--dataset_name": args.data.dataset_name, "--eval_dataset_name": args.data.eval_dataset_name}
+    for flag, name in paths.items():
+        if name and _is_local(name) and not Path(name).expanduser().exists():
+            raise FileNotFoundError(f"{flag}: there is no {name} (looked in {Path.cwd()})")
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a path: Hub names are NAME or OWNER/NAME."""
+    data_file = name.endswith((".jsonl", ".json", ".csv", ".parquet"))
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or data_file or "\\" in name
+
+
+def _is_user_error(error: BaseException) -> bool:
+    """Whether fastalign raised it on purpose, or the file system did: a library's own ValueError may be a bug of ours."""
+    if isinstance(error, OSError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:12}{text}" for name, text in catalogue.COMMANDS.items())
+    return (
+        "usage: fastalign COMMAND [--config FILE.yaml] [--flag value ...]\n\n"
+        "Post-training of language models that computes everything once.\n\n"
+        f"commands:\n{commands}\n\n"
+        "  fastalign COMMAND -h lists a command's flags; --version prints the version.\n"
+        "  FASTALIGN_DEBUG=1 shows the traceback of an error."
+    )
+
+
+def _tables() -> str:
+    blocks = []
+    for flag, table in ROWS.items():
+        lines = [f"--{flag}"]
+        for name, entry in table.items():
+            lines.append(f"  {name:23}{entry.help} [{entry.paper}]")
+            if entry.options:
+                lines.append(f"  {'':23}{'  '.join(f'--{flag}.{option}' for option in entry.options)}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _print_env() -> None:
+    from .environment import env
+
+    for name, value in env().items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, item in value.items():
+                print(f"  {key:24}{item}")
+        else:
+            print(f"{name:26}{value}")

@@ -1,0 +1,227 @@
+"""Flags and YAML into the arguments' dataclasses: one conversion for both, errors that name the nearest valid ones."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from .. import catalogue
+from ..catalogue import nearest
+from .arguments import COMMANDS, Arguments, OnlineArguments
+
+ROWS: dict[str, Mapping[str, catalogue.Entry]] = {
+    "algorithm": catalogue.ALGORITHMS,
+    "loss": catalogue.POLICY_LOSSES,
+    "advantage": catalogue.ADVANTAGES,
+    "aggregate": catalogue.AGGREGATES,
+}
+_ROW_OPTION = re.compile(r"(loss|advantage)\.\w+")  # --loss.epsilon: an argument of the row itself
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+
+
+def parse(command: str, argv: list[str]) -> dict[str, Any]:
+    """Values by flag name: those of --config, overridden by flags. What is given nowhere is left out.
+
+    Raises:
+        ValueError: an unknown flag or key (the nearest are named), a value of the wrong type, an unknown choice.
+        FileNotFoundError: the --config file does not exist.
+    """
+    rest, options = _split_row_options(command, argv)
+    given, unknown = parser(command).parse_known_args(rest)
+    for token in unknown:
+        if not token.startswith("-"):
+            raise ValueError(f"unexpected argument {token!r}: every value belongs to a flag; see fastalign {command} -h")
+        name = token.lstrip("-").partition("=")[0]
+        raise ValueError(f"{nearest(name, _names(command), prefix='--')} See fastalign {command} -h")
+    flags, kinds = vars(given), flag_types(command)
+    config = flags.pop("config")
+    values = _read_config(command, Path(config)) if config else {}
+    values |= {name: convert(name, kinds[name], value, f"--{name}") for name, value in flags.items()}
+    return values | options
+
+
+def build(command: str, values: Mapping[str, Any]) -> Arguments:
+    """Distributes values by flag name over the command's dataclasses."""
+    homes = {kind: section for section, kind in get_type_hints(Arguments).items()}
+    sections: dict[str, Any] = {}
+    for kind in COMMANDS[command]:
+        sections[homes[kind]] = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    for row in ("loss", "advantage"):
+        sections[f"{row}_options"] = {name.removeprefix(f"{row}."): v for name, v in values.items() if name.startswith(f"{row}.")}
+    return Arguments(command=command, **sections)
+
+
+@cache
+def flag_types(command: str) -> dict[str, Any]:
+    """Every flag of a command with its type."""
+    return {name: kind for section in COMMANDS[command] for name, kind in get_type_hints(section).items()}
+
+
+def flag_help(section: type) -> dict[str, str]:
+    """Each field's line in the docstring's "Args:"."""
+    _, _, text = (section.__doc__ or "").partition("Args:\n")
+    found = re.findall(r"^        (\w+): (.*(?:\n {9,}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(line.split()) for name, line in found}
+
+
+def convert(name: str, kind: Any, value: Any, where: str) -> Any:
+    """A value from the command line (text) or from YAML, as flag `name`'s type `kind`.
+
+    Raises:
+        ValueError: says where the value was given, what was expected and what was got.
+    """
+    if get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [convert(name, get_args(kind)[0], item, where) for item in items]
+    if NoneType in get_args(kind):
+        inner = next(arg for arg in get_args(kind) if arg is not NoneType)
+        return None if value in (None, "none", "null") else convert(name, inner, value, where)
+    if get_origin(kind) is Literal:
+        return _choice(value, get_args(kind), where)
+    if name in ROWS and value != "":
+        return _choice(value, ROWS[name], where)
+    converted = _scalar(kind, value)
+    if converted is None:
+        raise ValueError(f"{where}: expected {_EXPECTED[kind]}, got {value!r}")
+    return converted
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+@cache
+def parser(command: str) -> argparse.ArgumentParser:
+    """argparse splits the words and lays out the help; `convert` reads the values, as it reads YAML's."""
+    result = _Parser(
+        prog=f"fastalign {command}",
+        usage=f"fastalign {command} [--config FILE.yaml] [--flag value ...]",
+        description=catalogue.COMMANDS[command],
+        epilog=_epilog(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--config", metavar="FILE", help="YAML of flag: value; flags on the command line override it")
+    for section in COMMANDS[command]:
+        group = result.add_argument_group((section.__doc__ or "").partition(".")[0])
+        texts, kinds, defaults = flag_help(section), get_type_hints(section), section()
+        for f in fields(section):
+            _add_flag(group, f.name, kinds[f.name], getattr(defaults, f.name), texts[f.name])
+    return result
+
+
+def _add_flag(group: Any, name: str, kind: Any, default: Any, text: str) -> None:
+    if default not in ("", None, []):
+        text += f" (default: {str(default).lower() if kind is bool else default})"
+    options: dict[str, Any] = {"metavar": _metavar(kind), "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if get_origin(kind) is list:
+        options |= {"nargs": "+", "action": "extend"}
+    elif kind is bool:
+        options |= {"nargs": "?", "const": True}
+    group.add_argument(f"--{name}", **options)
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(get_args(kind)) + "}"
+    inner = next((arg for arg in get_args(kind) if arg is not NoneType), kind)
+    return {int: "N", float: "X", str: "TEXT", bool: "BOOL"}[inner]
+
+
+def _epilog(command: str) -> str:
+    if OnlineArguments not in COMMANDS[command]:
+        return ""
+    rows = "\n".join(f"  --{flag:10} {', '.join(table)}" for flag, table in ROWS.items())
+    return f"rows (fastalign algorithms says more):\n{rows}\n  a row's own arguments: --loss.NAME VALUE, --advantage.NAME VALUE"
+
+
+def _names(command: str) -> list[str]:
+    return [*flag_types(command), "config", "help"]
+
+
+def _split_row_options(command: str, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes --loss.NAME VALUE and --advantage.NAME VALUE out; dashes in the other flags' names become underscores."""
+    rest: list[str] = []
+    options: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or " " in flag:
+            rest.append(word)
+        elif _ROW_OPTION.fullmatch(name) and OnlineArguments in COMMANDS[command]:
+            text = value if equals else next(words, None)
+            if text is None:
+                raise ValueError(f"{flag}: expected a value")
+            options[name] = _literal(text)
+        else:
+            rest.append(f"--{name}{equals}{value}")
+    return rest, options
+
+
+def _literal(text: str) -> Any:
+    """A row's argument: its type is known only to the row, so numbers, booleans and none are read as such."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    words = {"true": True, "false": False, "none": None, "null": None}
+    return words.get(text.lower(), text)
+
+
+def _read_config(command: str, path: Path) -> dict[str, Any]:
+    import yaml  # deferred: only --config needs it
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: there is no file {path}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected flag: value lines, got {type(loaded).__name__}")
+    kinds, values = flag_types(command), {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if _ROW_OPTION.fullmatch(name) and OnlineArguments in COMMANDS[command]:
+            values[name] = _literal(value) if isinstance(value, str) else value
+        elif name in kinds:
+            values[name] = convert(name, kinds[name], value, f"--config {path}: {key}")
+        else:
+            raise ValueError(f"--config {path}: {nearest(name, kinds, prefix='key ')}")
+    return values
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    """None where the value is not of the type. YAML reads 1e-5 as text, so text is looked into."""
+    if kind is bool:
+        return value if isinstance(value, bool) else _BOOLEANS.get(str(value).lower())
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if kind is str:
+        return str(value)
+    try:
+        if kind is int and isinstance(value, str | int):
+            return int(value)
+        number = float(value)
+    except ValueError:
+        return None
+    if kind is int:
+        return int(number) if number.is_integer() else None
+    return number if math.isfinite(number) else None
+
+
+def _choice(value: Any, valid: Iterable[str], where: str) -> str:
+    if value not in tuple(valid):
+        raise ValueError(f"{where}: {nearest(str(value), valid)}")
+    return value
