@@ -1,0 +1,24 @@
+// AdamW over flat, contiguous tensors, in one pass. Grad: float, or uint16_t for bf16.
+#pragma once
+#include <cstdint>
+
+#include "../math/adamw.h"
+#include "isa.h"
+
+namespace fa {
+
+template <typename Grad>
+struct AdamWStep {
+  float* param;      // fp32 weights, or null
+  uint16_t* weight;  // bf16 weights with their tails, where param is null
+  int16_t* tail;
+  const Grad* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  int64_t size;
+  math::AdamW options;
+};
+
+}  // namespace fa
+
+FA_DECLARE(void adamw_step(const AdamWStep<float>& step); void adamw_step(const AdamWStep<uint16_t>& step);)

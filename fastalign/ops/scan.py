@@ -1,0 +1,148 @@
+"""Backward scans over packed sequences: generalized advantage estimation and discounted returns.
+
+Both are affine recurrences y_t = shift_t + scale_t * y_{t+1} inside each sequence. The native kernel walks each sequence
+backwards once; the reference composes the maps by doubling, in log2(longest) vectorized steps on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import backend_for, load_native
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    mask: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv:1506.02438, Eq. 16) over packed sequences.
+
+    advantage_t = delta_t + gamma * lam * advantage_{t+1}, delta_t = reward_t + gamma * value_{t+1} - value_t, where t + 1 is the
+    next token of the sequence that is not a hole.
+
+    Args:
+        rewards: [T] fp32 or fp64.
+        values: [T], same dtype.
+        cu_seqlens: [S+1] int32 offsets from 0 to T; empty sequences are allowed.
+        gamma: discount a token.
+        lam: one number, or [S] one a sequence.
+        mask: [T] bool, False for a hole (an environment's token): advantage and value go through it unchanged, its reward is not
+            read, and its own entry of the result repeats the advantage that comes after it.
+        bootstrap: [S] value after the last token, for sequences that were cut; 0 when None.
+
+    Returns:
+        advantages [T] and returns [T] = advantages + values, in the dtype of the rewards; no gradient flows through them.
+
+    Raises:
+        ValueError: shapes, dtypes or offsets are wrong.
+    """
+    num_tokens, cu = _check("gae", rewards, cu_seqlens)
+    num_sequences = len(cu) - 1
+    _expect("gae: values", values, rewards.dtype, num_tokens)
+    if mask is not None:
+        _expect("gae: mask", mask, torch.bool, num_tokens)
+    if bootstrap is not None:
+        _expect("gae: bootstrap", bootstrap, rewards.dtype, num_sequences)
+    if isinstance(lam, Tensor):
+        _expect("gae: lam", lam, lam.dtype, num_sequences)
+    lams = torch.as_tensor(lam, dtype=torch.float64, device=rewards.device).detach().expand(num_sequences).contiguous()
+    if backend_for("scan", rewards.device) != "native":
+        return _reference_gae(rewards, values, cu, gamma, lams, mask, bootstrap)
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    no_mask, no_bootstrap = torch.empty(0, dtype=torch.bool), rewards.new_empty(0)
+    masked = no_mask if mask is None else mask.contiguous()
+    ends = no_bootstrap if bootstrap is None else bootstrap.contiguous()
+    module, _ = load_native()
+    assert module is not None
+    module.gae(rewards.contiguous(), values.contiguous(), cu, masked, ends, lams, gamma, advantages, returns)
+    return advantages, returns
+
+
+@torch.no_grad()
+def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """return_t = reward_t + gamma * return_{t+1} over packed sequences.
+
+    Args:
+        rewards: [T] fp32 or fp64.
+        cu_seqlens: [S+1] int32 offsets from 0 to T; empty sequences are allowed.
+        gamma: discount a token.
+
+    Returns:
+        [T], in the dtype of the rewards; no gradient flows through it.
+
+    Raises:
+        ValueError: shapes, dtypes or offsets are wrong.
+    """
+    _, cu = _check("discounted_returns", rewards, cu_seqlens)
+    if backend_for("scan", rewards.device) != "native":
+        scale = torch.full_like(rewards, gamma, dtype=torch.float64)
+        return _reference_scan(scale, rewards.double(), cu).to(rewards.dtype)
+    returns = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    module, _ = load_native()
+    assert module is not None
+    module.discounted_returns(rewards.contiguous(), cu, gamma, returns)
+    return returns
+
+
+def _expect(what: str, tensor: Tensor, dtype: torch.dtype, size: int) -> None:
+    if tensor.dtype != dtype or tensor.shape != (size,):
+        raise ValueError(f"{what}: expected {dtype} [{size}], got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _check(what: str, rewards: Tensor, cu_seqlens: Tensor) -> tuple[int, Tensor]:
+    """The number of tokens, and the offsets as int32 on the CPU."""
+    if rewards.dim() != 1 or rewards.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{what}: rewards: expected float32 or float64 [T], got {rewards.dtype} {list(rewards.shape)}")
+    cu = cu_seqlens.to("cpu", torch.int32).contiguous()
+    rises = cu.dim() == 1 and len(cu) > 0 and int(cu[0]) == 0 and int(cu[-1]) == len(rewards) and bool((cu[1:] >= cu[:-1]).all())
+    if not rises:
+        raise ValueError(f"{what}: cu_seqlens must rise from 0 to the {len(rewards)} tokens, got {cu_seqlens.flatten().tolist()[:16]}")
+    return len(rewards), cu
+
+
+def _reference_gae(
+    rewards: Tensor, values: Tensor, cu: Tensor, gamma: float, lams: Tensor, mask: Tensor | None, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    device, num_tokens = rewards.device, len(rewards)
+    sequence, ends = _owners(cu, device)
+    valid = torch.ones(num_tokens, dtype=torch.bool, device=device) if mask is None else mask
+    tokens = torch.arange(num_tokens, device=device)
+    here_or_after = torch.where(valid, tokens, num_tokens).flip(0).cummin(0).values.flip(0) if num_tokens else tokens
+    after = torch.cat((here_or_after[1:], here_or_after.new_full((min(num_tokens, 1),), num_tokens)))
+    tail = torch.zeros(len(cu) - 1, dtype=torch.float64, device=device) if bootstrap is None else bootstrap.double()
+    last = max(num_tokens - 1, 0)
+    next_value = torch.where(after < ends, values.double()[after.clamp(max=last)], tail[sequence])
+    delta = rewards.double() + gamma * next_value - values.double()
+    scale, shift = torch.where(valid, gamma * lams[sequence], 1.0), torch.where(valid, delta, 0.0)
+    advantages = _reference_scan(scale, shift, cu)
+    return advantages.to(rewards.dtype), (advantages + values.double()).to(rewards.dtype)
+
+
+def _owners(cu: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each token's sequence, and where that sequence ends."""
+    lengths = (cu[1:] - cu[:-1]).long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return sequence.to(device), cu.long()[1:][sequence].to(device)
+
+
+def _reference_scan(scale: Tensor, shift: Tensor, cu: Tensor) -> Tensor:
+    """y_t = shift_t + scale_t * y_{t+1} in each sequence: after k steps a token's map spans 2^k tokens."""
+    _, ends = _owners(cu, shift.device)
+    tokens = torch.arange(len(shift), device=shift.device)
+    longest = int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0
+    step = 1
+    while step < longest:
+        inside = tokens + step < ends
+        other = (tokens + step).clamp(max=len(shift) - 1)
+        shift = torch.where(inside, shift + scale * shift[other], shift)
+        scale = torch.where(inside, scale * scale[other], scale)
+        step *= 2
+    return shift
