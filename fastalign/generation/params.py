@@ -1,0 +1,128 @@
+"""What is asked of the engine and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the completions of one prompt are drawn.
+
+    The distribution is made in this order: temperature, top-k, top-p (of what top-k left), min-p. Tokens that tie with the
+    last one kept are kept too.
+
+    Args:
+        n: completions of the prompt; the prompt is forwarded once for all of them.
+        temperature: softmax temperature; 0 takes the most probable token.
+        top_p: keep the smallest set of most probable tokens with this probability; 1: off.
+        top_k: keep the k most probable tokens; 0: off.
+        min_p: keep tokens at least this fraction of the most probable one; 0: off.
+        max_tokens: most tokens of a completion, stop token included.
+        min_tokens: no stop token is drawn, and no stop string ends the completion, before this many tokens.
+        stop: text that ends a completion; `.text` ends before it, `.token_ids` and the log-probs include its tokens.
+        stop_token_ids: token ids that end a completion, besides the model's end-of-sequence tokens.
+        ignore_eos: the model's end-of-sequence tokens do not stop.
+        seed: the random key is (seed, request, sample, position); None draws fresh.
+        logprobs: return `.logprobs`, `.raw_logprobs` and `.kept_mass`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._expect(self.n >= 1, "n", ">= 1")
+        self._expect(0 <= self.temperature < float("inf"), "temperature", "finite and >= 0")
+        self._expect(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        self._expect(self.top_k >= 0, "top_k", ">= 0 (0: off)")
+        self._expect(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        self._expect(self.max_tokens >= 1, "max_tokens", ">= 1")
+        self._expect(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"in [0, max_tokens={self.max_tokens}]")
+        self._expect(all(self.stop), "stop", "non-empty strings")
+        self._expect(self.seed is None or 0 <= self.seed < 2**64, "seed", "in [0, 2**64) or None")
+
+    def _expect(self, holds: bool, name: str, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"SamplingParams: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the sampled distribution can lack tokens that the model gives mass to."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.min_tokens > 0)
+
+
+@dataclass
+class CompletionOutput:
+    """One completion.
+
+    Attributes:
+        index: which of the prompt's n samples this is.
+        token_ids: the stop token, or the tokens of the stop string, included.
+        text: without the stop token or stop string; empty when the engine has no tokenizer.
+        logprobs: nats, of the distribution that was sampled; None when not asked for.
+        raw_logprobs: nats, of the model at temperature 1 with no truncation.
+        kept_mass: the probability that truncation left, a token; None when nothing was truncated.
+        weight_versions: the engine's weight version at each token.
+        finish_reason: "stop", "length", or "abort".
+        stop_reason: the token id or the string that stopped it.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str = ""
+    logprobs: list[float] | None = None
+    raw_logprobs: list[float] | None = None
+    kept_mass: list[float] | None = None
+    weight_versions: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its completions, `outputs[j].index == j`."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+@dataclass
+class Stats:
+    """What the engine has done since it was made (or since `reset`); counts.
+
+    Attributes:
+        steps: forward passes.
+        prompt_tokens: prompt tokens forwarded for the first time: a group's prompt counts once.
+        recomputed_tokens: tokens forwarded again after a preemption.
+        decoded_tokens: tokens drawn.
+        preemptions: sequences that had to give their blocks back.
+        copied_blocks: blocks copied on write after a fork.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    recomputed_tokens: int = 0
+    decoded_tokens: int = 0
+    preemptions: int = 0
+    copied_blocks: int = 0
+
+    def reset(self) -> None:
+        """Sets every count to zero."""
+        self.__init__()  # type: ignore[misc]

@@ -1,0 +1,143 @@
+"""Prompts as given become groups that the scheduler can place; everything that can be wrong with them is said here."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from fastalign.generation.params import SamplingParams
+from fastalign.generation.scheduler import MAX_SAMPLES, Group
+from fastalign.generation.stops import StopTable
+from fastalign.models.backbone import causal_lm, head_of
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt to complete.
+
+    Attributes:
+        index: its place in the call.
+        ids: int64 token ids.
+        params: how to sample.
+        key: the request part of the random key.
+        text: the prompt as given, when it was text.
+    """
+
+    index: int
+    ids: NDArray[np.int64]
+    params: SamplingParams
+    key: int
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model allows.
+
+    Attributes:
+        vocab_size: rows of the head. num_embeddings: token ids that a prompt may hold.
+        max_length: tokens of a sequence, or None.
+        eos: end-of-sequence token ids.
+    """
+
+    vocab_size: int
+    num_embeddings: int
+    max_length: int | None
+    eos: frozenset[int]
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any) -> Limits:
+        base = causal_lm(model)
+        config = base.config.get_text_config()
+        vocab_size = head_of(model).weight.shape[0]
+        named = (getattr(base.generation_config, "eos_token_id", None), config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
+        eos = {int(i) for ids in named if ids is not None for i in (ids if isinstance(ids, Sequence) else [ids])}
+        longest = getattr(config, "max_position_embeddings", None)
+        embeddings = base.get_input_embeddings().weight.shape[0]
+        return cls(vocab_size, embeddings, longest, frozenset(i for i in eos if 0 <= i < vocab_size))
+
+
+def read_requests(
+    prompts: str | Sequence[Any], params: SamplingParams | Sequence[SamplingParams], tokenizer: Any, keys: Sequence[int] | None = None
+) -> list[Request]:
+    """Prompts of any accepted form as requests.
+
+    Raises:
+        ValueError: text without a tokenizer, or not one SamplingParams (or key) a prompt.
+        TypeError: a prompt that is neither text nor token ids.
+    """
+    several = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+    each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
+    keys = range(len(several)) if keys is None else keys
+    for name, values in (("SamplingParams", each), ("request id", keys)):
+        if len(values) != len(several):
+            raise ValueError(f"generate: expected one {name} a prompt, got {len(values)} for {len(several)} prompts")
+    return [_request(i, *parts, tokenizer) for i, parts in enumerate(zip(several, each, keys, strict=True))]
+
+
+def _is_ids(prompt: Any) -> bool:
+    first = prompt[0] if len(prompt) else None
+    return isinstance(first, int | np.integer) or (hasattr(prompt, "ndim") and prompt.ndim == 1)
+
+
+def _request(index: int, prompt: Any, params: SamplingParams, key: int, tokenizer: Any) -> Request:
+    if tokenizer is None and (isinstance(prompt, str) or params.stop):
+        what = "a text prompt" if isinstance(prompt, str) else "stop strings"
+        raise ValueError(f"generate: request {index} has {what}, which need a tokenizer: Engine(model, tokenizer)")
+    text = prompt if isinstance(prompt, str) else None
+    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+    try:
+        array = np.array(ids, dtype=object if not len(ids) else None)
+        array = array.astype(np.int64, casting="same_kind") if len(ids) else np.empty(0, np.int64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"generate: prompt {index} must be text or a list of token ids, got {type(prompt).__name__}") from error
+    return Request(index, array.reshape(-1), params, int(key), text)
+
+
+def groups_of(requests: Sequence[Request], limits: Limits, stops: StopTable, tokenizer: Any) -> list[Group]:
+    """Checks the requests against the model and makes the scheduler's groups."""
+    fresh = secrets.randbits(64)
+    groups = []
+    for request in requests:
+        _check(request, limits)
+        params, length = request.params, len(request.ids)
+        limit = min(length + params.max_tokens, limits.max_length or length + params.max_tokens)
+        stop_set = stops.add(stop_ids(params, limits, tokenizer))
+        seed = fresh if params.seed is None else params.seed
+        groups.append(Group(request.index, request.ids, params, seed, request.key, limit, stop_set))
+    return groups
+
+
+def stop_ids(params: SamplingParams, limits: Limits, tokenizer: Any) -> Iterable[int]:
+    """The token ids that end a completion; a stop string that is one special token counts as its id."""
+    special = [s for s in params.stop if s in getattr(tokenizer, "all_special_tokens", ())]
+    ids = {*params.stop_token_ids, *(tokenizer.convert_tokens_to_ids(s) for s in special), *(() if params.ignore_eos else limits.eos)}
+    bad = [i for i in ids if not 0 <= i < limits.vocab_size]
+    if bad:
+        raise ValueError(f"generate: stop_token_ids must be in [0, vocabulary size {limits.vocab_size}), got {bad[0]}")
+    return ids
+
+
+def _check(request: Request, limits: Limits) -> None:
+    ids, index = request.ids, request.index
+    if not len(ids):
+        raise ValueError(f"generate: prompt {index} is empty; give it at least one token (the beginning-of-sequence token, say)")
+    if limits.max_length is not None and len(ids) >= limits.max_length:
+        raise ValueError(
+            f"generate: prompt {index} has {len(ids)} tokens, expected at most {limits.max_length - 1}: the model's longest sequence"
+            f" is {limits.max_length} (max_position_embeddings) and a completion needs one; shorten the prompt"
+        )
+    bad = np.flatnonzero((ids < 0) | (ids >= limits.num_embeddings))
+    if len(bad):
+        raise ValueError(
+            f"generate: prompt {index} must hold token ids in [0, vocabulary size {limits.num_embeddings}), got {ids[bad[0]]}"
+            f" at position {bad[0]}; is the tokenizer larger than the model?"
+        )
+    if request.params.n > MAX_SAMPLES:
+        raise ValueError(f"generate: n must be at most {MAX_SAMPLES}, got {request.params.n} for prompt {index}")

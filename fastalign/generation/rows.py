@@ -1,0 +1,151 @@
+"""The live sequences as columns of preallocated arrays, so that a step costs a few array operations however many there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .params import SamplingParams
+
+Array = NDArray[np.generic]
+
+
+@dataclass(eq=False)
+class Record:
+    """What was drawn for one completion so far; arrays of one length.
+
+    Attributes:
+        tokens: int64.
+        logprobs, raw_logprobs, kept_mass: fp32.
+        versions: int32, the weight version at each token.
+    """
+
+    tokens: Array
+    logprobs: Array
+    raw_logprobs: Array
+    kept_mass: Array
+    versions: Array
+
+    @classmethod
+    def empty(cls) -> Record:
+        floats = np.empty(0, np.float32)
+        return cls(np.empty(0, np.int64), floats, floats, floats, np.empty(0, np.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class RowSpec:
+    """What a row is filled from: the constants of its sequence.
+
+    Attributes:
+        params: of its request.
+        seed, request, sample: the random key.
+        limit: tokens, prompt included, at which the sequence ends.
+        stop_set: row of the engine's stop table.
+        order: sort key: request arrival, then sample.
+        draws: samples drawn when its known tokens have been forwarded (n for a prompt that will fork).
+    """
+
+    params: SamplingParams
+    seed: int
+    request: int
+    sample: int
+    limit: int
+    stop_set: int
+    order: int
+    draws: int
+
+
+class Rows:
+    """R rows, each one live sequence of at most W tokens, C of them completion.
+
+    Attributes, all [R] unless said otherwise:
+        tokens: [R, W] int64, prompt and completion.
+        logprobs, raw_logprobs, kept_mass: [R, C] fp32, versions: [R, C] int32; column 0 is the first completion token.
+        length: tokens known; computed: tokens whose keys and values are in the cache (0 <= computed < length).
+        high_water: tokens forwarded at least once; forwarding below it is recomputation.
+        table: [R, max_blocks] int32; num_blocks: entries in use.
+        limit, min_length: total tokens at which a sequence ends, and before which it does not stop.
+        draws: samples drawn when all known tokens have been forwarded.
+        scans: whether stop strings are looked for.
+    """
+
+    length: NDArray[np.int64]
+    computed: NDArray[np.int64]
+    high_water: NDArray[np.int64]
+    num_blocks: NDArray[np.int64]
+    prompt_length: NDArray[np.int64]
+    limit: NDArray[np.int64]
+    min_length: NDArray[np.int64]
+    stop_set: NDArray[np.int64]
+    request: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    order: NDArray[np.int64]
+    draws: NDArray[np.int64]
+    top_k: NDArray[np.int64]
+    temperature: NDArray[np.float32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    CONSTANTS = ("temperature", "top_p", "top_k", "min_p", "seed", "request", "limit", "stop_set", "min_length", "prompt_length", "scans")
+
+    def __init__(self, num_rows: int, width: int, completion_width: int, max_blocks: int) -> None:
+        self.num_rows = num_rows
+        self.tokens = np.zeros((num_rows, width), np.int64)
+        self.logprobs = np.zeros((num_rows, completion_width), np.float32)
+        self.raw_logprobs = np.zeros((num_rows, completion_width), np.float32)
+        self.kept_mass = np.ones((num_rows, completion_width), np.float32)
+        self.versions = np.zeros((num_rows, completion_width), np.int32)
+        self.table = np.zeros((num_rows, max_blocks), np.int32)
+        ints = ("length", "computed", "num_blocks", "sample", "order", "draws", "high_water")
+        for name in (*ints, "request", "limit", "stop_set", "min_length", "prompt_length", "top_k"):
+            setattr(self, name, np.zeros(num_rows, np.int64))
+        for name in ("temperature", "top_p", "min_p"):
+            setattr(self, name, np.zeros(num_rows, np.float32))
+        self.seed = np.zeros(num_rows, np.uint64)
+        self.scans = np.zeros(num_rows, bool)
+
+    def fill(self, row: int, prompt: Array, record: Record, spec: RowSpec) -> None:
+        """Puts a sequence into `row`: its prompt, what was drawn already, and its constants."""
+        start, drawn = len(prompt), len(record.tokens)
+        self.tokens[row, :start] = prompt
+        self.tokens[row, start : start + drawn] = record.tokens
+        for name in ("logprobs", "raw_logprobs", "kept_mass", "versions"):
+            getattr(self, name)[row, :drawn] = getattr(record, name)
+        self.length[row], self.prompt_length[row] = start + drawn, start
+        params = spec.params
+        self.temperature[row], self.top_p[row], self.top_k[row], self.min_p[row] = (
+            params.temperature,
+            params.top_p,
+            params.top_k,
+            params.min_p,
+        )
+        self.seed[row], self.request[row], self.sample[row] = spec.seed, spec.request, spec.sample
+        self.limit[row], self.stop_set[row], self.min_length[row] = spec.limit, spec.stop_set, start + params.min_tokens
+        self.order[row], self.draws[row], self.scans[row] = spec.order, spec.draws, bool(params.stop)
+
+    def copy_prompt(self, source: int, target: int) -> None:
+        """Makes `target` another sample of the sequence in `source`, with the same blocks and no completion yet."""
+        length = self.length[source]
+        self.tokens[target, :length] = self.tokens[source, :length]
+        self.table[target, : self.num_blocks[source]] = self.table[source, : self.num_blocks[source]]
+        for name in (*self.CONSTANTS, "length", "computed", "num_blocks", "high_water"):
+            column = getattr(self, name)
+            column[target] = column[source]
+        self.draws[target] = 1
+
+    def record(self, row: int) -> Record:
+        """A copy of what was drawn in `row`."""
+        start, end = self.prompt_length[row], self.length[row]
+        drawn = end - start
+        return Record(
+            self.tokens[row, start:end].copy(),
+            self.logprobs[row, :drawn].copy(),
+            self.raw_logprobs[row, :drawn].copy(),
+            self.kept_mass[row, :drawn].copy(),
+            self.versions[row, :drawn].copy(),
+        )
+
+    def blocks(self, row: int) -> NDArray[np.int32]:
+        """The blocks that `row` holds, a view."""
+        return self.table[row, : self.num_blocks[row]]

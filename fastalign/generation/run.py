@@ -1,0 +1,145 @@
+"""One call's work: steps until every sample has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastalign.generation.rows import Record, Rows
+from fastalign.generation.runner import Runner
+from fastalign.generation.sampler import Drawn, Draws, Sampler
+from fastalign.generation.scheduler import Group, Member, Scheduler
+from fastalign.generation.stops import StopScanner, StopTable
+
+
+class Run:
+    """Puts scheduler, runner and sampler together.
+
+    Args:
+        rows, scheduler, runner, sampler, stops: of this call.
+        tokenizer: for stop strings.
+        version: the weight version that is recorded with every token.
+        on_finish: called with the number of samples that ended in a step.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: Sampler,
+        stops: StopTable,
+        *,
+        tokenizer: Any,
+        version: int,
+        on_finish: Callable[[int], object],
+    ) -> None:
+        self.rows, self.scheduler, self.runner, self.sampler, self.stops = rows, scheduler, runner, sampler, stops
+        self.tokenizer, self.version, self.on_finish = tokenizer, version, on_finish
+
+    def step(self) -> None:
+        """Forwards one plan and draws for the sequences whose known tokens are all in the cache."""
+        plan = self.scheduler.schedule()
+        hidden = self.runner.forward(plan)
+        at = self.scheduler.advance(plan)
+        if not len(at):
+            return
+        drawing = plan.rows[at]
+        draws = Draws.of(self.rows, drawing)
+        drawn = self.sampler.draw(self.runner.select(hidden, at), draws)
+        self._check_finite(draws, drawn)
+        self.scheduler.stats.decoded_tokens += len(drawn.tokens)
+        self._commit(draws, drawn, self._targets(draws, drawing))
+
+    def _targets(self, draws: Draws, drawing: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[D] the row that takes each draw; -1 where a forked sample found none."""
+        if len(draws.source) == len(drawing):
+            return draws.source
+        targets = draws.source.copy()
+        count = self.rows.draws[drawing]
+        first = np.cumsum(count) - count
+        for i in np.flatnonzero(count > 1):
+            targets[first[i] : first[i] + count[i]] = self.scheduler.fork(int(drawing[i]))
+        return targets
+
+    def _commit(self, draws: Draws, drawn: Drawn, targets: NDArray[np.int64]) -> None:
+        """Appends the draws to their sequences, and ends those that stop."""
+        rows, source, tokens = self.rows, draws.source, drawn.tokens
+        length = draws.position + 1
+        may_stop = length >= rows.min_length[source]
+        stopped = may_stop & self.stops.table[rows.stop_set[source], tokens]
+        ended = stopped | (length >= rows.limit[source])
+        scanned = np.flatnonzero(rows.scans[source])
+        owners = self._owners(draws, targets) if len(scanned) or ended.any() or (targets < 0).any() else []
+        self._append(drawn, targets, draws.position - rows.prompt_length[source])
+        for i in scanned:
+            found = self._scan(owners[i], int(tokens[i]))
+            if found is not None and may_stop[i] and not stopped[i]:
+                owners[i].stop_reason, stopped[i], ended[i] = found, True, True
+        self._settle(draws, drawn, targets, owners)
+        self._end(owners, tokens, stopped, ended)
+
+    def _append(self, drawn: Drawn, targets: NDArray[np.int64], column: NDArray[np.int64]) -> None:
+        rows = self.rows
+        placed = slice(None) if (targets >= 0).all() else targets >= 0
+        row, column = targets[placed], column[placed]
+        rows.tokens[row, rows.length[row]] = drawn.tokens[placed]
+        rows.logprobs[row, column] = drawn.logprobs[placed]
+        rows.raw_logprobs[row, column] = drawn.raw_logprobs[placed]
+        rows.kept_mass[row, column] = drawn.kept_mass[placed]
+        rows.versions[row, column] = self.version
+        rows.length[row] += 1
+
+    def _owners(self, draws: Draws, targets: NDArray[np.int64]) -> list[Member]:
+        owners = []
+        for source, target, sample in zip(draws.source.tolist(), targets.tolist(), draws.sample.tolist(), strict=True):
+            member = self.scheduler.member[target if target >= 0 else source]
+            assert member is not None
+            owners.append(member if target >= 0 else member.group.members[sample - member.group.first_sample])
+        return owners
+
+    def _scan(self, member: Member, token: int) -> str | None:
+        if member.scanner is None:
+            member.scanner = StopScanner(self.tokenizer, member.group.params.stop)
+        return member.scanner.push(token)
+
+    def _settle(self, draws: Draws, drawn: Drawn, targets: NDArray[np.int64], owners: list[Member]) -> None:
+        """Forked samples without a row keep their first token as a record."""
+        for i in np.flatnonzero(targets < 0):
+            one = slice(i, i + 1)
+            floats = (drawn.logprobs[one].copy(), drawn.raw_logprobs[one].copy(), drawn.kept_mass[one].copy())
+            owners[i].record = Record(drawn.tokens[one].copy(), *floats, np.full(1, self.version, np.int32))
+
+    def _end(self, owners: list[Member], tokens: NDArray[np.int64], stopped: NDArray[np.bool_], ended: NDArray[np.bool_]) -> None:
+        for i in np.flatnonzero(ended):
+            owners[i].finish_reason = "stop" if stopped[i] else "length"
+            if stopped[i] and owners[i].stop_reason is None:
+                owners[i].stop_reason = int(tokens[i])
+        waiting: dict[int, list[Member]] = {}
+        for member in owners:
+            if member.row < 0 and not member.finish_reason:
+                waiting.setdefault(member.group.index, []).append(member)
+        for members in waiting.values():  # before a sibling's blocks are given back
+            self.scheduler.wait(members)
+        if ended.any():
+            self.scheduler.finish([owners[i] for i in np.flatnonzero(ended) if owners[i].row >= 0])
+            self.on_finish(int(ended.sum()))
+
+    def _check_finite(self, draws: Draws, drawn: Drawn) -> None:
+        bad = np.flatnonzero(drawn.tokens < 0)
+        if not len(bad):
+            return
+        member = self.scheduler.member[int(draws.source[bad[0]])]
+        assert member is not None
+        where = f"request {member.group.index}, sample {int(draws.sample[bad[0]])}, position {int(draws.position[bad[0]])}"
+        raise FloatingPointError(
+            f"generate: the logits of {where} (and {len(bad) - 1} more) hold NaN or +inf, or are all -inf; are the weights finite?"
+        )
+
+
+def finished(groups: list[Group]) -> bool:
+    """Whether every sample of every group has ended: our own invariant after a run."""
+    return all(group.forked and all(member.finish_reason for member in group.members) for group in groups)

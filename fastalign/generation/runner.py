@@ -1,0 +1,114 @@
+"""One forward pass over the paged cache."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastalign.generation.rows import Rows
+from fastalign.generation.scheduler import Plan
+from fastalign.models.backbone import causal_lm, paged_hidden_states
+from fastalign.ops.attention import PagedLayout
+
+
+class KVCache:
+    """Keys and values of every layer in one tensor [2, layers, num_blocks, kv_heads, block_size, head_dim].
+
+    Args:
+        model: tells the shapes, the dtype and the device.
+        num_blocks, block_size: of the cache.
+    """
+
+    def __init__(self, model: nn.Module, num_blocks: int, block_size: int) -> None:
+        layers, heads, head_dim = cache_shape(model)
+        weight = next(causal_lm(model).parameters())
+        self.num_blocks = num_blocks
+        self.data = torch.zeros(2, layers, num_blocks, heads, block_size, head_dim, dtype=weight.dtype, device=weight.device)
+        self.keys, self.values = list(self.data[0]), list(self.data[1])
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copies whole blocks, in every layer at once."""
+        if len(sources):
+            to = torch.from_numpy(targets).to(self.data.device, torch.int64)
+            self.data[:, :, to] = self.data[:, :, torch.from_numpy(sources).to(self.data.device, torch.int64)]
+
+
+def cache_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(layers, key-value heads, head size) of a causal LM."""
+    config = causal_lm(model).config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of keys and values that one token takes."""
+    layers, heads, head_dim = cache_shape(model)
+    return 2 * layers * heads * head_dim * next(causal_lm(model).parameters()).element_size()
+
+
+def free_bytes(model: nn.Module) -> int:
+    """Memory that could be taken on the model's device."""
+    device = next(causal_lm(model).parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class Runner:
+    """Runs plans: gathers ids, positions, slots and tables from the rows, and calls the backbone.
+
+    Args:
+        model: the live model.
+        cache: where keys and values go.
+        rows: the sequences.
+        block_size: of the cache.
+    """
+
+    def __init__(self, model: nn.Module, cache: KVCache, rows: Rows, block_size: int) -> None:
+        self.model, self.cache, self.rows, self.block_size = model, cache, rows, block_size
+        self.device = cache.data.device
+
+    def forward(self, plan: Plan) -> Tensor:
+        """The last hidden row of each of the plan's sequences, [S, H]."""
+        self.cache.copy(*plan.copies)
+        rows, counts = plan.rows, plan.counts
+        bounds = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=bounds[1:])
+        if len(rows) == bounds[-1]:  # every sequence decodes
+            of, positions = rows, plan.starts
+        else:
+            of = np.repeat(rows, counts)
+            positions = np.arange(bounds[-1]) + np.repeat(plan.starts - bounds[:-1], counts)
+        ids, layout = self._there(self.rows.tokens[of, positions]), self._layout(plan, bounds, of, positions)
+        hidden = paged_hidden_states(self.model, ids, self._there(positions), layout)
+        return hidden if len(rows) == bounds[-1] else hidden[self._there(bounds[1:].astype(np.int64) - 1)]
+
+    def select(self, hidden: Tensor, at: np.ndarray) -> Tensor:
+        """The rows `at` of hidden."""
+        return hidden if len(at) == len(hidden) else hidden[self._there(at)]
+
+    def _layout(self, plan: Plan, bounds: np.ndarray, of: np.ndarray, positions: np.ndarray) -> PagedLayout:
+        columns, size = self.rows, self.block_size
+        contexts = plan.starts + plan.counts
+        width = -(-int(contexts.max()) // size)
+        slots = columns.table[of, positions // size].astype(np.int64) * size + positions % size
+        return PagedLayout(
+            cu_seqlens=torch.from_numpy(bounds),
+            context_lens=torch.from_numpy(contexts.astype(np.int32)),
+            block_tables=torch.from_numpy(columns.table[plan.rows, :width]),
+            slots=self._there(slots),
+            k_cache=self.cache.keys,
+            v_cache=self.cache.values,
+        )
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)

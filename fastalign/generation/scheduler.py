@@ -1,0 +1,341 @@
+"""Who runs in the next step, and in which blocks.
+
+The group is the unit: a prompt is forwarded once, then its n samples fork and share its blocks by reference. Every step
+mixes decoding and chunks of prompts under one token budget. A sequence is admitted when the blocks that it needs now are
+free; when they run out, the youngest sequence gives its blocks back, keeps what it has drawn, and is recomputed later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastalign.generation.blocks import BlockPool, Blocks
+from fastalign.generation.params import SamplingParams, Stats
+from fastalign.generation.rows import Record, Rows, RowSpec
+from fastalign.generation.stops import StopScanner
+
+Ints = NDArray[np.int64]
+MAX_SAMPLES = 1 << 20  # of one group: `order` keeps the sample in its low 20 bits
+
+
+@dataclass(eq=False)
+class Member:
+    """One sample of a group.
+
+    Attributes:
+        row: its row while it runs, else -1.
+        record: what it has drawn, while it does not run.
+        high_water: tokens that have been forwarded once already.
+        finish_reason: "" until it ends.
+    """
+
+    group: Group
+    index: int
+    row: int = -1
+    record: Record = field(default_factory=Record.empty)
+    high_water: int = 0
+    scanner: StopScanner | None = None
+    finish_reason: str = ""
+    stop_reason: int | str | None = None
+
+
+@dataclass(eq=False)
+class Group:
+    """A prompt and its samples.
+
+    Attributes:
+        index: arrival order, which is also priority.
+        prompt: int64 token ids.
+        seed, request, first_sample: the random key; member j draws as sample first_sample + j.
+        limit: total tokens at which a sample ends.
+        stop_set: its row of the stop table.
+        members: one until the prompt is computed, then n.
+        waiting: members without a row, youngest first.
+        hold: the prompt's blocks, kept alive for waiting members while no sibling may run; None when not needed.
+    """
+
+    index: int
+    prompt: Ints
+    params: SamplingParams
+    seed: int
+    request: int
+    limit: int
+    stop_set: int = 0
+    first_sample: int = 0
+    members: list[Member] = field(default_factory=list)
+    waiting: list[Member] = field(default_factory=list)
+    hold: Blocks | None = None
+
+    def __post_init__(self) -> None:
+        self.members.append(Member(self, 0))
+        self.waiting.append(self.members[0])
+
+    @property
+    def forked(self) -> bool:
+        return len(self.members) == self.params.n
+
+    def spec(self, member: Member) -> RowSpec:
+        order = self.index * MAX_SAMPLES + member.index
+        draws = 1 if self.forked else self.params.n
+        sample = self.first_sample + member.index
+        return RowSpec(self.params, self.seed, self.request, sample, self.limit, self.stop_set, order, draws)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One step.
+
+    Attributes:
+        rows: [S] the sequences, in an order that keeps a group together.
+        starts, counts: [S] sequence s forwards its tokens starts[s] : starts[s] + counts[s].
+        copies: (sources, targets): blocks to copy before the pass.
+    """
+
+    rows: Ints
+    starts: Ints
+    counts: Ints
+    copies: tuple[Blocks, Blocks]
+
+
+class Scheduler:
+    """Places groups in rows and blocks, and picks each step's tokens.
+
+    Args:
+        pool: the blocks, all free.
+        rows: the live sequences' columns.
+        max_num_batched_tokens: tokens of one step; at least the number of rows, so that all can decode.
+        stats: counted into.
+    """
+
+    def __init__(self, pool: BlockPool, rows: Rows, max_num_batched_tokens: int, stats: Stats) -> None:
+        assert max_num_batched_tokens >= rows.num_rows
+        self.pool, self.rows, self.stats, self.max_num_batched_tokens = pool, rows, stats, max_num_batched_tokens
+        self.active: Ints = np.empty(0, np.int64)  # rows in use, oldest first
+        self.member: list[Member | None] = [None] * rows.num_rows
+        self._free_rows = list(range(rows.num_rows))[::-1]
+        self._queue: list[tuple[int, Group]] = []  # groups with waiting members
+        self._holds: dict[int, Group] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self._queue) or self.active.size > 0
+
+    def add(self, group: Group) -> None:
+        """Queues a group; groups with a lower index go first."""
+        heapq.heappush(self._queue, (group.index, group))
+
+    def schedule(self) -> Plan:
+        """Admits what fits, picks the step's tokens under the budget, and gets the blocks that they are written to."""
+        self._admit()
+        rows, counts = self._choose()
+        rows, counts = self._make_room(rows, counts)
+        starts = self.rows.computed[rows]
+        return Plan(rows, starts, counts, self._reserve(rows, starts))
+
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        pending = int((self.rows.length[self.active] - self.rows.computed[self.active]).sum())
+        placed = []
+        while self._queue and self._free_rows and pending < self.max_num_batched_tokens:
+            group = self._queue[0][1]
+            member = group.waiting[-1]
+            if not self._place(member):
+                if self.active.size or placed or not self._holds:
+                    break
+                self._drop_hold(self._holds[max(self._holds)])  # nothing runs: what is held must make way
+                continue
+            placed.append(member.row)
+            pending += int(self.rows.length[member.row] - self.rows.computed[member.row])
+            group.waiting.pop()
+            if not group.waiting:
+                heapq.heappop(self._queue)
+                self._drop_hold(group)
+        if placed:
+            self._activate(np.array(placed, np.int64))
+
+    def _place(self, member: Member) -> bool:
+        """Gives a waiting member a row and the blocks of all its known tokens; False when it must wait."""
+        group, pool, rows = member.group, self.pool, self.rows
+        shared = self._shared_prompt(group)
+        if shared is None:
+            return False
+        blocks, start = shared
+        length = len(group.prompt) + len(member.record.tokens)
+        fresh = pool.blocks_for(length) - len(blocks)
+        headroom = 1 + len(self.active) // 2 if self.active.size else 0  # what the running ones may ask for in the next steps
+        if fresh + (start % pool.block_size > 0) + headroom > pool.num_free:
+            return False
+        row = member.row = self._free_rows.pop()
+        self.member[row] = member
+        rows.fill(row, group.prompt, member.record, group.spec(member))
+        rows.computed[row], rows.high_water[row] = start, member.high_water
+        pool.retain(blocks)
+        rows.num_blocks[row] = len(blocks) + fresh
+        rows.table[row, : len(blocks)] = blocks
+        rows.table[row, len(blocks) : len(blocks) + fresh] = pool.allocate(fresh)
+        return True
+
+    def _shared_prompt(self, group: Group) -> tuple[Blocks, int] | None:
+        """(blocks, tokens) of the prompt that are in the cache; None while a sibling is computing it."""
+        if group.hold is not None:
+            return group.hold, len(group.prompt)
+        full = len(group.prompt) // self.pool.block_size
+        for sibling in group.members:
+            if sibling.row >= 0 and full > 0:
+                if self.rows.computed[sibling.row] < full * self.pool.block_size:
+                    return None
+                return self.rows.table[sibling.row, :full].copy(), full * self.pool.block_size
+        return np.empty(0, np.int32), 0
+
+    def _activate(self, rows: Ints) -> None:
+        active = np.concatenate([self.active, rows])
+        self.active = active[np.argsort(self.rows.order[active], kind="stable")]
+
+    # --- the step's tokens -------------------------------------------------------------------------------------------
+
+    def _choose(self) -> tuple[Ints, Ints]:
+        """(rows, counts): every decoding sequence, then chunks of the others, oldest first, under the budget."""
+        pending = self.rows.length[self.active] - self.rows.computed[self.active]
+        decode = pending == 1
+        if decode.all():
+            return self.active, pending
+        rest = pending[~decode]
+        budget = self.max_num_batched_tokens - int(decode.sum())
+        chunks = np.clip(budget - (np.cumsum(rest) - rest), 0, rest)
+        rows = np.concatenate([self.active[decode], self.active[~decode]])
+        counts = np.concatenate([pending[decode], chunks])
+        return rows[counts > 0], counts[counts > 0]
+
+    def _blocks_wanted(self, rows: Ints) -> tuple[Ints, Ints]:
+        """([S] new blocks at the end, [S] indices into `rows` whose first written block is shared and must be copied)."""
+        size, columns = self.pool.block_size, self.rows
+        grow = -(-columns.length[rows] // size) - columns.num_blocks[rows]
+        at = columns.computed[rows] // size
+        inside = np.flatnonzero(at < columns.num_blocks[rows])
+        shared = self.pool.references[columns.table[rows[inside], at[inside]]] > 1
+        return grow, inside[shared]
+
+    def _make_room(self, rows: Ints, counts: Ints) -> tuple[Ints, Ints]:
+        """Preempts, youngest first, until the blocks that `rows` want are free; returns the rows that are left."""
+        while True:
+            grow, copied = self._blocks_wanted(rows)
+            if int(grow.sum()) + len(copied) <= self.pool.num_free:
+                return rows, counts
+            keep = rows != self._reclaim()
+            rows, counts = rows[keep], counts[keep]
+
+    def _reclaim(self) -> int:
+        """Takes back the blocks of the youngest sequence, or of the youngest group's held prompt; the row that lost, or -1."""
+        youngest = int(self.active[-1])
+        member = self.member[youngest]
+        assert member is not None
+        held = max(self._holds, default=-1)
+        if held > member.group.index or (held >= 0 and self.active.size == 1):
+            self._drop_hold(self._holds[held])
+            return -1
+        assert self.active.size > 1, "one sequence must fit the cache: the engine checks it before it starts"
+        self._preempt(member)
+        return youngest
+
+    def _preempt(self, member: Member) -> None:
+        group = member.group
+        member.record = self.rows.record(member.row)
+        member.high_water = int(max(self.rows.computed[member.row], self.rows.high_water[member.row]))
+        self._vacate([member])
+        if not group.waiting:
+            heapq.heappush(self._queue, (group.index, group))
+        group.waiting.append(member)
+        group.waiting.sort(key=lambda m: -m.index)
+        self.stats.preemptions += 1
+
+    def _reserve(self, rows: Ints, starts: Ints) -> tuple[Blocks, Blocks]:
+        """Takes the blocks that `rows` want; returns what to copy."""
+        grow, copied = self._blocks_wanted(rows)
+        columns = self.rows
+        if grow.any():
+            growing = np.repeat(rows, grow)
+            first = np.repeat(np.cumsum(grow) - grow, grow)
+            columns.table[growing, columns.num_blocks[growing] + np.arange(len(growing)) - first] = self.pool.allocate(len(growing))
+            columns.num_blocks[rows] += grow
+        if not len(copied):
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        at = starts[copied] // self.pool.block_size
+        sources = columns.table[rows[copied], at]
+        targets = self.pool.allocate(len(copied))
+        columns.table[rows[copied], at] = targets
+        self.pool.release(sources)
+        self.stats.copied_blocks += len(copied)
+        return sources, targets
+
+    # --- after the step ----------------------------------------------------------------------------------------------
+
+    def advance(self, plan: Plan) -> Ints:
+        """Notes that the plan's tokens are in the cache; returns [K] indices into plan.rows of sequences that draw now."""
+        columns, rows = self.rows, plan.rows
+        ends = plan.starts + plan.counts
+        known = np.maximum(plan.starts, columns.high_water[rows])
+        first_time = np.maximum(ends - known, 0)
+        self.stats.prompt_tokens += int(np.maximum(np.minimum(ends, columns.prompt_length[rows]) - known, 0).sum())
+        self.stats.recomputed_tokens += int((plan.counts - first_time).sum())
+        self.stats.steps += 1
+        columns.computed[rows] = ends
+        columns.high_water[rows] = np.maximum(columns.high_water[rows], ends)
+        return np.flatnonzero(ends == columns.length[rows])
+
+    def fork(self, row: int) -> Ints:
+        """Makes n samples of the prompt in `row`; returns their rows, -1 where none was free (those wait)."""
+        leader = self.member[row]
+        assert leader is not None
+        group = leader.group
+        group.members.extend(Member(group, j, high_water=len(group.prompt)) for j in range(1, group.params.n))
+        targets = np.full(group.params.n, -1, np.int64)
+        targets[0] = row
+        self.rows.draws[row] = 1
+        for member in group.members[1 : 1 + len(self._free_rows)]:
+            target = member.row = self._free_rows.pop()
+            targets[member.index] = target
+            self.member[target] = member
+            self.rows.copy_prompt(row, target)
+            spec = group.spec(member)
+            self.rows.sample[target], self.rows.order[target] = spec.sample, spec.order
+        started = targets[targets >= 0]
+        if len(started) > 1:
+            self.pool.retain(self.rows.blocks(row), len(started) - 1)
+            self._activate(started[1:])
+        return targets
+
+    def wait(self, members: list[Member]) -> None:
+        """Queues freshly forked members of one group that found no row, and holds the prompt's blocks for them."""
+        group = members[0].group
+        group.waiting = sorted(members, key=lambda m: -m.index)
+        group.hold = self.rows.blocks(group.members[0].row).copy()
+        self.pool.retain(group.hold)
+        self._holds[group.index] = group
+        heapq.heappush(self._queue, (group.index, group))
+
+    def finish(self, members: list[Member]) -> None:
+        """Ends running members: their records are kept, their rows and blocks are given back."""
+        for member in members:
+            member.record = self.rows.record(member.row)
+        self._vacate(members)
+
+    def _vacate(self, members: list[Member]) -> None:
+        vacated = [member.row for member in members]
+        for row, member in zip(vacated, members, strict=True):
+            self.pool.release(self.rows.blocks(row))
+            self.rows.num_blocks[row] = 0
+            member.row, self.member[row] = -1, None
+        self._free_rows.extend(vacated)
+        self.active = self.active[~np.isin(self.active, vacated)]
+
+    def _drop_hold(self, group: Group) -> None:
+        if group.hold is not None:
+            self.pool.release(group.hold)
+            group.hold = None
+            del self._holds[group.index]

@@ -1,0 +1,82 @@
+"""When a completion ends: stop tokens as one table lookup a step, stop strings across token borders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_PENDING = 16  # tokens that may wait for the rest of a character before they are read as they are
+
+
+class StopTable:
+    """The distinct sets of stop tokens as rows of one [sets, V] bool table.
+
+    Args:
+        vocab_size: V.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._index: dict[frozenset[int], int] = {}
+        self.ids: list[NDArray[np.int64]] = []
+        self.table = np.zeros((0, vocab_size), bool)
+
+    def add(self, ids: Iterable[int]) -> int:
+        """The row of this set of token ids."""
+        key = frozenset(ids)
+        if key not in self._index:
+            self._index[key] = len(self._index)
+            self.ids.append(np.array(sorted(key), np.int64))
+            row = np.zeros((1, self.vocab_size), bool)
+            row[0, self.ids[-1]] = True
+            self.table = np.concatenate([self.table, row])
+        return self._index[key]
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens left out and spaces as they are."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def first_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str] | None:
+    """(position, string) of the stop string that begins first at or after `start`; the longer one when two begin together."""
+    found = [(at, -len(stop), stop) for stop in stops if (at := text.find(stop, start)) >= 0]
+    if not found:
+        return None
+    at, _, stop = min(found)
+    return at, stop
+
+
+class StopScanner:
+    """Looks for stop strings in a growing completion, reading each token about once.
+
+    Only a short tail is decoded a token: from the last token whose text is settled. Bytes of an unfinished character come
+    out of a decoder as U+FFFD and wait for the rest.
+
+    Args:
+        tokenizer: decodes the ids.
+        stops: the strings.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.longest = max(len(stop) for stop in stops)
+        self.ids: list[int] = []
+        self.text = ""
+        self._prefix = self._read = 0  # ids[prefix:read] is settled text that the next tokens are decoded together with
+
+    def push(self, token: int) -> str | None:
+        """Reads one more token; returns the stop string that the text now contains, if any."""
+        self.ids.append(token)
+        before = decode(self.tokenizer, self.ids[self._prefix : self._read])
+        after = decode(self.tokenizer, self.ids[self._prefix :])
+        new = after[len(before) :]
+        seen = self.text + new.rstrip("\ufffd")
+        stop = first_stop(seen, self.stops, max(0, len(self.text) - self.longest + 1))
+        if not new.endswith("\ufffd") or len(self.ids) - self._read > MAX_PENDING:
+            self.text += new
+            self._prefix, self._read = self._read, len(self.ids)
+        return stop[1] if stop else None
