@@ -27,25 +27,33 @@ class Rows(NamedTuple):
         return Rows(self.logp[index], self.lse[index], None if self.entropy is None else self.entropy[index], self.correct[index])
 
 
+def join_rows(found: list[Rows], like: Tensor) -> Rows:
+    """The rows of several chunks, in order; of none: empty, with the dtypes that rows of a head `like` have."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        logp, lse, correct = (torch.cat([r[i] for r in found]) for i in (0, 1, 3))  # type: ignore[misc]
+        return Rows(logp, lse, None if found[0].entropy is None else torch.cat([r.entropy for r in found]), correct)  # type: ignore[misc]
+    empty = torch.empty(0, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return Rows(empty, empty, empty, empty.bool())
+
+
 class RowGrads(NamedTuple):
-    """dL/d(per-row results), each [n]. `classes` multiplies `class_weight` [V]: the gradient of Σ_v class_weight_v logit_v."""
+    """dL/d(per-row results), each [n]; None: no gradient."""
 
     logp: Tensor
     entropy: Tensor | None = None
     lse: Tensor | None = None
-    classes: Tensor | None = None
-    class_weight: Tensor | None = None
 
     def of(self, index: slice | Tensor) -> RowGrads:
         """The same for some of the rows."""
-        logp, entropy, lse, classes = (None if g is None else g[index] for g in self[:4])
-        assert logp is not None
-        return RowGrads(logp, entropy, lse, classes, self.class_weight)
+        entropy, lse = (None if g is None else g[index] for g in self[1:])
+        return RowGrads(self.logp[index], entropy, lse)
 
     def active(self) -> Tensor:
         """Which rows have any gradient [n] bool; a NaN counts."""
         nonzero = self.logp != 0
-        for other in self[1:4]:
+        for other in self[1:]:
             if other is not None:
                 nonzero = nonzero | (other != 0)
         return nonzero
@@ -67,8 +75,6 @@ def dlogits_(head: Head, logits: Tensor, targets: Tensor, rows: Rows, grads: Row
     if grads.lse is not None:  # g_lse·p = g_lse·onehot − g_lse (onehot − p)
         assert head.logit_softcap is None
         logits.scatter_add_(1, targets[:, None], (grads.lse / head.temperature)[:, None].to(logits.dtype))
-    if grads.classes is not None and grads.class_weight is not None:
-        logits.addr_(grads.classes.to(logits.dtype), grads.class_weight.to(logits.dtype))
     return logits
 
 

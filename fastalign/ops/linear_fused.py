@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.head_gradient import Loan
-from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, backward_chunk, forward_chunk
+from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, backward_chunk, forward_chunk, join_rows
 from fastalign.ops.linear_head import Head, borrowed, even_chunks
 from fastalign.ops.once import once
 
@@ -53,7 +53,7 @@ class Fused:
         self.into.keep_fp32()
         with borrowed(chunk, self.head.weight.shape[0], self.head.weight) as buffer:
             found = [self._forward(part, buffer)[1] for part in parts]
-            rows = Rows(*(torch.cat(values) for values in zip(*found, strict=True)))
+            rows = join_rows(found, self.head.weight)
             grads = judge(rows, span)
             for part in parts if grads is not None else ():
                 assert grads is not None

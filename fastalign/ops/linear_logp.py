@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.linear_head import check_inputs, compute_dtype
-from fastalign.ops.linear_passes import logp_backward, logp_forward, logp_frozen
+from fastalign.ops.linear_passes import backward_op, forward_op, frozen_op, logp_backward, logp_forward, logp_frozen
 from fastalign.ops.once import once
 
 
@@ -45,44 +45,53 @@ def linear_logp(
     check_inputs("linear_logp", hidden, weight, targets, bias, temperature, logit_softcap)
     dtype = compute_dtype("linear_logp", hidden, weight)
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    logp, entropy = _LinearLogp.apply(
-        hidden, weight, bias, targets.long(), float(temperature), logit_softcap, int(ignore_index), return_entropy
-    )
+    options = (float(temperature), logit_softcap, int(ignore_index))
+    logp, entropy, _ = LinearLogp.apply(hidden, weight, bias, targets.long(), options, return_entropy, False)
     return (logp, entropy) if return_entropy else logp
 
 
-class _LinearLogp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, return_entropy):  # type: ignore[no-untyped-def]
-        ctx.set_materialize_grads(False)
-        ctx.options = (temperature, logit_softcap, ignore_index)
-        needs = ctx.needs_input_grad
-        ctx.frozen = needs[0] and not needs[1] and not needs[2]
-        if ctx.frozen:
-            logp, entropy, unit, unit_entropy = logp_frozen(
-                hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, return_entropy
-            )
-            ctx.save_for_backward(hidden, unit, unit_entropy)
-        else:
-            logp, lse, entropy = logp_forward(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, return_entropy)
-            ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        return logp, entropy
+class LinearLogp(torch.autograd.Function):
+    """(hidden, weight, bias, targets, (temperature, logit_softcap, ignore_index), ...) → (logp, entropy | None, lse | None)."""
 
     @staticmethod
-    def backward(ctx, g_logp, g_entropy):  # type: ignore[no-untyped-def]
-        rest = (None,) * 5
-        if g_logp is None and g_entropy is None:
-            return (None,) * 3 + rest
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: tuple[float, float | None, int],
+        return_entropy: bool,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        compiling = torch.compiler.is_compiling()
+        ctx.frozen = tuple(ctx.needs_input_grad[:3]) == (True, False, False) and not return_lse
         if ctx.frozen:
-            hidden, unit, unit_entropy = ctx.saved_tensors
-            d_hidden = torch.zeros_like(hidden)
-            if g_logp is not None:
-                d_hidden = unit * g_logp[:, None].to(unit.dtype)
+            run = frozen_op if compiling else logp_frozen
+            logp, entropy, slope, slope_entropy = run(hidden, weight, bias, targets, *options, return_entropy)
+            ctx.save_for_backward(hidden, slope, slope_entropy)
+            return logp, entropy if return_entropy else None, None
+        run = forward_op if compiling else logp_forward
+        logp, lse, entropy, _ = run(hidden, weight, bias, targets, *options, return_entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        return logp, entropy if return_entropy else None, lse if return_lse else None
+
+    @staticmethod
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None) -> Any:
+        if g_logp is None and g_entropy is None and g_lse is None:
+            return (None,) * 7
+        if ctx.frozen:
+            hidden, slope, slope_entropy = ctx.saved_tensors
+            d_hidden = torch.zeros_like(slope) if g_logp is None else slope * g_logp[:, None].to(slope.dtype)
             if g_entropy is not None:
-                d_hidden = d_hidden + unit_entropy * g_entropy[:, None].to(unit.dtype)
-            return (once("linear_logp", d_hidden, hidden), None, None, *rest)
+                d_hidden = d_hidden + slope_entropy * g_entropy[:, None].to(slope.dtype)
+            return (once("linear_logp", d_hidden, hidden), *(None,) * 6)
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         g_logp = torch.zeros_like(lse) if g_logp is None else g_logp
-        grads = logp_backward(g_logp, g_entropy, hidden, weight, bias, targets, lse, entropy, *ctx.options, *ctx.needs_input_grad[:3])
+        run = backward_op if torch.compiler.is_compiling() else logp_backward
+        needs = ctx.needs_input_grad[:3]
+        grads = run(g_logp, g_entropy, g_lse, hidden, weight, bias, targets, lse, entropy, *ctx.options, *needs)
         inputs = [t for t in (hidden, weight, bias) if t is not None]
-        return (*(None if g is None else once("linear_logp", g, *inputs) for g in grads), *rest)
+        return (*(once("linear_logp", g, *inputs) if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 4)

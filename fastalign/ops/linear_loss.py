@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.head_gradient import lend_for
-from fastalign.ops.linear_chunks import RowGrads, Rows
+from fastalign.ops.linear_chunks import RowGrads, Rows, join_rows
 from fastalign.ops.linear_fused import Fused, tie, wanted_gradients
 from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, chunk_rows, compute_dtype, even_chunks
 from fastalign.ops.objective import evaluate
@@ -74,7 +74,7 @@ def linear_loss(
                 fused.whole(span, judge)
             else:
                 fused.twice(span, judge, rows)
-    metrics = {**judge.metrics(head.weight), "flops_tvh": fused.flops_tvh, "num_chunks": fused.num_chunks}
+    metrics = {**judge.sums, **judge.numbers(head.weight), "flops_tvh": fused.flops_tvh, "num_chunks": fused.num_chunks}
     return tie("linear_loss", judge.loss(head.weight), fused, hidden, weight, bias), metrics
 
 
@@ -123,16 +123,14 @@ class _Judge:
         return RowGrads(*grads) if grads else None
 
     def loss(self, like: Tensor) -> Tensor:
+        """The sum of the shares, fp32; 0 when there were no rows."""
         wide = torch.promote_types(like.dtype, torch.float32)
         return torch.stack(self.losses).sum() if self.losses else torch.zeros((), dtype=wide, device=like.device)
 
-    def metrics(self, like: Tensor) -> dict[str, Any]:
-        wide = torch.promote_types(like.dtype, torch.float32)
-        empty = torch.empty(0, dtype=wide, device=like.device)
-        logp = torch.cat([r.logp for r in self.rows]) if self.rows else empty
-        entropy = torch.cat([r.entropy for r in self.rows if r.entropy is not None]) if self.rows else empty
-        correct = torch.cat([r.correct for r in self.rows]) if self.rows else empty.bool()
-        return {**self.sums, "logp": logp, "entropy": entropy, "correct": correct}
+    def numbers(self, like: Tensor) -> dict[str, Tensor | None]:
+        """The rows' logp, entropy and correct [N]."""
+        rows = join_rows(self.rows, like)
+        return {"logp": rows.logp, "entropy": rows.entropy, "correct": rows.correct}
 
 
 def _offsets(units: Tensor | Sequence[int] | None, num_rows: int) -> list[int] | None:

@@ -1,4 +1,8 @@
-"""The passes of linear_logp over all rows: forward, backward, and the frozen-head forward that leaves nothing to recompute."""
+"""The passes of linear_logp over all rows: forward, backward, and the frozen-head forward that leaves nothing to recompute.
+
+Each is a plain function and, for torch.compile, a custom op of the same name with a fake implementation. An output that
+was not asked for is an empty tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, dlogits_, forward_chunk
+from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, dlogits_, forward_chunk, join_rows
 from fastalign.ops.linear_head import Head, blas_ready, borrowed, check_targets, chunk_rows, even_chunks, head_logits
 
 
@@ -35,10 +39,11 @@ class Kept:
         out[self.index] = values
         return out
 
-    def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """Per-chunk results of the kept rows → [N]."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return self.spread(torch.cat(parts) if parts else torch.empty(0, dtype=wide, device=like.device))
+    def join(self, found: list[Rows], like: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per-chunk results of the kept rows → (logp, lse, entropy or empty, correct), [N]."""
+        rows = join_rows(found, like)
+        logp, lse, correct = self.spread(rows.logp), self.spread(rows.lse), self.spread(rows.correct)
+        return logp, lse, self.spread(rows.entropy) if entropy and rows.entropy is not None else logp.new_empty(0), correct
 
 
 def logp_forward(
@@ -50,8 +55,8 @@ def logp_forward(
     logit_softcap: float | None,
     ignore_index: int,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp, lse, entropy | None), each [N] and 0 where ignored. 2TVH over the rows that are kept."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, entropy, correct), each [N] and 0 where ignored. 2TVH over the rows that are kept."""
     check_targets("linear_logp", targets, weight.shape[0], ignore_index)
     head = Head(blas_ready(weight), bias, temperature, logit_softcap)
     kept = Kept.where(targets != ignore_index)
@@ -61,8 +66,7 @@ def logp_forward(
     with borrowed(min(rows, len(y)), weight.shape[0], weight) as buffer:
         for s in even_chunks(0, len(y), rows):
             found.append(forward_chunk(head, x[s], y[s], entropy=entropy, buffer=buffer)[1])
-    logp, lse = kept.join([r.logp for r in found], x), kept.join([r.lse for r in found], x)
-    return logp, lse, kept.join([r.entropy for r in found if r.entropy is not None], x) if entropy else None
+    return kept.join(found, x, entropy)
 
 
 def logp_frozen(
@@ -74,61 +78,86 @@ def logp_frozen(
     logit_softcap: float | None,
     ignore_index: int,
     entropy: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(logp [N], entropy [N] | None, dlogp/dhidden [N, H], dentropy/dhidden [N, H] | None) in one pass: 4TVH, 6 with entropy."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N], dlogp/dhidden [N, H], dentropy/dhidden [N, H]) in one pass: 4TVH, 6 with entropy."""
     check_targets("linear_logp", targets, weight.shape[0], ignore_index)
     head = Head(blas_ready(weight), bias, temperature, logit_softcap)
     kept = Kept.where(targets != ignore_index)
     x, y = kept.of(hidden), kept.of(targets)
     found: list[Rows] = []
-    unit, unit_entropy = torch.empty_like(x), torch.empty_like(x) if entropy else None
+    slope, slope_entropy = torch.empty_like(x), torch.empty_like(x if entropy else x[:0])
     rows, _ = chunk_rows(weight.shape[0], weight.element_size(), None)
     with borrowed(min(rows, len(y)), weight.shape[0], weight) as buffer:
         for s in even_chunks(0, len(y), rows):
             logits, r = forward_chunk(head, x[s], y[s], entropy=entropy, buffer=buffer)
             found.append(r)
             one, zero = torch.ones_like(r.lse), torch.zeros_like(r.lse)
-            if unit_entropy is not None:
-                unit_entropy[s] = dlogits_(head, logits.clone(), y[s], r, RowGrads(zero, one)) @ head.weight
-            unit[s] = dlogits_(head, logits, y[s], r, RowGrads(one)) @ head.weight
-    logp = kept.join([r.logp for r in found], x)
-    ent = kept.join([r.entropy for r in found if r.entropy is not None], x) if entropy else None
-    return logp, ent, kept.spread(unit), None if unit_entropy is None else kept.spread(unit_entropy)
+            if entropy:
+                slope_entropy[s] = dlogits_(head, logits.clone(), y[s], r, RowGrads(zero, one)) @ head.weight
+            slope[s] = dlogits_(head, logits, y[s], r, RowGrads(one)) @ head.weight
+    logp, _, ent, _ = kept.join(found, x, entropy)
+    return logp, ent, kept.spread(slope), kept.spread(slope_entropy) if entropy else slope_entropy
 
 
 def logp_backward(
     g_logp: Tensor,
     g_entropy: Tensor | None,
+    g_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     lse: Tensor,
-    entropy: Tensor | None,
+    entropy: Tensor,
     temperature: float,
     logit_softcap: float | None,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in the dtypes of the inputs; rows that are ignored or have no upstream gradient cost nothing."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the dtype of the GEMM; rows that are ignored or have no upstream gradient cost nothing."""
     head = Head(blas_ready(weight), bias, temperature, logit_softcap)
-    kept = Kept.where(RowGrads(g_logp, g_entropy).active() & (targets != ignore_index))
+    all_grads = RowGrads(g_logp, g_entropy, g_lse)
+    kept = Kept.where(all_grads.active() & (targets != ignore_index))
     x, y, lse = kept.of(hidden), kept.of(targets), kept.of(lse)
-    grads = RowGrads(kept.of(g_logp), None if g_entropy is None else kept.of(g_entropy))
-    entropy = None if entropy is None else kept.of(entropy)
+    grads = all_grads if kept.index is None else all_grads.of(kept.index)
+    ent = None if g_entropy is None else kept.of(entropy)
     rows, _ = chunk_rows(weight.shape[0], weight.element_size(), None)
     chunks = even_chunks(0, len(y), rows)
     into = Gradients.of(head, len(y), (need_hidden, need_weight, need_bias), only_chunk=len(chunks) == 1)
     with borrowed(min(rows, len(y)), weight.shape[0], weight) as buffer:
         for s in chunks:
             logits = head_logits(x[s], head.weight, bias, out=buffer)
-            known = Rows(lse[s], lse[s], None if entropy is None else entropy[s], lse[s])
+            known = Rows(lse[s], lse[s], None if ent is None else ent[s], lse[s])
             into.add(head, dlogits_(head, logits, y[s], known, grads.of(s)), x[s], s)
-    d_weight = into.head_gradient()
+    none, d_weight = weight.new_empty(0), into.head_gradient()
     return (
-        None if into.hidden is None else kept.spread(into.hidden),
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if into.bias is None else into.bias.to(weight.dtype),
+        none if into.hidden is None else kept.spread(into.hidden),
+        none.clone() if d_weight is None else d_weight.to(weight.dtype),
+        none.clone() if into.bias is None else into.bias.to(weight.dtype),
     )
+
+
+forward_op = torch.library.custom_op("fastalign::linear_logp_forward", logp_forward, mutates_args=())
+frozen_op = torch.library.custom_op("fastalign::linear_logp_frozen", logp_frozen, mutates_args=())
+backward_op = torch.library.custom_op("fastalign::linear_logp_backward", logp_backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, entropy):  # type: ignore[no-untyped-def]
+    row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return row, torch.empty_like(row), torch.empty_like(row) if entropy else row.new_empty(0), torch.empty_like(row, dtype=torch.bool)
+
+
+@frozen_op.register_fake
+def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, entropy):  # type: ignore[no-untyped-def]
+    row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    slope = hidden.new_empty(hidden.shape)
+    return row, torch.empty_like(row) if entropy else row.new_empty(0), slope, hidden.new_empty(hidden.shape if entropy else (0, hidden.shape[1]))
+
+
+@backward_op.register_fake
+def _(g_logp, g_entropy, g_lse, hidden, weight, bias, targets, lse, entropy, temperature, logit_softcap, ignore_index, *need):  # type: ignore[no-untyped-def]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(weight.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True))
