@@ -22,62 +22,94 @@ from fastalign.training.progress import headline
 
 
 def test_metrics_row_reduces_each_key_by_its_meaning(tmp_path):
-    metrics = Metrics(tmp_path, progress=False)
-    first = {"loss": 1.0, "epoch": 0.1, "completions/min_length": 3, "completions/max_length": 9, "skipped_updates": 1}
-    second = {"loss": torch.tensor(3.0), "epoch": 0.2, "completions/min_length": 5, "completions/max_length": 7, "skipped_updates": 1}
-    assert metrics.update(1, first, log=False) is None
-    row = metrics.update(2, second)
+    metrics = Metrics(tmp_path, logging_steps=2, progress=False)
+    metrics.add("loss", 6.0, 3)
+    metrics.put(epoch=0.1)
+    metrics.lowest("completions/min_length", 3)
+    metrics.highest("completions/max_length", 9)
+    assert metrics.end_step(1) is None
+    metrics.add("loss", torch.tensor(2.0, requires_grad=True), torch.tensor(1))
+    metrics.put(epoch=0.2)
+    metrics.lowest("completions/min_length", 5)
+    metrics.highest("completions/max_length", 7)
+    metrics.count_tokens(100)
+    row = metrics.end_step(2)
     assert row["loss"] == 2.0
     assert row["epoch"] == 0.2
     assert row["completions/min_length"] == 3
     assert row["completions/max_length"] == 9
-    assert row["skipped_updates"] == 2
+    assert row["num_tokens"] == 100
+    assert row["tokens_per_second"] > 0
     assert row["peak_memory_mb"] > 1
+    metrics.end_step(3)
+    metrics.flush(3)
     metrics.close()
-    assert [r["step"] for r in read_metrics(tmp_path)] == [2]
+    assert [r["step"] for r in read_metrics(tmp_path)] == [2, 3]
+    assert "loss" not in read_metrics(tmp_path)[1]
 
 
-def test_metrics_throughput_is_tokens_over_seconds(tmp_path):
+def test_metrics_timers_are_seconds_a_step_and_pauses_are_left_out(tmp_path, monkeypatch):
+    clock = iter(float(i) for i in range(100))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    metrics = Metrics(tmp_path, logging_steps=2, progress=False)  # 0
+    with metrics.timer("update"):  # 1, 2
+        pass
+    metrics.end_step(1)
+    with metrics.timer("update"):  # 3, 4
+        pass
+    with metrics.paused():  # 5, 6
+        pass
+    row = metrics.end_step(2)  # 7
+    assert row["timing_s/update"] == 1.0
+    assert row["step_time"] == 3.0
+
+
+def test_metrics_nan_is_null(tmp_path):
     metrics = Metrics(tmp_path, progress=False)
-    metrics.update(1, {"tokens_per_second": 100.0, "step_time": 1.0}, log=False)
-    row = metrics.update(2, {"tokens_per_second": 10.0, "step_time": 9.0})
-    assert row["tokens_per_second"] == pytest.approx(19.0)
-
-
-def test_metrics_nan_is_null_and_left_out_of_means(tmp_path):
-    metrics = Metrics(tmp_path, progress=False)
-    metrics.update(1, {"reward": math.nan, "kl": math.nan}, log=False)
-    metrics.update(2, {"reward": 0.5, "kl": math.nan, "loss": math.inf})
+    metrics.add("kl", 0.0, 0)
+    metrics.add("reward", math.nan)
+    metrics.add("loss", math.inf)
+    metrics.end_step(1)
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert row["reward"] == 0.5
+    assert row["reward"] is None
     assert row["kl"] is None
     assert row["loss"] is None
 
 
+def drive(metrics, first, last, save_at=0):
+    state = None
+    for step in range(first, last + 1):
+        metrics.add("loss", step / 7, 2)
+        metrics.highest("completions/max_length", -step)
+        metrics.put(learning_rate=0.1 * step)
+        metrics.count_tokens(step)
+        if metrics.end_step(step) is None and step == 7:
+            metrics.flush(step)
+        if step == save_at:
+            state = json.loads(json.dumps(metrics.state_dict()))
+    return state
+
+
 def test_metrics_resumed_run_writes_the_rows_of_an_unbroken_one(tmp_path):
-    values = [{"loss": float(i), "learning_rate": 0.1 * i, "peak_memory_mb": 1.0} for i in range(1, 8)]
-    whole = Metrics(tmp_path / "whole", progress=False)
-    for step, value in enumerate(values, 1):
-        whole.update(step, value, log=step % 3 == 0 or step == 7)
-    broken = Metrics(tmp_path / "broken", progress=False)
-    for step, value in enumerate(values[:6], 1):
-        broken.update(step, value, log=step % 3 == 0)
-        if step == 4:
-            state = json.loads(json.dumps(broken.state_dict()))
+    whole = Metrics(tmp_path / "whole", logging_steps=3, progress=False)
+    drive(whole, 1, 7)
+    broken = Metrics(tmp_path / "broken", logging_steps=3, progress=False)
+    state = drive(broken, 1, 6, save_at=4)
     broken.close()
-    resumed = Metrics(tmp_path / "broken", progress=False)
+    resumed = Metrics(tmp_path / "broken", logging_steps=3, progress=False)
     resumed.resume(4, state)
-    for step, value in enumerate(values[4:], 5):
-        resumed.update(step, value, log=step % 3 == 0 or step == 7)
-    assert resumed.rows() == whole.rows()
-    assert len(whole.rows()) == 3
+    drive(resumed, 5, 7)
+    timed = ("tokens_per_second", "step_time", "peak_memory_mb")
+    kept = [[{k: v for k, v in row.items() if k not in timed} for row in m.rows()] for m in (resumed, whole)]
+    assert kept[0] == kept[1]
+    assert [row["step"] for row in kept[0]] == [3, 6, 7]
 
 
 def test_metrics_line_cut_short_by_a_kill_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
     metrics = Metrics(tmp_path, progress=False)
-    metrics.update(2, {"loss": 2.0})
+    metrics.write(2, {"loss": 2.0})
     assert [row["step"] for row in metrics.rows()] == [1, 2]
 
 
@@ -90,8 +122,8 @@ def test_metrics_config_and_summary_are_written(tmp_path):
 
 def test_metrics_evaluation_is_a_row_of_its_own(tmp_path, capsys):
     metrics = Metrics(tmp_path, total_steps=2)
-    metrics.evaluation(0, {"eval/reward": 0.25})
-    metrics.update(1, {"loss": 1.0, "reward": 0.5})
+    metrics.write(0, {"eval/reward": 0.25})
+    metrics.write(1, {"loss": 1.0, "reward": 0.5})
     metrics.close()
     assert metrics.rows()[0] == {"step": 0, "eval/reward": 0.25}
     shown = capsys.readouterr().err
@@ -102,6 +134,11 @@ def test_metrics_evaluation_is_a_row_of_its_own(tmp_path, capsys):
 
 def test_metrics_headline_shows_what_there_is():
     assert headline({"reward": 0.5, "tokens_per_second": 12345.6, "odd": 1.0}) == "reward 0.5  tok/s 12,346"
+
+
+def test_metrics_logging_steps_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="--logging_steps must be >= 1, got 0"):
+        Metrics(tmp_path, logging_steps=0)
 
 
 def test_metrics_unknown_tracker_names_the_nearest(tmp_path):
@@ -120,7 +157,7 @@ def test_metrics_rows_reach_the_trackers(tmp_path, monkeypatch):
     run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: finished.append(True))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: logged.append(options) or run))
     metrics = Metrics(tmp_path, report_to="wandb", config={"seed": 1}, progress=False)
-    metrics.update(1, {"loss": 1.0})
+    metrics.write(1, {"loss": 1.0})
     metrics.close()
     metrics.close()
     assert logged[0]["config"] == {"seed": 1}
@@ -139,7 +176,7 @@ metrics = Metrics(sys.argv[1], progress=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 try:
     for step in range(1, 20):
-        metrics.update(step, {"loss": 0.123456789})
+        metrics.write(step, {"loss": 0.123456789})
 except OSError as error:
     print(error)
     metrics.close()

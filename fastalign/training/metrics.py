@@ -1,7 +1,7 @@
-"""Metrics: one dict a step in, one JSON object a logging step out, under TRL's keys.
+"""Metrics: sums over micro-batches and steps in, one JSON object a logging step out, under TRL's keys.
 
-A row covers every step since the row before: means, except where the name says otherwise (`reduction`). Tensors are
-kept where they are and read once a row, so a GPU is not waited for in between.
+A mean is kept as (sum, count) until a row is written, so it does not depend on how the batch was cut; tensors are
+summed where they are and read once a row, so a GPU is not waited for in between.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import yaml
@@ -23,8 +24,7 @@ from .files import disk_errors, write_atomic
 from .progress import Progress
 from .trackers import open_trackers
 
-Values = Mapping[str, float | int | Tensor]
-_LAST = ("learning_rate", "epoch", "num_tokens", "peak_memory_mb")
+Number: TypeAlias = float | int | Tensor
 
 
 class Metrics:
@@ -36,10 +36,11 @@ class Metrics:
         run_name: the run's name in the trackers; empty: the last part of output_dir.
         config: the resolved configuration; written as config.yaml unless empty.
         total_steps: the length of the progress bar; 0: unknown.
+        logging_steps: optimizer steps a row.
         progress: show a bar on a terminal, or one line a row elsewhere.
 
     Raises:
-        ValueError: an unknown tracker, or one whose package is not installed.
+        ValueError: logging_steps below 1, an unknown tracker, or one whose package is not installed.
         OSError: the disk is full.
     """
 
@@ -51,8 +52,12 @@ class Metrics:
         run_name: str = "",
         config: Mapping[str, Any] | None = None,
         total_steps: int = 0,
+        logging_steps: int = 1,
         progress: bool = True,
     ) -> None:
+        if logging_steps < 1:
+            raise ValueError(f"--logging_steps must be >= 1, got {logging_steps}")
+        self.logging_steps = logging_steps
         self.output_dir = Path(output_dir)
         self.path = self.output_dir / "metrics.jsonl"
         with disk_errors(self.output_dir):
@@ -62,35 +67,73 @@ class Metrics:
         name = run_name or self.output_dir.resolve().name
         self.trackers = open_trackers(report_to, self.output_dir, name, dict(config or {}))
         self.progress = Progress(total_steps) if progress else None
-        self._window: dict[str, list[float | int | Tensor]] = {}
+        self.num_tokens = 0
+        self._sums: dict[str, tuple[Number, Number]] = {}
+        self._extremes: dict[str, float] = {}
+        self._values: dict[str, float] = {}
+        self._steps, self._tokens, self._started = 0, 0, time.perf_counter()
         cut_partial_line(self.path)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the length of the run)
 
-    def update(self, step: int, values: Values, *, log: bool = True) -> dict[str, float] | None:
-        """Takes what optimizer step `step` (counted from 1) measured; with `log`, writes a row and returns it."""
-        for name, value in values.items():
-            self._window.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
-        if not log:
-            if self.progress:
-                self.progress.advance(step)
-            return None
-        row = _reduced(self._window)
-        row.setdefault("peak_memory_mb", peak_memory_mb())
-        self._window = {}
-        self.write(step, row)
+    def add(self, name: str, total: Number, count: Number = 1) -> None:
+        """Adds to the mean of `name`: `total` is a sum over `count` items. A tensor is detached and not waited for."""
+        known = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (known[0] + _detached(total), known[1] + _detached(count))
+
+    def lowest(self, name: str, value: Number) -> None:
+        """Keeps the smallest value since the last row."""
+        self._extremes[name] = min(float(value), self._extremes.get(name, math.inf))
+
+    def highest(self, name: str, value: Number) -> None:
+        """Keeps the largest value since the last row."""
+        self._extremes[name] = max(float(value), self._extremes.get(name, -math.inf))
+
+    def put(self, **values: float) -> None:
+        """Sets values of which the last one counts: learning_rate, epoch."""
+        self._values.update(values)
+
+    def count_tokens(self, count: int) -> None:
+        """Counts tokens for num_tokens (over the run) and tokens_per_second (since the last row)."""
+        self._tokens += count
+        self.num_tokens += count
+
+    @contextmanager
+    def timer(self, phase: str) -> Iterator[None]:
+        """Adds the block's wall time to `timing_s/{phase}`, which is seconds a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(f"timing_s/{phase}", time.perf_counter() - start, 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block's wall time is left out of step_time and tokens_per_second, as an evaluation's should be."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - start
+
+    def end_step(self, step: int) -> dict[str, float] | None:
+        """Ends optimizer step `step` (counted from 1); returns the row when this is a logging step."""
+        self._steps += 1
+        if step % self.logging_steps == 0:
+            return self.flush(step)
         if self.progress:
-            self.progress.show(step, row)
+            self.progress.advance(step)
+        return None
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Writes what has been collected as one row and starts anew; for the last step, whatever its number."""
+        row = self._row()
+        self.write(step, row)
+        self._sums, self._extremes = {}, {}
+        self._steps, self._tokens, self._started = 0, 0, time.perf_counter()
         return row
 
-    def evaluation(self, step: int, values: Values) -> None:
-        """Writes held-out metrics as a row of their own."""
-        row = {name: float(value) for name, value in values.items()}
-        self.write(step, row)
-        if self.progress:
-            self.progress.show_evaluation(step, row)
-
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends one row as it is. NaN and infinity are written as null.
+        """Appends one row as it is, as evaluations do, and shows it. NaN and infinity are written as null.
 
         Raises:
             OSError: the disk is full; metrics.jsonl keeps whole lines only.
@@ -105,6 +148,8 @@ class Metrics:
                 raise
         for tracker in self.trackers:
             tracker.log(step, dict(row))
+        if self.progress:
+            self.progress.show(step, row)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Writes summary.json, replacing an earlier one as a whole."""
@@ -115,16 +160,24 @@ class Metrics:
         return read_metrics(self.output_dir)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: the steps since the last row, so that a resumed run writes the very rows an unbroken one does."""
-        return {"window": {name: [float(value) for value in values] for name, values in self._window.items()}}
+        """JSON: what has been collected since the last row, so that a resumed run writes the rows an unbroken one does."""
+        return {
+            "sums": {name: [float(total), float(count)] for name, (total, count) in self._sums.items()},
+            "extremes": dict(self._extremes),
+            "values": dict(self._values),
+            "counts": [self._steps, self._tokens, self.num_tokens],
+        }
 
-    def resume(self, step: int, state: Mapping[str, Any] | None = None) -> None:
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
         """Goes on after `step` with what `state_dict` returned then: later rows on disk are removed."""
         kept = [row for row in read_metrics(self.output_dir) if row["step"] <= step]
         self._file.close()
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self._window = {name: list(values) for name, values in (state or {}).get("window", {}).items()}
+        self._sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        self._extremes, self._values = dict(state["extremes"]), dict(state["values"])
+        self._steps, self._tokens, self.num_tokens = state["counts"]
+        self._started = time.perf_counter()
         if self.progress:
             self.progress.advance(step)
 
@@ -136,6 +189,16 @@ class Metrics:
         for tracker in self.trackers:
             tracker.close()
         self.trackers = []
+
+    def _row(self) -> dict[str, float]:
+        steps, seconds = max(1, self._steps), time.perf_counter() - self._started
+        row = dict(self._values)
+        for name, (total, count) in self._sums.items():
+            divisor = float(count) or (steps if name.startswith("timing_s/") else 0)
+            row[name] = float(total) / divisor if divisor else math.nan
+        row |= self._extremes
+        row |= {"num_tokens": self.num_tokens, "tokens_per_second": self._tokens / seconds if seconds > 0 else 0.0}
+        return row | {"step_time": seconds / steps, "peak_memory_mb": peak_memory_mb()}
 
     def _discard_after(self, size: int) -> None:
         """After a failed write: drops the unwritten rest and cuts the half-written line off."""
@@ -164,20 +227,6 @@ def cut_partial_line(path: Path) -> None:
                 file.truncate(whole)
 
 
-def reduction(name: str) -> Callable[[list[float]], float]:
-    """How the steps of a row become one number: the last, the lowest, the highest, the sum, or the mean."""
-    key = name.rpartition("/")[2]
-    if name in _LAST:
-        return lambda values: values[-1]
-    if key.startswith("min"):
-        return min
-    if key.startswith("max"):
-        return max
-    if key.startswith(("skipped", "num_", "missing")):
-        return math.fsum
-    return lambda values: math.fsum(values) / len(values)
-
-
 def peak_memory_mb() -> float:
     """MiB: the most this process has held, on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
@@ -186,16 +235,8 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _reduced(window: Mapping[str, list[float | int | Tensor]]) -> dict[str, float]:
-    columns = {name: [float(value) for value in values] for name, values in window.items()}
-    row = {}
-    for name, values in columns.items():
-        known = [value for value in values if not math.isnan(value)]  # a step without rewards leaves the others' mean
-        row[name] = reduction(name)(known) if known else math.nan
-    rates, times = columns.get("tokens_per_second", []), columns.get("step_time", [])
-    if rates and len(rates) == len(times) and sum(times) > 0:  # tokens over seconds, not a mean of rates
-        row["tokens_per_second"] = math.fsum(r * t for r, t in zip(rates, times, strict=True)) / math.fsum(times)
-    return row
+def _detached(value: Number) -> Number:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ _SHOWN = {
 _SECONDS_BETWEEN_LINES = 2.0  # a log file of a fast run stays readable
 
 
-def headline(row: dict[str, float]) -> str:
+def headline(row: Mapping[str, float]) -> str:
     """The key numbers of a row on one line."""
     parts = []
     for name, short in _SHOWN.items():
@@ -46,18 +47,20 @@ class Progress:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def show(self, step: int, row: dict[str, float]) -> None:
-        if self.bar is not None:
+    def show(self, step: int, row: Mapping[str, float]) -> None:
+        """Shows a row; one of held-out numbers alone always gets a line of its own."""
+        held_out = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("eval/"))
+        if held_out:
+            self._line(step, held_out)
+        elif self.bar is not None:
             self.bar.set_postfix_str(headline(row), refresh=False)
             self.advance(step)
         elif step == self.total or time.monotonic() - self.shown_at >= _SECONDS_BETWEEN_LINES:
             self.shown_at = time.monotonic()
-            print(f"step {step}{f'/{self.total}' if self.total else ''}  {headline(row)}", file=sys.stderr, flush=True)
+            self._line(step, headline(row))
 
-    def show_evaluation(self, step: int, row: dict[str, float]) -> None:
-        """Held-out numbers always get a line of their own."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("eval/"))
-        line = f"step {step}  {text}"
+    def _line(self, step: int, text: str) -> None:
+        line = f"step {step}{f'/{self.total}' if self.total else ''}  {text}"
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:

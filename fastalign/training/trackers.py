@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class Trackio:
         self.run.finish()
 
 
-_KINDS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+_KINDS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
 def open_trackers(report_to: str, output_dir: Path, run_name: str, config: dict[str, Any]) -> list[Tracker]:
