@@ -26,12 +26,20 @@ class Fused:
     """Logits, judgement and gradients of one chunk after another, in one reused buffer."""
 
     def __init__(
-        self, head: Head, hidden: Tensor, targets: Tensor, wanted: tuple[bool, bool, bool], loan: Loan | None, num_chunks: int
+        self,
+        head: Head,
+        hidden: Tensor,
+        targets: Tensor,
+        wanted: tuple[bool, bool, bool],
+        loan: Loan | None,
+        num_chunks: int,
+        *,
+        entropy: bool = True,
     ) -> None:
         self.head, self.hidden, self.targets, self.loan = head, hidden, targets, loan
         buffer = loan.tensor if loan is not None else None
         self.into = Gradients.of(head, len(targets), wanted, weight=buffer, only_chunk=num_chunks == 1)
-        self.wanted, self.num_chunks, self._gemm_rows = wanted, num_chunks, 0
+        self.wanted, self.entropy, self.num_chunks, self._gemm_rows = wanted, entropy, num_chunks, 0
 
     @property
     def flops_tvh(self) -> float:
@@ -64,7 +72,7 @@ class Fused:
 
     def _forward(self, span: slice, buffer: Tensor) -> tuple[Tensor, Rows]:
         self._gemm_rows += span.stop - span.start
-        return forward_chunk(self.head, self.hidden[span], self.targets[span], entropy=True, buffer=buffer)
+        return forward_chunk(self.head, self.hidden[span], self.targets[span], entropy=self.entropy, buffer=buffer)
 
     def _backward(self, logits: Tensor, span: slice, rows: Rows, grads: RowGrads) -> None:
         used = backward_chunk(self.head, logits, self.hidden[span], self.targets[span], rows, grads, self.into, span)
