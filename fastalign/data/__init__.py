@@ -1,0 +1,21 @@
+"""Data: records of many formats, as the token trees that training reads and the prompts that generation starts from."""
+
+from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_examples, sft_examples
+from .load import load_records
+from .order import DataOrder
+from .records import BadRecord, DataError, Record, parse_dataset_map
+
+__all__ = [
+    "BadRecord",
+    "DataError",
+    "DataOrder",
+    "Examples",
+    "Prompt",
+    "Prompts",
+    "Record",
+    "columns_of_prompts",
+    "load_records",
+    "parse_dataset_map",
+    "prompt_examples",
+    "sft_examples",
+]

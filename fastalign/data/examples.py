@@ -1,0 +1,180 @@
+"""Examples: records as the token trees that training reads, and as the prompts that generation starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..packing import Segment, conversation
+from .chat import Message
+from .encoders import PromptEncoder, SupervisedEncoder, in_chunks, supervised_format
+from .records import BadRecord, DataError, Record, Skips
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What supervised training reads.
+
+    Attributes:
+        segments: one scored sequence a record.
+        indices: which record each came from.
+        num_skipped: bad records left out.
+        skipped_reasons: how many for each reason.
+    """
+
+    segments: list[Segment]
+    indices: list[int] = field(default_factory=list)
+    num_skipped: int = 0
+    skipped_reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What generation starts from.
+
+    Attributes:
+        ids: token ids, the generation prompt included.
+        prompt: what the rewards see: the text, or the conversation.
+        columns: every other column of the record, for the rewards.
+        index: which record it came from.
+    """
+
+    ids: list[int]
+    prompt: str | list[Message]
+    columns: dict[str, Any]
+    index: int
+
+
+class Prompts(list[Prompt]):
+    """Prompts, with the count of the bad records left out."""
+
+    num_skipped: int = 0
+    skipped_reasons: dict[str, int]
+
+
+def sft_examples(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    on_bad_record: str = "error",
+    system_prompt: str = "",
+    vocab_size: int | None = None,
+) -> Examples:
+    """Records of `text`, `messages`, or `prompt` + `completion` (plain or conversational), with an optional `weight`.
+
+    The format is the one whose columns most records have. All of a text is scored, of messages what the assistant wrote,
+    of prompt + completion the completion alone (of a conversational one, the assistant's messages). See `tokens` and
+    `chat` for how boundaries are kept exact.
+
+    Args:
+        records: from `load_records`.
+        tokenizer: a transformers tokenizer.
+        max_length: longest sequence in tokens; a longer record is a bad one, never cut.
+        on_bad_record: "error" raises at the first bad record, "skip" leaves it out and counts it.
+        system_prompt: put before conversations that have no system message.
+        vocab_size: rows of the model's embedding; a token id beyond is a bad record. None: not checked.
+
+    Raises:
+        BadRecord: naming file and line. DataError: for a tokenizer or arguments that fit no record, or when none is left.
+    """
+    if max_length < 2:
+        raise DataError(f"--max_length: expected at least 2 tokens, got {max_length}")
+    encode = SupervisedEncoder(tokenizer, supervised_format(records), system_prompt)
+    limits = _Limits(max_length, "--max_length", vocab_size)
+    skips, segments, indices = Skips(on_bad_record), [], []
+    for index, result in enumerate(in_chunks(records, encode)):
+        try:
+            if isinstance(result, BadRecord):
+                raise result
+            ids, flags = result
+            limits.check(records[index], ids)
+            segments.append(conversation(ids, flags, _weight(records[index])))
+            indices.append(index)
+        except BadRecord as error:
+            skips.report(error)
+    _finish(skips, len(records), len(segments))
+    return Examples(segments, indices, skips.reasons.total(), dict(skips.reasons))
+
+
+def prompt_examples(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    max_prompt_length: int = 0,
+    on_bad_record: str = "error",
+    system_prompt: str = "",
+    vocab_size: int | None = None,
+) -> Prompts:
+    """Records of `prompt`, plain or conversational, ready for generation; every other column is kept for the rewards.
+
+    Args:
+        records: from `load_records`.
+        tokenizer: a transformers tokenizer.
+        max_prompt_length: longest prompt in tokens; 0: no limit. A longer record is a bad one, never cut.
+        on_bad_record, system_prompt, vocab_size: as in `sft_examples`.
+
+    Raises:
+        BadRecord, DataError: as `sft_examples`.
+    """
+    if max_prompt_length < 0:
+        raise DataError(f"--max_prompt_length: expected at least 0 tokens (0: no limit), got {max_prompt_length}")
+    encode = PromptEncoder(tokenizer, system_prompt)
+    limits = _Limits(max_prompt_length, "--max_prompt_length", vocab_size)
+    skips, prompts = Skips(on_bad_record), Prompts()
+    for index, result in enumerate(in_chunks(records, encode)):
+        try:
+            if isinstance(result, BadRecord):
+                raise result
+            ids, prompt = result
+            limits.check(records[index], ids)
+            columns = {k: v for k, v in records[index].items() if k != "prompt"}
+            prompts.append(Prompt(ids, prompt, columns, index))
+        except BadRecord as error:
+            skips.report(error)
+    _finish(skips, len(records), len(prompts))
+    prompts.num_skipped, prompts.skipped_reasons = skips.reasons.total(), dict(skips.reasons)
+    return prompts
+
+
+def columns_of_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The prompts' columns as the rewards take them: one list a column, None where a record has it not."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+
+
+def _finish(skips: Skips, total: int, left: int) -> None:
+    skips.summarize(total)
+    if not left:
+        raise DataError(f"no record is left: {total} read, {skips.reasons.total()} skipped ({dict(skips.reasons)})")
+
+
+def _weight(record: Record) -> float:
+    value = record.get("weight")
+    if value is None:
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise record.bad("wrong type", f"expected a finite number >= 0 in column 'weight', got {value!r}")
+    return weight
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_length: int  # 0: none
+    flag: str
+    vocab_size: int | None
+
+    def check(self, record: Record, ids: Sequence[int]) -> None:
+        if self.max_length and len(ids) > self.max_length:
+            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag} or --on_bad_record skip"
+            raise record.bad("too long", message)
+        if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
+            at = next(i for i, token in enumerate(ids) if token >= self.vocab_size)
+            message = f"token {ids[at]} at position {at} is over the vocabulary of {self.vocab_size}; is the tokenizer the model's own?"
+            raise record.bad("over the vocabulary", message)
