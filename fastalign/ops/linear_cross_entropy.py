@@ -174,6 +174,6 @@ class _Terms:
             fused = Fused(head, hidden, targets, wanted, None, len(chunks), entropy=False)
             for span in chunks:
                 fused.whole(span, judge)
-            if fused.into.hidden is not None:
-                fused.into.hidden = kept.spread(fused.into.hidden)
-        return tie(OP, loss, fused, self.hidden, self.head, self.bias)
+        d_hidden, d_weight, d_bias = fused.gradients()
+        d_hidden = None if d_hidden is None else kept.spread(d_hidden)
+        return tie(OP, loss, (self.hidden, self.head, self.bias), (d_hidden, d_weight, d_bias))

@@ -46,6 +46,10 @@ class Fused:
         """Floating-point operations of the GEMMs in units of T·V·H."""
         return 2.0 * self._gemm_rows / max(1, len(self.targets))
 
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dL/dhidden, dL/dweight, dL/dbias."""
+        return self.into.hidden, self.into.head_gradient(), self.into.bias
+
     def whole(self, span: slice, judge: Judge) -> None:
         """One chunk, one pass: 6TVH at most."""
         with borrowed(span.stop - span.start, self.head.weight.shape[0], self.head.weight) as buffer:
@@ -79,12 +83,17 @@ class Fused:
         self._gemm_rows += used * self.into.gemms
 
 
-def tie(op: str, loss: Tensor, fused: Fused, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def tie(
+    op: str,
+    loss: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    loan: Loan | None = None,
+) -> Tensor:
     """The loss as a function of hidden, weight and bias whose backward scales the stored gradients."""
-    if not any(fused.wanted):
+    if all(gradient is None for gradient in gradients):
         return loss
-    into = fused.into
-    return _Tie.apply(op, hidden, weight, bias, loss, into.hidden, into.head_gradient(), into.bias, fused.loan)
+    return _Tie.apply(op, *inputs, loss, *gradients, loan)
 
 
 class _Tie(torch.autograd.Function):

@@ -17,6 +17,7 @@ from fastalign.ops.head_gradient import lend_for
 from fastalign.ops.linear_chunks import RowGrads, Rows, join_rows
 from fastalign.ops.linear_fused import Fused, tie, wanted_gradients
 from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, chunk_rows, compute_dtype, even_chunks
+from fastalign.ops.linear_traced import Traced
 from fastalign.ops.objective import evaluate
 
 Objective = Callable[..., Any]
@@ -67,15 +68,21 @@ def linear_loss(
     chunks = plan(_offsets(units, len(targets)), len(targets), rows, limit)
     wanted = wanted_gradients(hidden, weight, bias)
     judge = _Judge(objective, return_entropy, any(wanted))
+    x = hidden.detach().to(dtype).contiguous()
+    loan = lend_for(weight, wanted[1])
     with torch.no_grad():
-        fused = Fused(head, hidden.detach().to(dtype).contiguous(), targets, wanted, lend_for(weight, wanted[1]), len(chunks))
+        if torch.compiler.is_compiling():
+            fused: Fused | Traced = Traced(head, x, targets, wanted, len(chunks))
+        else:
+            fused = Fused(head, x, targets, wanted, loan, len(chunks))
         for span in chunks:
             if span.stop - span.start <= limit:
                 fused.whole(span, judge)
             else:
                 fused.twice(span, judge, rows)
+        gradients = fused.gradients()
     metrics = {**judge.sums, **judge.numbers(head.weight), "flops_tvh": fused.flops_tvh, "num_chunks": fused.num_chunks}
-    return tie("linear_loss", judge.loss(head.weight), fused, hidden, weight, bias), metrics
+    return tie("linear_loss", judge.loss(head.weight), (hidden, weight, bias), gradients, loan), metrics
 
 
 def plan(offsets: Sequence[int] | None, num_rows: int, rows: int, limit: int) -> list[slice]:

@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CAPTURED = (
+    "linear_loss: the objective uses {} that requires gradients, which would get none;"
+    " detach it, or compute its loss outside the objective"
+)
+
 
 def evaluate(
     objective: Callable[..., Any], values: tuple[Tensor, ...], span: slice, differentiate: bool
@@ -40,7 +45,10 @@ def _traceable(
     def share(*leaves: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return _unpack(objective(*leaves, span), leaves[0])
 
-    grads, (loss, sums) = torch.func.grad_and_value(share, argnums=tuple(range(len(values))), has_aux=True)(*values)
+    with torch.enable_grad():
+        grads, (loss, sums) = torch.func.grad_and_value(share, argnums=tuple(range(len(values))), has_aux=True)(*values)
+    if loss.requires_grad:
+        raise ValueError(CAPTURED.format("a tensor"))
     return loss.detach(), _detached(sums), grads
 
 
@@ -69,8 +77,5 @@ def _check_captured(loss: Tensor, leaves: tuple[Tensor, ...]) -> None:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in ours:
-            raise ValueError(
-                f"linear_loss: the objective uses a tensor {list(leaf.shape)} that requires gradients, which would get none;"
-                " detach it, or compute its loss outside the objective"
-            )
+            raise ValueError(CAPTURED.format(f"a tensor {list(leaf.shape)}"))
         stack.extend(parent for parent, _ in node.next_functions)
