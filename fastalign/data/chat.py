@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .records import DataError, Record
 
@@ -116,6 +115,8 @@ class ChatEncoder:
 
     def _by_marks(self, record: Record, messages: Sequence[Message], scored_from: int) -> tuple[list[int], list[bool]]:
         """The spans that the template's {% generation %} blocks mark, their edges found by tokenizing up to them."""
+        from transformers.utils.chat_template_utils import render_jinja_template  # late: seconds to import
+
         ids = self._render(record, messages)
         options = self._options(record)
         rendered, spans = render_jinja_template(

@@ -35,7 +35,7 @@ def last_boxed(text: str) -> str | None:
 
 def after_hashes(text: str) -> str | None:
     """What stands behind the last #### on its line, or None."""
-    head, mark, tail = text.rpartition("####")
+    _, mark, tail = text.rpartition("####")
     return tail.strip().split("\n", 1)[0].strip() or None if mark else None
 
 

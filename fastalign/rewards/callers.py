@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from . import worker
 
-Values = list[float | None | dict[str, str]]
+Values = list[float | dict[str, str] | None]
 
 START_SECONDS = 180.0
 """How long a worker may take to import its function; a function may load a model while it is imported."""

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 _PARENT_POLL_SECONDS = 2.0
 
 
-def number(value: Any) -> float | None | dict[str, str]:
+def number(value: Any) -> float | dict[str, str] | None:
     """A reward as JSON: a finite float, None when missing (None, NaN), or {"bad": what is wrong with it}."""
     if value is None:
         return None
@@ -48,7 +48,7 @@ def number(value: Any) -> float | None | dict[str, str]:
 
 def evaluate(
     function: Callable[..., Any], arguments: dict[str, Any], count: int, run: Callable[..., Any] = asyncio.run
-) -> list[float | None | dict[str, str]]:
+) -> list[float | dict[str, str] | None]:
     """Calls a reward function, sync or async, and checks what it returns.
 
     Raises:
