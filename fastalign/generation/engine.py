@@ -151,7 +151,8 @@ class Engine:
                 run = self._run(groups, pool, cache, stops, logprobs, bar.update)
                 while run.scheduler.busy:
                     run.step()
-            assert finished(groups) and pool.num_used == 0, "every sample has ended, so every block must be free"
+            assert finished(groups), "the scheduler has nothing left to do, so every sample must have ended"
+            assert pool.num_used == 0, "every sample has ended, so every block must be free"
         finally:
             pool.reset()  # after an exception or an interrupt in any step: nothing stays taken
             self._generating = False

@@ -110,7 +110,7 @@ class Sampler:
         ban = self._ban(logits, draws)
         heat = rows.temperature[source] / np.float32(self.head.logit_scale)
         truncation = (column(values[source]) for values in (rows.top_k, rows.top_p, rows.min_p))
-        tokens, kept = sample(self._capped(logits), random, column(heat), *truncation)
+        tokens, kept = sample(logits, random, column(heat), *truncation, logit_softcap=self.head.logit_softcap)
         if ban is not None:
             logits[ban.rows, ban.tokens] = ban.logits
         drawn, kept_mass = tokens.cpu().numpy(), kept.cpu().numpy()
@@ -144,14 +144,10 @@ class Sampler:
         logp, lse, _, _ = logp_rows(logits, tokens, temperature=head.temperature(temperature), logit_softcap=head.logit_softcap)
         return logp.cpu().numpy(), lse.cpu().numpy()
 
-    def _capped(self, logits: Tensor) -> Tensor:
-        cap = self.head.logit_softcap
-        return logits if cap is None else torch.tanh(logits.float() / cap) * cap
-
     def _ban(self, logits: Tensor, draws: Draws) -> _Ban | None:
         """Before min_tokens a stop token has probability 0: writes -inf over its logit, and returns what to put back."""
         rows, source = self.rows, draws.source
-        early = np.flatnonzero((rows.min_length[source] > draws.position + 1))
+        early = np.flatnonzero(rows.min_length[source] > draws.position + 1)
         if not len(early):
             return None
         stops = [self.stops.ids[index] for index in rows.stop_set[source[early]]]
@@ -165,7 +161,8 @@ class Sampler:
         """[D] fp32: the probability of everything that is not banned; 1 for greedy draws, whose log-prob is the model's."""
         at = ban.rows.cpu().numpy()
         heat = np.where(temperature[at] > 0, temperature[at], 1) / self.head.logit_scale
-        lost = np.exp(self._capped(ban.logits).double().cpu().numpy() / heat - lse[at])
+        z, cap = ban.logits.double().cpu().numpy(), self.head.logit_softcap
+        lost = np.exp((z if cap is None else np.tanh(z / cap) * cap) / heat - lse[at])
         mass = 1 - np.bincount(at, lost, minlength=len(lse))
         return np.where(temperature > 0, mass, 1.0).astype(np.float32)
 

@@ -141,7 +141,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         pending = int((self.rows.length[self.active] - self.rows.computed[self.active]).sum())
-        placed = []
+        placed: list[int] = []
         while self._queue and self._free_rows and pending < self.max_num_batched_tokens:
             group = self._queue[0][1]
             member = group.waiting[-1]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastalign.ops.backend import backend_for, load_native
+
 MASK = 0xFFFFFFFF
 ROUNDS = 10
 
@@ -41,22 +43,36 @@ def uniform(seed: Tensor, request: Tensor, sample: Tensor, position: Tensor) -> 
     Returns:
         [N] fp64 in [0, 1), multiples of 2**-53.
     """
+    if backend_for("sample", seed.device) == "native":
+        out = torch.empty(seed.shape, dtype=torch.float64)
+        load_native()[0].philox_uniform(seed, request, sample, position, out)  # type: ignore[union-attr]
+        return out
     words = philox((position & MASK, sample & MASK, request & MASK, request >> 32 & MASK), (seed & MASK, seed >> 32 & MASK))
-    return ((words[0] >> 5) * 67108864.0 + (words[1] >> 6)) * 2.0**-53
+    return (words[0] << 21 | words[1] >> 11).double() * 2.0**-53
 
 
-def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one token a row.
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    *,
+    logit_softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws one token a row from softmax(softcap * tanh(logits / softcap) / temperature), truncated.
 
     The order is temperature, top-k, top-p of what top-k left, min-p; tokens equal to the last one kept are kept too.
 
     Args:
-        logits: [N, V] fp32 or bf16; -inf: never drawn.
+        logits: [N, V] fp32 or bf16, rows contiguous; -inf: never drawn.
         uniforms: [N] fp64 in [0, 1).
         temperature: [N] fp32; 0: the most probable token, the first of equals.
         top_k: [N] int64; 0: off.
         top_p: [N] fp32; 1: off.
         min_p: [N] fp32; 0: off.
+        logit_softcap: None or > 0, applied before the temperature.
 
     Returns:
         (tokens [N] int64, kept [N] fp32): the token, and the probability that truncation left (1 where nothing was cut).
@@ -66,17 +82,30 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor,
         ValueError: on shapes or dtypes that do not fit together.
     """
     _check(logits, uniforms, temperature, top_k, top_p, min_p)
-    return sample_reference(logits, uniforms, temperature, top_k, top_p, min_p)
+    native = logits.dtype in (torch.float32, torch.bfloat16) and backend_for("sample", logits.device) == "native"
+    if not native:
+        return sample_reference(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap)
+    tokens, kept = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    module, _ = load_native()
+    module.sample(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap or 0.0, tokens, kept)  # type: ignore[union-attr]
+    return tokens, kept
 
 
 def sample_reference(
-    logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample` in plain torch, fp64: the specification."""
     x = logits.double()
-    best, greedy = x.max(1)
+    greedy = x.argmax(1)
+    x = x if logit_softcap is None else torch.where(x == -torch.inf, x, torch.tanh(x / logit_softcap) * logit_softcap)
     heat = torch.where(temperature > 0, temperature, 1.0).double()
-    weight = torch.exp((x - best[:, None]) / heat[:, None])
+    weight = torch.exp((x - x.amax(1, keepdim=True)) / heat[:, None])
     total = weight.sum(1)
     if bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any()):
         weight = torch.where(weight >= _threshold(weight, top_k, top_p, min_p)[:, None], weight, 0.0)
