@@ -1,0 +1,65 @@
+"""What is in use here: versions, backends per op, devices, threads. `fastalign env` prints it; bug reports start with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from .ops.backend import backend_for, forced_backend, load_native
+
+OPS = ("linear_logp", "linear_kl", "scan", "attention", "adamw", "sample")
+PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify")
+
+
+def env() -> dict[str, Any]:
+    """What is in use, without importing anything heavy.
+
+    Returns:
+        python, platform, threads and native (text or number each); `packages` (name -> version or "not installed"), `devices`
+        (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is).
+    """
+    devices = _devices()
+    return {
+        "python": sys.version.split()[0],
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "native": _native(),
+        "forced backend": forced_backend() or "none",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": devices,
+        "backends": {op: _backends(op, has_cuda=len(devices) > 1) for op in OPS},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _native() -> str:
+    module, reason = load_native()
+    if module is None:
+        return f"missing: {reason}"
+    cuda = f"CUDA for {module.cuda_architectures.replace(';', ', ')}" if module.cuda_ops else "no CUDA kernels (built without nvcc)"
+    return f"CPU {module.isa()}, {cuda}"
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": platform.processor() or platform.machine()}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gib = properties.total_memory / 2**30
+            found[f"cuda:{index}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB"
+    return found
+
+
+def _backends(op: str, *, has_cuda: bool) -> str:
+    cpu = backend_for(op, "cpu")
+    return f"{cpu} (cpu), {backend_for(op, 'cuda')} (cuda)" if has_cuda else cpu
