@@ -8,11 +8,15 @@ rows are tiled or batched or on the cache's block size. So the tree forward, pre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastalign.ops import attention_reference as reference
+from fastalign.ops.backend import backend_for, native
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,12 @@ def tree_attention(
     _check_heads("tree_attention", q, k, v, window, softcap)
     if int(layout.cu_seqlens[-1]) > q.shape[0]:
         raise ValueError(f"tree_attention: the layout holds {int(layout.cu_seqlens[-1])} tokens, q has only {q.shape[0]} rows")
-    return reference.tree_attention(q, k, v, layout.cu_seqlens, layout.parent, scale=scale, window=window, softcap=softcap)
+    if not _runs_native(q):
+        return reference.tree_attention(q, k, v, layout.cu_seqlens, layout.parent, scale=scale, window=window, softcap=softcap)
+    arguments = (q, k, v, layout.cu_seqlens, layout.parent, float(scale), window or 0, softcap or 0.0)
+    if torch.compiler.is_compiling():
+        return _tree_op(*arguments)[0]
+    return _TreeAttention.apply(*arguments)  # an autograd.Function costs half of what the dispatcher's op costs
 
 
 def paged_attention(
@@ -115,12 +124,138 @@ def paged_attention(
             f"paged_attention: the cache must be {k.dtype} [blocks, {k.shape[1]}, block_size, {k.shape[2]}], "
             f"got {k_cache.dtype} {list(k_cache.shape)}"
         )
-    q, k, v = q.detach(), k.detach(), v.detach()
+    q, k, v = (_dense_heads(x.detach()) for x in (q, k, v))
+    if _runs_native(q):
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        steps = (layout.slots, layout.cu_seqlens, layout.context_lens, layout.block_tables)
+        _module().paged_attention(q, k, v, k_cache, v_cache, *steps, float(scale), window or 0, softcap or 0.0, out)
+        return out
     rows = layout.slots.shape[0]
     reference.store_kv(k[:rows], v[:rows], k_cache, v_cache, layout.slots)
     return reference.paged_attention(
         q, k_cache, v_cache, layout.cu_seqlens, layout.context_lens, layout.block_tables, scale=scale, window=window, softcap=softcap
     )
+
+
+def _runs_native(q: Tensor) -> bool:
+    return q.dtype in (torch.float32, torch.bfloat16) and q.device.type == "cpu" and backend_for("attention", "cpu") == "native"
+
+
+def _module() -> ModuleType:
+    module = native()
+    assert module is not None
+    return module
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+
+
+def _tree_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    out[int(cu_seqlens[-1]) :].zero_()  # padding; the kernel writes every other row
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    _module().tree_attention_forward(q, k, v, cu_seqlens, parent, scale, window, softcap, out, lse)
+    return out, lse
+
+
+def _tree_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
+    dq = torch.zeros(q.shape, dtype=torch.float32)
+    dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    for x in (dk, dv):
+        x[int(cu_seqlens[-1]) :].zero_()
+    _module().tree_attention_backward(
+        q, k, v, cu_seqlens, parent, scale, window, softcap, out.contiguous(), grad.to(q.dtype).contiguous(), lse, dq, dk, dv
+    )
+    return dq.to(q.dtype), dk, dv
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, *options: float) -> Tensor:
+        out, lse = _tree_forward(q, k, v, cu_seqlens, parent, *options)
+        ctx.save_for_backward(out, lse, q, k, v, cu_seqlens, parent)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_tree_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+
+
+@torch.library.custom_op("fastalign::tree_attention", mutates_args=())
+def _tree_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    return _tree_forward(q, k, v, cu_seqlens, parent, scale, window, softcap)
+
+
+@_tree_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastalign::tree_attention_backward", mutates_args=())
+def _tree_backward_op(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _tree_backward(grad, out, lse, q, k, v, cu_seqlens, parent, scale, window, softcap)
+
+
+@_tree_backward_op.register_fake
+def _(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, parent, *ctx.options = inputs
+    ctx.save_for_backward(*output, q, k, v, cu_seqlens, parent)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_tree_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+
+
+_tree_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> None:
