@@ -26,7 +26,7 @@ class Algorithm:
         kl_coef: coefficient of the KL to the reference, in the loss; 0: no reference model at all.
         kl: a row of `KL`.
         dynamic_sampling: refill the batch until every group has mixed rewards (DAPO, §3.2).
-        overlong_buffer: tokens before the limit over which a completion loses up to 1 reward (DAPO, Eq. 13); 0: off.
+        overlong_buffer: last fraction of the completion budget over which a completion loses up to 1 reward (DAPO, Eq. 13); 0: off.
     """
 
     advantage: str = "grpo"

@@ -20,7 +20,6 @@ class ModelArguments:
         use_peft: train LoRA adapters instead of the weights; the reference is then the model with the adapter off.
         lora_r: rank of the LoRA matrices.
         lora_alpha: LoRA scaling numerator (scaling = lora_alpha / lora_r).
-        lora_dropout: dropout of LoRA inputs; online training wants 0, dropout breaks sampler-trainer parity.
         lora_target_modules: names of the modules that get adapters; empty: every linear layer but the head.
         device: cpu, cuda, or auto.
     """
@@ -34,7 +33,6 @@ class ModelArguments:
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
-    lora_dropout: float = 0.0
     lora_target_modules: list[str] = field(default_factory=list)
     device: str = "auto"
 

@@ -1,0 +1,133 @@
+"""`fastalign grpo` and its kin: online reinforcement learning with verifiable or user-given rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..algorithms import Algorithm, resolve
+from ..data import DataOrder, Prompt, load_records, parse_dataset_map, prompt_examples
+from ..generation import Engine, SamplingParams
+from ..models.backbone import head_of
+from ..rewards import load_rewards
+from .arguments import Arguments
+from .online_task import OnlineTask
+from .reference import Reference
+from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
+from .training import Job, execute
+
+
+def algorithm_of(args: Arguments) -> Algorithm:
+    """The row that the flags name, with what they replace in it."""
+    online = args.online
+    options = dict(args.loss_options)
+    for name, value in (("epsilon", online.epsilon), ("epsilon_high", online.epsilon_high)):
+        if value is not None:
+            options.setdefault(name, value)
+    return resolve(
+        online.algorithm,
+        advantage=online.advantage,
+        loss=online.loss,
+        aggregate=online.aggregate,
+        kl_coef=online.beta,
+        advantage_options=args.advantage_options,
+        loss_options=options,
+    )
+
+
+def prompts_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Prompt]:
+    """The data set as tokenized prompts with the columns that the rewards read."""
+    data = args.data
+    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
+    return prompt_examples(
+        records,
+        loaded.tokenizer,
+        max_prompt_length=data.max_prompt_length or max(1, data.max_length - args.sampling.max_completion_length),
+        on_bad_record=data.on_bad_record,
+        system_prompt=data.system_prompt,
+        vocab_size=head_of(loaded.model).weight.shape[0],
+    )
+
+
+def num_prompts_of(args: Arguments) -> int:
+    """Prompts an optimizer step: completions of the batch over the group's size."""
+    completions = args.batch.per_device_train_batch_size * args.batch.gradient_accumulation_steps
+    size = args.online.num_generations
+    if size < 1 or completions % size:
+        raise ValueError(
+            f"per_device_train_batch_size x gradient_accumulation_steps = {completions} completions must be a multiple of "
+            f"--num_generations {size}; try {max(size, 1) * max(1, completions // max(size, 1))}"
+        )
+    return completions // size
+
+
+def sampling_of(args: Arguments) -> SamplingParams:
+    s = args.sampling
+    if s.temperature <= 0:
+        raise ValueError(f"--temperature must be > 0 for training, got {s.temperature}; greedy samples of a group are all the same")
+    return SamplingParams(
+        n=args.online.num_generations,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        min_p=s.min_p,
+        max_tokens=s.max_completion_length,
+        stop=list(s.stop),
+        seed=args.run.seed,
+    )
+
+
+def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:
+    """Reference, engine, rewards and updater around the loaded model."""
+    algorithm = algorithm_of(args)
+    reference = Reference(loaded.model) if algorithm.kl_coef > 0 else None
+    engine = Engine(
+        loaded.model,
+        loaded.tokenizer,
+        kv_cache_tokens=args.sampling.kv_cache_tokens or None,
+        max_num_seqs=args.sampling.max_num_seqs,
+    )
+    return OnlineTask(
+        updater=build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
+        engine=engine,
+        reference=reference,
+        rewards=load_rewards(args.online.reward, args.online.reward_weights, timeout=args.online.reward_timeout),
+        prompts=prompts,
+        eval_prompts=held_out,
+        order=DataOrder(len(prompts), seed=args.run.seed, shuffle=args.data.shuffle),
+        algorithm=algorithm,
+        params=sampling_of(args),
+        num_prompts=num_prompts_of(args),
+        num_iterations=args.online.num_iterations,
+        max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
+    )
+
+
+def evaluate(args: Arguments) -> dict[str, float]:
+    """Held-out metrics of the model as it is: mean rewards of greedy completions, keys starting with eval/."""
+    loaded = load(args.model)
+    held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples)
+    task = build_task(args, loaded, held_out, held_out, 1)
+    with task.rewards:
+        return task.evaluate()
+
+
+def run(args: Arguments) -> dict[str, Any]:
+    """Trains, and returns the summary (the plan under --dry_run)."""
+    resume = check_output(args.run)
+    algorithm, num_prompts, _ = algorithm_of(args), num_prompts_of(args), sampling_of(args)
+    if not args.online.reward:
+        raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), module:function or path.py:function")
+    seed_everything(args.run.seed)
+    loaded = load(args.model)
+    prompts = prompts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
+    held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
+    max_steps = num_steps(args.optim, len(prompts), num_prompts)
+    if args.run.dry_run:
+        load_rewards(args.online.reward, args.online.reward_weights, timeout=args.online.reward_timeout).close()
+        extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(algorithm)}
+        return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
+    task = build_task(args, loaded, prompts, held_out, max_steps)
+    try:
+        return execute(Job(f"Online learning: {args.online.algorithm}", args, loaded, task, max_steps, resume))
+    finally:
+        task.rewards.close()

@@ -1,0 +1,189 @@
+"""The online task: prompts → engine → rewards → advantages → packed update. Every algorithm is a row."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..algorithms import Algorithm
+from ..data import DataOrder, Prompt
+from ..generation import Engine, SamplingParams
+from ..rewards import RewardSet
+from ..rollout import Rollout
+from ..training.step import Update, Updater
+from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
+from .reference import Reference
+from .rollout_metrics import group_metrics, overlong, reward_metrics
+
+log = logging.getLogger("fastalign")
+MAX_REFILLS = 10
+NUM_SHOWN = 6
+
+
+class OnlineTask:
+    """One step: sample a batch of groups, score, update. The loop calls `step`, `evaluate` and the state methods."""
+
+    def __init__(
+        self,
+        *,
+        updater: Updater,
+        engine: Engine,
+        reference: Reference | None,
+        rewards: RewardSet,
+        prompts: list[Prompt],
+        eval_prompts: list[Prompt],
+        order: DataOrder,
+        algorithm: Algorithm,
+        params: SamplingParams,
+        num_prompts: int,
+        num_iterations: int,
+        max_tokens_per_micro_batch: int,
+    ):
+        self.updater, self.engine, self.reference, self.rewards = updater, engine, reference, rewards
+        self.prompts, self.eval_prompts, self.order = prompts, eval_prompts, order
+        self.algorithm, self.params = algorithm, params
+        self.num_prompts, self.num_iterations = num_prompts, num_iterations
+        self.max_tokens = max_tokens_per_micro_batch
+        self.num_requests = 0  # counts groups over the whole run: the random key of each, so that a resumed run repeats
+        self.timing: dict[str, float] = defaultdict(float)
+        self.reward_weights = dict(rewards.weights)
+        if algorithm.overlong_buffer:
+            self.reward_weights["overlong"] = 1.0
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timing[name] += time.perf_counter() - start
+
+    def step(self, index: int) -> dict[str, float]:
+        self.timing.clear()
+        rollout = self.collect()
+        advantages = group_advantages(rollout, self.algorithm, self.reward_weights)
+        chunks = build_chunks(
+            rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens
+        )
+        if self.reference is not None:
+            with self.timed("reference"):
+                for chunk in chunks:
+                    chunk.ref_logp = self.reference.score(chunk.packed, temperature=self.params.temperature)
+        with self.timed("update"):
+            updates = [self.update(chunks, first=i == 0) for i in range(self.num_iterations)]
+        return self.metrics(rollout, chunks, updates)
+
+    def update(self, chunks: list[PolicyChunk], *, first: bool) -> Update:
+        """One optimizer step on the whole batch. The first forward gives the old log-probs of later iterations."""
+        lr = self.updater.schedule.get_last_lr()[0]
+        result = self.updater.update([micro_batch(c, self.algorithm) for c in chunks], commit=self.commit)
+        result.sums["learning_rate"] = lr
+        if first:
+            for chunk, logp in zip(chunks, result.logps, strict=True):
+                chunk.old_logp = logp
+                gap = (logp - chunk.sampler_logp).abs()
+                result.sums["gap_sum"] = result.sums.get("gap_sum", 0.0) + float(gap.sum())
+                result.sums["gap_max"] = max(result.sums.get("gap_max", 0.0), float(gap.max()) if gap.numel() else 0.0)
+        return result
+
+    def commit(self, apply) -> None:
+        with self.engine.updating_weights():
+            apply()
+
+    def collect(self) -> Rollout:
+        """A rollout of `num_prompts` groups; under dynamic sampling only groups with mixed rewards, refilled."""
+        kept = Rollout([], [], [])
+        for _ in range(MAX_REFILLS if self.algorithm.dynamic_sampling else 1):
+            rollout = self.sample([self.prompts[i] for i in self.order.next_batch(self.num_prompts - len(kept.prompts))])
+            for prompt, samples, columns in zip(rollout.prompts, rollout.samples, rollout.columns, strict=True):
+                totals = {s.reward(self.reward_weights) for s in samples}
+                if not self.algorithm.dynamic_sampling or len({t for t in totals if not math.isnan(t)}) > 1:
+                    kept.prompts.append(prompt)
+                    kept.samples.append(samples)
+                    kept.columns.append(columns)
+            if len(kept.prompts) == self.num_prompts:
+                return kept
+        log.warning("dynamic sampling: %d of %d groups had mixed rewards after %d rounds", len(kept.prompts), self.num_prompts, MAX_REFILLS)
+        return kept if kept.prompts else rollout
+
+    def sample(self, prompts: list[Prompt]) -> Rollout:
+        with self.timed("rollout"):
+            keys = list(range(self.num_requests, self.num_requests + len(prompts)))
+            rollout = self.engine.rollout([p.ids for p in prompts], self.params, request_ids=keys)
+            rollout.columns = [p.columns for p in prompts]
+            self.num_requests += len(prompts)
+        with self.timed("reward"):
+            self.score(prompts, rollout)
+        return rollout
+
+    def score(self, prompts: list[Prompt], rollout: Rollout) -> None:
+        """Fills in every sample's rewards."""
+        owners = [prompt for prompt, samples in zip(prompts, rollout.samples, strict=True) for _ in samples]
+        samples = rollout.flat
+        names = {name for prompt in prompts for name in prompt.columns}
+        scores = self.rewards.score(
+            [owner.prompt for owner in owners],
+            [sample.text for sample in samples],
+            [sample.ids for sample in samples],
+            {name: [owner.columns.get(name) for owner in owners] for name in sorted(names)},
+        )
+        for name, values in scores.items():
+            for sample, value in zip(samples, values, strict=True):
+                sample.rewards[name] = value
+        if self.algorithm.overlong_buffer:
+            for sample in samples:
+                sample.rewards["overlong"] = overlong(len(sample.ids), self.params.max_tokens, self.algorithm.overlong_buffer)
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy completions of the held-out prompts, their mean rewards."""
+        if not self.eval_prompts:
+            return {}
+        greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self.params.max_tokens, stop=self.params.stop)
+        rollout = self.engine.rollout([p.ids for p in self.eval_prompts], greedy)
+        self.score(self.eval_prompts, rollout)
+        return {f"eval/{key}": value for key, value in reward_metrics(rollout.flat, self.reward_weights).items()}
+
+    def show(self) -> list[dict]:
+        """Greedy completions of a few prompts."""
+        prompts = (self.eval_prompts or self.prompts)[:NUM_SHOWN]
+        greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self.params.max_tokens, stop=self.params.stop)
+        rollout = self.engine.rollout([p.ids for p in prompts], greedy)
+        self.score(prompts, rollout)
+        return [
+            {"prompt": self.engine.tokenizer.decode(p.ids, skip_special_tokens=True), "completion": s.text, "reward": s.reward(self.reward_weights)}
+            for p, s in zip(prompts, rollout.flat, strict=True)
+        ]
+
+    def metrics(self, rollout: Rollout, chunks: list[PolicyChunk], updates: list[Update]) -> dict[str, float]:
+        first, count = updates[0].sums, max(updates[0].sums.get("targets", 0.0), 1.0)
+        last, steps = updates[-1].sums, len(updates)
+        targets = max(sum(u.sums.get("targets", 0.0) for u in updates), 1.0)
+        clips = {k: sum(u.sums.get(k, 0.0) for u in updates) / targets for k in ("clip_low", "clip_high")}
+        generated = sum(len(s.ids) for s in rollout.flat)
+        out = {
+            "loss": sum(u.loss for u in updates) / steps,
+            "grad_norm": updates[-1].grad_norm,
+            "learning_rate": last["learning_rate"],
+            "epoch": self.order.progress,
+            "num_tokens": float(generated + sum(len(p) for p in rollout.prompts)),
+            "entropy": first.get("entropy", 0.0) / count,
+            "clip_ratio/low_mean": clips["clip_low"],
+            "clip_ratio/high_mean": clips["clip_high"],
+            "clip_ratio/region_mean": clips["clip_low"] + clips["clip_high"],
+            "sampling/sampling_logp_difference/mean": first.get("gap_sum", 0.0) / count,
+            "sampling/sampling_logp_difference/max": first.get("gap_max", 0.0),
+            "skipped_updates": float(sum(not u.applied for u in updates)),
+        }
+        if self.reference is not None:
+            out["kl"] = first.get("kl", 0.0) / count
+        out |= reward_metrics(rollout.flat, self.reward_weights) | group_metrics(rollout, self.reward_weights)
+        return out | {f"timing_s/{name}": value for name, value in self.timing.items()}
+
+    def state_dict(self) -> dict:
+        return {"order": self.order.state_dict(), "num_requests": self.num_requests}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order.load_state_dict(state["order"])
+        self.num_requests = state["num_requests"]

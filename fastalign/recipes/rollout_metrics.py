@@ -1,0 +1,49 @@
+"""What a rollout looks like in numbers, under TRL's metric names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..rollout import Rollout, Sample
+
+
+def overlong(length: int, limit: int, buffer: float) -> float:
+    """Soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13): 0 before the last `buffer` fraction of the limit, -1 at its end."""
+    cache = buffer * limit
+    return max(-1.0, min(0.0, (limit - cache - length) / cache))
+
+
+def _mean_std(values: list[float]) -> tuple[float, float]:
+    found = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
+    if not found.numel():
+        return math.nan, math.nan
+    return float(found.mean()), float(found.std(correction=0))
+
+
+def reward_metrics(samples: list[Sample], weights: dict[str, float]) -> dict[str, float]:
+    """The mean total reward, and mean, deviation and missing count by name."""
+    out = {"reward": _mean_std([s.reward(weights) for s in samples])[0]}
+    for name in weights:
+        values = [s.rewards.get(name, math.nan) for s in samples]
+        out[f"rewards/{name}/mean"], out[f"rewards/{name}/std"] = _mean_std(values)
+        missing = sum(math.isnan(v) for v in values)
+        if missing:
+            out[f"rewards/{name}/missing"] = float(missing)
+    return out
+
+
+def group_metrics(rollout: Rollout, weights: dict[str, float]) -> dict[str, float]:
+    """Spread within groups, and the lengths of completions."""
+    spreads = [_mean_std([s.reward(weights) for s in samples])[1] for samples in rollout.samples]
+    spreads = [s for s in spreads if not math.isnan(s)]
+    lengths = [len(s.ids) for s in rollout.flat]
+    return {
+        "reward_std": sum(spreads) / max(len(spreads), 1),
+        "frac_reward_zero_std": sum(s < 1e-6 for s in spreads) / max(len(spreads), 1),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in rollout.flat) / len(lengths),
+    }

@@ -1,0 +1,158 @@
+"""What every training command does first: model, tokenizer, optimizer, and a plan that --dry_run prints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..models.adapters import attach_lora
+from ..models.backbone import head_of
+from ..models.load import load_causal_lm, load_tokenizer
+from ..training.checkpoint import latest_checkpoint
+from ..training.optimizer import build_optimizer, build_schedule
+from ..training.step import LogitOptions, Updater
+from .arguments import Arguments, ModelArguments, OptimArguments, RunArguments
+
+log = logging.getLogger("fastalign")
+
+
+@dataclass
+class Loaded:
+    """A model ready to train, its tokenizer and device."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+
+
+def load(arguments: ModelArguments) -> Loaded:
+    """Loads model and tokenizer, attaches the adapter, sets the head's dtype.
+
+    Raises:
+        ValueError: no model named, a device that is not there, or a tied head asked to differ in dtype.
+    """
+    if not arguments.model_name_or_path:
+        raise ValueError("--model_name_or_path is required: a local folder in Hugging Face format, or a Hub name")
+    device = pick_device(arguments.device)
+    tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path, arguments.chat_template)
+    model: nn.Module = load_causal_lm(arguments.model_name_or_path, dtype=arguments.dtype, device=device)
+    if arguments.head_dtype == "float32":
+        widen_head(model)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if arguments.use_peft:
+        model = attach_lora(
+            model,
+            r=arguments.lora_r,
+            alpha=arguments.lora_alpha,
+            target_modules=arguments.lora_target_modules or "all-linear",
+        )
+    model.train()
+    return Loaded(model, tokenizer, device)
+
+
+def widen_head(model: nn.Module) -> None:
+    """Keeps the LM head in fp32 beside a low-precision backbone."""
+    head = head_of(model)
+    if head.weight.dtype == torch.float32:
+        return
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    if embedding.data_ptr() == head.weight.data_ptr():
+        raise ValueError("--head_dtype float32: this model ties its head to the embedding, which cannot have two dtypes; use --dtype float32")
+    model.get_output_embeddings().float()  # type: ignore[operator]
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch, numpy and random (adapter initialization, dropout); sampling has counters of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or auto, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or install the CUDA build of torch")
+    return torch.device(name)
+
+
+def check_output(run: RunArguments) -> Path | None:
+    """The checkpoint to resume from, or None; refuses to write over another run.
+
+    Raises:
+        FileExistsError: output_dir holds a run and neither resuming nor overwriting was asked for.
+    """
+    output_dir = Path(run.output_dir)
+    if run.resume_from_checkpoint:
+        if run.resume_from_checkpoint not in ("latest", "true", "True"):
+            return Path(run.resume_from_checkpoint)
+        found = latest_checkpoint(output_dir)
+        if found is None:
+            log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
+        return found
+    if (output_dir / "metrics.jsonl").exists() and not run.overwrite_output_dir and not run.dry_run:
+        raise FileExistsError(
+            f"--output_dir {output_dir} already holds a run; add --resume_from_checkpoint latest, --overwrite_output_dir, or name another"
+        )
+    return None
+
+
+def num_steps(optim: OptimArguments, num_records: int, batch: int) -> int:
+    """Optimizer steps of the run."""
+    if optim.max_steps > 0:
+        return optim.max_steps
+    if optim.max_steps == 0 or optim.num_train_epochs <= 0:
+        raise ValueError(f"nothing to do: --max_steps {optim.max_steps} --num_train_epochs {optim.num_train_epochs}")
+    return max(1, math.ceil(optim.num_train_epochs * num_records / batch))
+
+
+def build_updater(loaded: Loaded, args: Arguments, max_steps: int, *, temperature: float = 1.0) -> Updater:
+    """Optimizer, schedule and gradients for the loaded model."""
+    optim = args.optim
+    if optim.learning_rate <= 0:
+        raise ValueError(f"--learning_rate must be > 0, got {optim.learning_rate}")
+    optimizer = build_optimizer(
+        loaded.model,
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
+    )
+    schedule = build_schedule(optimizer, optim.lr_scheduler_type, warmup_steps=optim.warmup_steps, max_steps=max_steps)
+    options = LogitOptions(temperature, args.batch.max_chunk_bytes or None)
+    return Updater(loaded.model, optimizer, schedule, max_grad_norm=optim.max_grad_norm, options=options)
+
+
+def plan(loaded: Loaded, args: Arguments, *, max_steps: int, num_records: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """What --dry_run prints: sizes, steps, a memory estimate in MiB, and what runs on which backend."""
+    from ..environment import env
+
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    trainable = [p for p in loaded.model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trainable)
+    tails = sum(2 * p.numel() for p in trainable if p.dtype == torch.bfloat16)
+    head = head_of(loaded.model).weight
+    mib = 2**20
+    return {
+        "model": f"{args.model.model_name_or_path} ({type(loaded.model).__name__}, {head.dtype}, vocabulary {head.shape[0]})",
+        "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,} ({count:,} trained)",
+        "records": num_records,
+        "optimizer steps": max_steps,
+        **extra,
+        "memory: weights, MiB": round(weights / mib),
+        "memory: fp32 gradients, MiB": round(4 * count / mib),
+        "memory: optimizer, MiB": round((8 * count + tails) / mib),
+        "device": str(loaded.device),
+        "backends": env().get("backends", {}),
+    }

@@ -1,0 +1,71 @@
+"""`fastalign sft`: supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import DataOrder, load_records, parse_dataset_map, sft_examples
+from ..generation import Engine, SamplingParams
+from ..models.backbone import head_of
+from ..packing import Segment
+from .arguments import Arguments
+from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
+from .sft_task import SupervisedTask
+from .training import Job, execute
+
+NUM_SHOWN = 4
+
+
+def examples(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Segment]:
+    """The data set as tokenized, masked segments."""
+    data = args.data
+    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
+    found = sft_examples(
+        records,
+        loaded.tokenizer,
+        max_length=data.max_length,
+        on_bad_record=data.on_bad_record,
+        system_prompt=data.system_prompt,
+        vocab_size=head_of(loaded.model).weight.shape[0],
+    )
+    return found.segments
+
+
+def shown_prompts(segments: list[Segment], tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """What precedes the first scored token of a few segments: prompts whose completion can be compared before and after."""
+    prompts = []
+    for segment in segments:
+        flags = [segment.scored] * len(segment.ids) if isinstance(segment.scored, bool) else list(segment.scored)
+        start = flags.index(True) if True in flags else 0
+        if start > 0:
+            ids = list(segment.ids[:start])
+            prompts.append((tokenizer.decode(ids, skip_special_tokens=True), ids))
+        if len(prompts) == NUM_SHOWN:
+            break
+    return prompts
+
+
+def run(args: Arguments) -> dict[str, Any]:
+    """Trains, and returns the summary (the plan under --dry_run)."""
+    resume = check_output(args.run)
+    seed_everything(args.run.seed)
+    loaded = load(args.model)
+    segments = examples(args, loaded, args.data.dataset_name, args.data.max_samples)
+    held_out = examples(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
+    batch_size = args.batch.per_device_train_batch_size * args.batch.gradient_accumulation_steps
+    max_steps = num_steps(args.optim, len(segments), batch_size)
+    tokens = sum(s.num_tokens for s in segments)
+    if args.run.dry_run:
+        return plan(loaded, args, max_steps=max_steps, num_records=len(segments), extra={"tokens a step": round(tokens * batch_size / len(segments))})
+    task = SupervisedTask(
+        updater=build_updater(loaded, args, max_steps),
+        segments=segments,
+        eval_segments=held_out,
+        order=DataOrder(len(segments), seed=args.run.seed, shuffle=args.data.shuffle),
+        batch_size=batch_size,
+        max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
+        engine=Engine(loaded.model, loaded.tokenizer),
+        show_prompts=shown_prompts(held_out or segments, loaded.tokenizer),
+        show_params=SamplingParams(n=1, temperature=0.0, max_tokens=64),
+    )
+    return execute(Job("Supervised fine-tuning", args, loaded, task, max_steps, resume))

@@ -1,0 +1,139 @@
+"""The part that every training command shares once its task is built: resume, loop, save, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..training.checkpoint import Checkpoint, load_checkpoint, restore_rng, save_checkpoint
+from ..training.interrupt import interruptible
+from ..training.loop import Cadence, Task, run
+from ..training.files import write_atomic
+from ..training.metrics import Metrics, read_metrics
+from ..training.report import write_report
+from ..training.step import Updater
+from ..training.weights import restore_weights, save_model
+from .arguments import Arguments
+from .setup import Loaded
+
+
+SAMPLES = "samples_before.json"
+
+
+class TrainTask(Task, Protocol):
+    """A task that can be saved and shows samples."""
+
+    updater: Updater
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def show(self) -> list[dict[str, Any]]:
+        """A few samples: prompt, completion, and what is worth telling about them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training command about to run."""
+
+    title: str
+    args: Arguments
+    loaded: Loaded
+    task: TrainTask
+    max_steps: int
+    resume: Path | None
+
+
+def restore(job: Job, metrics: Metrics) -> int:
+    """Puts model, optimizer, schedule, data order and random states back; returns the step to go on from."""
+    if job.resume is None:
+        return 0
+    saved: Checkpoint = load_checkpoint(job.resume)
+    updater = job.task.updater
+    restore_weights(job.loaded.model, saved.path)
+    updater.optimizer.load_state_dict(saved.optimizer_state)
+    updater.schedule.load_state_dict(saved.scheduler_state)
+    job.task.load_state_dict(saved.data_state)
+    metrics.resume(saved.step, saved.extra["metrics"])
+    restore_rng(saved.rng)
+    return saved.step
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Runs the job to its end and returns the summary, which is also in summary.json.
+
+    Raises:
+        KeyboardInterrupt: after an interrupt, once a checkpoint is saved.
+    """
+    args, output_dir = job.args, Path(job.args.run.output_dir)
+    if job.resume is None:
+        clear(output_dir)
+    run_args = args.run
+    metrics = Metrics(
+        output_dir,
+        report_to=run_args.report_to,
+        run_name=run_args.run_name,
+        config=args.flat(),
+        total_steps=job.max_steps,
+        logging_steps=run_args.logging_steps,
+    )
+    with closing(metrics), interruptible() as interrupt:
+        start = restore(job, metrics)
+        before = job.task.show() if start == 0 else read_samples(output_dir)
+        write_atomic(output_dir / SAMPLES, json.dumps(before))
+        cadence = Cadence(job.max_steps, run_args.save_steps, run_args.eval_steps)
+        if not run(job.task, cadence, metrics, interrupt, start=start, save=lambda step: save(job, metrics, step)):
+            raise KeyboardInterrupt(f"stopped; go on with --output_dir {output_dir} --resume_from_checkpoint latest")
+        save_model(output_dir, job.loaded.model, job.loaded.tokenizer)
+        summary = summarize(metrics.rows())
+        metrics.summary(summary)
+    after = job.task.show()
+    samples = [b | {"before": b["completion"], "after": a["completion"]} for b, a in zip(before, after, strict=False)]
+    write_atomic(output_dir / "samples.json", json.dumps(samples))
+    write_report(output_dir, title=job.title, config=args.flat(), metrics=read_metrics(output_dir), summary=summary, samples=samples)
+    return summary
+
+
+def save(job: Job, metrics: Metrics, step: int) -> Path:
+    """Writes checkpoint-`step` with everything that a bit-exact continuation needs."""
+    updater = job.task.updater
+    return save_checkpoint(
+        job.args.run.output_dir,
+        step,
+        model=job.loaded.model,
+        tokenizer=job.loaded.tokenizer,
+        optimizer_state=updater.optimizer.state_dict(),
+        scheduler_state={k: v for k, v in updater.schedule.state_dict().items() if k != "lr_lambdas"},
+        data_state=job.task.state_dict(),
+        extra={"metrics": metrics.state_dict()},
+        save_total_limit=job.args.run.save_total_limit,
+    )
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last value of every metric, and the first and last of the held-out ones."""
+    summary: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("eval/"):
+                summary.setdefault(f"{name}/before", value)
+            summary[name] = value
+    return summary
+
+
+def clear(output_dir: Path) -> None:
+    """Removes an earlier run's rows and checkpoints; only reached when there is none or overwriting was asked for."""
+    for path in [output_dir / "metrics.jsonl", output_dir / "summary.json", output_dir / SAMPLES]:
+        path.unlink(missing_ok=True)
+    for path in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def read_samples(output_dir: Path) -> list[dict[str, Any]]:
+    path = output_dir / SAMPLES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

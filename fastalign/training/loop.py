@@ -1,0 +1,94 @@
+"""The loop: step, log, evaluate, save, stop when asked. It knows nothing of what a step does."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .interrupt import Interrupt
+from .metrics import Metrics
+
+
+class Task(Protocol):
+    """What the loop drives."""
+
+    def step(self, index: int) -> dict[str, float]:
+        """One optimizer step (index from 0) and its metrics; `num_tokens` are those of this step."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics, keys starting with eval/; empty when there is no held-out data."""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in optimizer steps; 0: never in between.
+
+    Attributes:
+        max_steps: where the run ends.
+        save_steps, eval_steps: periods.
+    """
+
+    max_steps: int
+    save_steps: int = 0
+    eval_steps: int = 0
+
+
+def run(
+    task: Task,
+    cadence: Cadence,
+    metrics: Metrics,
+    interrupt: Interrupt,
+    *,
+    start: int = 0,
+    save: Callable[[int], Any],
+) -> bool:
+    """Drives `task` from step `start` to the end; returns False when it was interrupted (a checkpoint was saved).
+
+    Held-out evaluation runs before the first step, after the last and every `eval_steps`. An exception that is no
+    interrupt leaves the last checkpoint in place and goes on up.
+    """
+    if start == 0:
+        evaluate(task, metrics, 0)
+    for index in range(start, cadence.max_steps):
+        record(metrics, task.step(index))
+        done = index + 1
+        last = done == cadence.max_steps
+        row = metrics.end_step(done)
+        if last and row is None:
+            metrics.flush(done)
+        if last or (cadence.eval_steps and done % cadence.eval_steps == 0):
+            evaluate(task, metrics, done)
+        if interrupt.requested and not last:
+            save(done)
+            return False
+        if cadence.save_steps and done % cadence.save_steps == 0:
+            save(done)
+    return True
+
+
+def record(metrics: Metrics, values: dict[str, float]) -> None:
+    """Adds one step's numbers: extremes stay extremes, the learning rate and epoch are the last ones, the rest are means."""
+    metrics.count_tokens(int(values.pop("num_tokens")))
+    for name, value in values.items():
+        if math.isnan(value):
+            continue
+        if name in ("learning_rate", "epoch"):
+            metrics.put(**{name: value})
+        elif name.endswith(("/max", "/max_length")):
+            metrics.highest(name, value)
+        elif name.endswith("/min_length"):
+            metrics.lowest(name, value)
+        else:
+            metrics.add(name, value)
+
+
+def evaluate(task: Task, metrics: Metrics, step: int) -> None:
+    """Evaluates and logs a row of its own, when there is held-out data; its time is not the next step's."""
+    with metrics.paused():
+        began = time.perf_counter()
+        values = task.evaluate()
+        if values:
+            metrics.write(step, values | {"timing_s/eval": time.perf_counter() - began})

@@ -1,0 +1,149 @@
+"""One optimizer step: packed micro-batches forward, losses with their gradients fused, clip, update.
+
+Every divisor is global and given up front, so the result does not depend on the cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models.backbone import head_of, hidden_states
+from ..ops.linear_logp import linear_logp
+from ..ops.linear_loss import linear_loss
+from ..packing import Packed
+from .optimizer import MainGradients
+
+log = logging.getLogger("fastalign")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass reads.
+
+    Attributes:
+        packed: the token tree.
+        objective: `objective(logp, entropy, span)` → its share of the final scalar, or (share, {name: sum}).
+        units: [U+1] offsets of the runs of targets that the objective couples; None: every token on its own.
+    """
+
+    packed: Packed
+    objective: Callable[[Tensor, Tensor, slice], object]
+    units: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """How log-probs are taken from hidden states: softmax temperature, and bytes of logits held at once (None: chosen)."""
+
+    temperature: float = 1.0
+    max_chunk_bytes: int | None = None
+
+
+def scored_hidden(model: nn.Module, packed: Packed) -> Tensor:
+    """Hidden rows that predict a target, [N, H] in the head's dtype."""
+    return hidden_states(model, packed).index_select(0, packed.rows).to(head_of(model).weight.dtype)
+
+
+@torch.no_grad()
+def score(model: nn.Module, packed: Packed, *, temperature: float = 1.0) -> Tensor:
+    """Log-probs [N] fp32 (nats) of a packed batch's targets, no gradient: the reference's, or an old policy's."""
+    head = head_of(model)
+    return linear_logp(
+        scored_hidden(model, packed),
+        head.weight,
+        packed.targets,
+        bias=head.bias,
+        temperature=head.temperature(temperature),
+        logit_softcap=head.logit_softcap,
+    )
+
+
+def forward_backward(model: nn.Module, batch: MicroBatch, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
+    """Adds a micro-batch's gradients; returns its share of the loss and the metrics of `linear_loss`."""
+    head = head_of(model)
+    loss, metrics = linear_loss(
+        scored_hidden(model, batch.packed),
+        head.weight,
+        batch.packed.targets,
+        batch.objective,
+        units=batch.units,
+        bias=head.bias,
+        temperature=head.temperature(options.temperature),
+        logit_softcap=head.logit_softcap,
+        return_entropy=True,
+        max_chunk_bytes=options.max_chunk_bytes,
+    )
+    if backward:
+        loss.backward()
+    return float(loss.detach()), metrics
+
+
+@dataclass
+class Update:
+    """What a step did: the loss, the gradient norm before clipping, sums by name, and whether it was applied."""
+
+    loss: float
+    grad_norm: float
+    sums: dict[str, float]
+    logps: list[Tensor]
+    applied: bool
+
+
+class Updater:
+    """Owns gradients, optimizer and schedule of one model."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule, *, max_grad_norm: float, options: LogitOptions):
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.gradients = MainGradients(model.parameters())
+        self.max_grad_norm, self.options = max_grad_norm, options
+        self.skipped_in_a_row = 0
+
+    def accumulate(self, batches: Iterable[MicroBatch]) -> Update:
+        """Gradients and metrics of all micro-batches, no update yet."""
+        self.gradients.zero()
+        total, sums, logps = 0.0, defaultdict(float), []
+        for batch in batches:
+            loss, metrics = forward_backward(self.model, batch, self.options)
+            total += loss
+            sums["entropy"] += float(metrics["entropy"].sum())
+            sums["correct"] += float(metrics["correct"].sum())
+            sums["targets"] += metrics["logp"].numel()
+            for name, value in metrics.items():
+                if name not in ("entropy", "correct", "logp"):
+                    sums[name] += float(value)
+            logps.append(metrics["logp"])
+        return Update(total, self.gradients.norm(), dict(sums), logps, applied=False)
+
+    def update(self, batches: Iterable[MicroBatch], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
+        """Accumulates, clips and steps. A loss or gradient that is not finite changes no weight and is reported.
+
+        Args:
+            commit: wraps the change of the weights (the engine bumps its version there).
+
+        Raises:
+            FloatingPointError: at the third step in a row that is not finite.
+        """
+        result = self.accumulate(batches)
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            self.gradients.clip(result.grad_norm, self.max_grad_norm)
+            apply = self.optimizer.step
+            commit(apply) if commit is not None else apply()
+            result.applied = True
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+            log.warning("step skipped: loss %s, gradient norm %s; the weights were not changed", result.loss, result.grad_norm)
+            if self.skipped_in_a_row >= 3:
+                raise FloatingPointError(
+                    f"three steps in a row had a loss or gradient that is not finite (last: loss {result.loss}, gradient norm "
+                    f"{result.grad_norm}); lower --learning_rate, or check the model's weights for NaN"
+                )
+        self.schedule.step()
+        return result

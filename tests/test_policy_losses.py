@@ -1,0 +1,105 @@
+"""Policy losses: values against float64 loops, gradients by gradcheck, off-policy so that they mean something."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from fastalign.algorithms import ALGORITHMS, resolve
+from fastalign.losses.policy import AGGREGATES, KL, POLICY, cispo, clip, gspo, k3, token_weights
+
+LENGTHS = [3, 0, 4, 1]
+
+
+def off_policy(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    n = sum(LENGTHS)
+    old = -torch.rand(n, generator=g, dtype=torch.float64) * 3
+    logp = old + torch.randn(n, generator=g, dtype=torch.float64) * 0.4
+    advantages = torch.randn(n, generator=g, dtype=torch.float64)
+    cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
+    return logp, old, advantages, cu
+
+
+def test_clip_equals_the_equation():
+    logp, old, adv, cu = off_policy()
+    got = clip(logp, old, adv, cu, epsilon=0.2, epsilon_high=0.28)
+    for i in range(len(logp)):
+        r, a = math.exp(logp[i] - old[i]), float(adv[i])
+        assert math.isclose(float(got[i]), -min(r * a, min(max(r, 0.8), 1.28) * a), rel_tol=1e-12)
+
+
+def test_clip_dual_bounds_negative_advantages():
+    old = torch.zeros(2, dtype=torch.float64)
+    logp = torch.tensor([3.0, 3.0], dtype=torch.float64)
+    got = clip(logp, old, torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([0, 2]), dual_clip=3.0)
+    torch.testing.assert_close(got, torch.tensor([3.0, -1.2], dtype=torch.float64))
+
+
+def test_gspo_equals_the_equation():
+    logp, old, adv, cu = off_policy(1)
+    got = gspo(logp, old, adv, cu, epsilon=0.1, epsilon_high=0.2)
+    for a, b in zip(cu[:-1], cu[1:], strict=True):
+        if a == b:
+            continue
+        s = math.exp(sum(float(x) for x in (logp - old)[a:b]) / int(b - a))
+        for i in range(a, b):
+            assert math.isclose(float(got[i]), -min(s * float(adv[i]), min(max(s, 0.9), 1.2) * float(adv[i])), rel_tol=1e-12)
+
+
+def test_cispo_gradient_is_the_clipped_weight_times_the_advantage():
+    logp, old, adv, cu = off_policy(2)
+    logp.requires_grad_()
+    cispo(logp, old, adv, cu, epsilon=0.1, epsilon_high=0.2).sum().backward()
+    expected = -(logp - old).exp().clamp(0.9, 1.2).detach() * adv
+    torch.testing.assert_close(logp.grad, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in POLICY if n != "cispo"])
+def test_policy_gradcheck(name):
+    logp, old, adv, cu = off_policy(3)
+    assert gradcheck(lambda x: POLICY[name].function(x, old, adv, cu), (logp.requires_grad_(),))
+
+
+@pytest.mark.parametrize("name", KL)
+def test_kl_gradcheck_and_zero_at_the_reference(name):
+    logp, old, _, _ = off_policy(4)
+    assert gradcheck(lambda x: KL[name](x, old), (logp.requires_grad_(),))
+    assert KL[name](old, old).abs().max() == 0
+
+
+def test_k3_is_accurate_next_to_the_reference():
+    ref = torch.tensor([-1.0])
+    near = ref + 1e-4
+    assert math.isclose(float(k3(near, ref)), math.expm1(float(ref - near)) - float(ref - near), rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_token_weights_do_not_depend_on_the_cut(aggregate):
+    lengths = torch.tensor([3, 0, 5, 2])
+    options = {"num_tokens": 10, "num_sequences": 4, "budget": 8}
+    whole = token_weights(aggregate, lengths, **options)
+    parts = torch.cat([token_weights(aggregate, part, **options) for part in lengths.split(2)])
+    assert torch.equal(whole, parts)
+    expected = {"token": 1.0, "sequence": 0.75, "budget": 10 / 32}[aggregate]
+    assert math.isclose(float(whole.sum()), expected, rel_tol=1e-6)
+
+
+def test_resolve_replaces_parts_and_checks_them():
+    assert resolve("grpo", kl_coef=0.0).kl_coef == 0
+    assert resolve("dapo").loss_options["epsilon_high"] == 0.28
+    assert resolve("grpo", loss="gspo").loss_options == {}, "options of the replaced loss do not carry over"
+    assert resolve("grpo", loss_options={"epsilon": 0.1}).loss_options["epsilon"] == 0.1
+    for bad, words in (({"loss": "clipp"}, "did you mean clip"), ({"advantage": "rlo"}, "rloo"), ({"aggregate": "tokens"}, "token")):
+        with pytest.raises(ValueError, match=words):
+            resolve("grpo", **bad)
+    with pytest.raises(ValueError, match="did you mean epsilon"):
+        resolve("grpo", loss_options={"epsilom": 1})
+    with pytest.raises(ValueError, match="did you mean grpo"):
+        resolve("grppo")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_resolves(name):
+    assert resolve(name) == ALGORITHMS[name]
