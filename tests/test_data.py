@@ -129,8 +129,10 @@ def test_many_records_keep_their_order():
 
 
 def test_columns_of_prompts_fills_what_a_record_has_not():
-    prompts = prompt_examples([Record({"prompt": "a", "x": 1}, "d", 1), Record({"prompt": "b", "y": 2}, "d", 2)], byte_tokenizer())
-    assert columns_of_prompts(prompts) == {"x": [1, None], "y": [None, 2]}
+    prompts = prompt_examples(
+        [Record({"prompt": "a", "x": 1}, "d", 1), Record({"prompt": "b", "weight": "3 kg"}, "d", 2)], byte_tokenizer()
+    )
+    assert columns_of_prompts(prompts) == {"x": [1, None], "weight": [None, "3 kg"]}, "a weight weighs supervised records alone"
 
 
 # bad records
@@ -139,17 +141,19 @@ def test_columns_of_prompts_fills_what_a_record_has_not():
 @pytest.mark.parametrize(
     "record, reason, message",
     [
-        ({"prompt": "a", "answer": "b"}, "missing column", "expected column 'completion', got columns ['prompt', 'answer']; rename with --dataset_map answer=completion"),
+        ({"prompt": "a", "answer": "b"}, "missing column", "expected column 'completion', got columns ['prompt', 'answer']; "
+         "rename with --dataset_map answer=completion"),
         ({"prompt": "a", "completion": None}, "missing column", "expected a value in column 'completion', got null"),
         ({"prompt": "a", "completion": 3}, "wrong type", "expected text in column 'completion', got int 3"),
         ({"prompt": "a", "completion": ["b"]}, "wrong type", "expected text in column 'completion', got list ['b']"),
         ({"prompt": 1, "completion": "b"}, "wrong type", "expected text in column 'prompt', got int 1"),
         ({"prompt": "a", "completion": " \n"}, "empty completion", "expected text in column 'completion', got ' \\n'"),
         ({"text": ""}, "empty text", "expected text in column 'text', got ''"),
-        ({"text": "a" * 64}, "too long", "expected at most 64 tokens, got 66; raise --max_length or --on_bad_record skip"),
+        ({"text": "a" * 64}, "too long", "expected at most 64 tokens, got 66; raise --max_length, or leave such records out with --on_bad_record skip"),
         ({"text": "a", "weight": "heavy"}, "wrong type", "expected a finite number >= 0 in column 'weight', got 'heavy'"),
         ({"text": "a", "weight": -1}, "wrong type", "expected a finite number >= 0 in column 'weight', got -1"),
-        ({"question": "a"}, "missing column", "expected column 'prompt', got columns ['question']; rename with --dataset_map question=prompt"),
+        ({"question": "a"}, "missing column", "expected column 'prompt', got columns ['question']; "
+         "rename with --dataset_map question=prompt"),
     ],
 )  # fmt: skip
 def test_bad_record_is_named_with_its_line(record, reason, message):

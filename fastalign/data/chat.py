@@ -82,7 +82,9 @@ class ChatEncoder:
         options = {**self._options(record), **options}
         self._template(options["tools"])
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False}, **options
+            )
         except _TEMPLATE_ERRORS as error:
             raise record.bad("chat template", f"the chat template refuses these messages: {error}") from error
 
@@ -129,7 +131,7 @@ class ChatEncoder:
         self._check_prefix(record, first, ids, "the end of the prompt", _MARK_REMEDY)
         flags = [False] * len(ids)
         for begin, end in spans[0]:
-            edges = [self.tokenizer(rendered[0][:edge], add_special_tokens=False)["input_ids"] for edge in (begin, end)]
+            edges = [self.tokenizer(rendered[0][:edge], add_special_tokens=False, verbose=False)["input_ids"] for edge in (begin, end)]
             for edge, what in zip(edges, ("beginning", "end"), strict=True):
                 self._check_prefix(record, edge, ids, f"the {what} of a {{% generation %}} block", _MARK_REMEDY)
             if len(edges[0]) >= len(first):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +33,20 @@ def supervised_format(records: Sequence[Record]) -> tuple[str, ...]:
         return best
     begun = (columns for columns in _FORMATS if any(c in r for r in records for c in columns))
     return next(begun, _FORMATS[0])
+
+
+def weight_of(record: Record) -> float:
+    """The loss weight of a supervised record, 1 where it has none. Raises BadRecord when it is no finite number >= 0."""
+    value = record.get("weight")
+    if value is None:
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise record.bad("wrong type", f"expected a finite number >= 0 in column 'weight', got {value!r}")
+    return weight
 
 
 class _Encoder:
@@ -84,6 +99,7 @@ class SupervisedEncoder(_Encoder):
         for i, record in enumerate(records):
             try:
                 self.check_read(record)
+                weight_of(record)
                 if self.columns == ("messages",):
                     results[i] = self.chat.conversation(record, self.with_system(read_messages(record, "messages")))
                 elif self.columns == ("prompt", "completion") and isinstance(record.require("prompt"), list):

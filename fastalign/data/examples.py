@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..packing import Segment, conversation
 from .chat import Message
-from .encoders import PromptEncoder, SupervisedEncoder, in_chunks, supervised_format
+from .encoders import PromptEncoder, SupervisedEncoder, in_chunks, supervised_format, weight_of
 from .records import BadRecord, DataError, Record, Skips
 
 
@@ -85,16 +84,9 @@ def sft_examples(
     encode = SupervisedEncoder(tokenizer, supervised_format(records), system_prompt)
     limits = _Limits(max_length, "--max_length", vocab_size)
     skips, segments, indices = Skips(on_bad_record), [], []
-    for index, result in enumerate(in_chunks(records, encode)):
-        try:
-            if isinstance(result, BadRecord):
-                raise result
-            ids, flags = result
-            limits.check(records[index], ids)
-            segments.append(conversation(ids, flags, _weight(records[index])))
-            indices.append(index)
-        except BadRecord as error:
-            skips.report(error)
+    for index, (ids, flags) in _good(records, encode, limits, skips):
+        segments.append(conversation(ids, flags, weight_of(records[index])))
+        indices.append(index)
     _finish(skips, len(records), len(segments))
     return Examples(segments, indices, skips.reasons.total(), dict(skips.reasons))
 
@@ -124,16 +116,8 @@ def prompt_examples(
     encode = PromptEncoder(tokenizer, system_prompt)
     limits = _Limits(max_prompt_length, "--max_prompt_length", vocab_size)
     skips, prompts = Skips(on_bad_record), Prompts()
-    for index, result in enumerate(in_chunks(records, encode)):
-        try:
-            if isinstance(result, BadRecord):
-                raise result
-            ids, prompt = result
-            limits.check(records[index], ids)
-            columns = {k: v for k, v in records[index].items() if k != "prompt"}
-            prompts.append(Prompt(ids, prompt, columns, index))
-        except BadRecord as error:
-            skips.report(error)
+    for index, (ids, prompt) in _good(records, encode, limits, skips):
+        prompts.append(Prompt(ids, prompt, {k: v for k, v in records[index].items() if k != "prompt"}, index))
     _finish(skips, len(records), len(prompts))
     prompts.num_skipped, prompts.skipped_reasons = skips.reasons.total(), dict(skips.reasons)
     return prompts
@@ -145,23 +129,22 @@ def columns_of_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
+def _good(records: Sequence[Record], encode: Callable[..., Any], limits: _Limits, skips: Skips) -> Iterator[tuple[int, Any]]:
+    """Index and encoding of the good records, in order; the bad ones are reported to `skips`."""
+    for index, (record, result) in enumerate(zip(records, in_chunks(records, encode), strict=True)):
+        try:
+            if isinstance(result, BadRecord):
+                raise result
+            limits.check(record, result[0])
+            yield index, result
+        except BadRecord as error:
+            skips.report(error)
+
+
 def _finish(skips: Skips, total: int, left: int) -> None:
     skips.summarize(total)
     if not left:
         raise DataError(f"no record is left: {total} read, {skips.reasons.total()} skipped ({dict(skips.reasons)})")
-
-
-def _weight(record: Record) -> float:
-    value = record.get("weight")
-    if value is None:
-        return 1.0
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0):
-        raise record.bad("wrong type", f"expected a finite number >= 0 in column 'weight', got {value!r}")
-    return weight
 
 
 @dataclass(frozen=True)
@@ -172,7 +155,7 @@ class _Limits:
 
     def check(self, record: Record, ids: Sequence[int]) -> None:
         if self.max_length and len(ids) > self.max_length:
-            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag} or --on_bad_record skip"
+            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag}, or leave such records out with --on_bad_record skip"
             raise record.bad("too long", message)
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             at = next(i for i, token in enumerate(ids) if token >= self.vocab_size)

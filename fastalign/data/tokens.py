@@ -35,7 +35,7 @@ class TextEncoder:
         return behind != sentinel + alone and behind[: len(sentinel)] == sentinel
 
     def _encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"] if texts else []
 
     @property
     def eos(self) -> int:

@@ -6,11 +6,10 @@ import re
 from fractions import Fraction
 
 # what a number looks like in prose: 1,234.50  -3  .5; a minus after a word, digit or bracket is a subtraction
-_NUMBER = r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?"
-NUMBER = re.compile(rf"(?=[-−.\d]){_NUMBER}(?<=\d)")
+NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 _EXACT = re.compile(r"([-+]?)((?:\d+(?:,\d{3})*)?(?:\.\d*)?)(?:[eE]([-+]?\d{1,3}))?")
 _FRACTION = re.compile(r"([-+]?)\\?frac\{([^{}]+)\}\{([^{}]+)\}|([-+]?[\d.,]+)/([-+]?[\d.,]+)")
-_SAYS = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*", re.IGNORECASE)
+_SAYS = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)[\s:=]*", re.IGNORECASE)
 _LONGEST_NUMBER = 100  # characters; longer digit strings are text, so that exact arithmetic stays bounded
 
 

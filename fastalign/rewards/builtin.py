@@ -159,7 +159,10 @@ def _is_think_then_answer(text: str) -> bool:
 
 def regex(completions: Sequence[Completion], *, pattern: str, **columns: Any) -> list[float | None]:
     """1 where the whole completion matches the regular expression (a dot matches newlines too), else 0."""
-    compiled = re.compile(pattern, re.DOTALL)
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"reward 'regex': expected a regular expression, got {pattern!r}: {error}") from error
     return [float(compiled.fullmatch(text_of(completion)) is not None) for completion in completions]
 
 

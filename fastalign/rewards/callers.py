@@ -190,6 +190,9 @@ class _Worker:
             except LoadFailed as error:
                 self._restart()
                 raise CallFailed(f"its function could not be loaded again: {error}") from error
+            except BaseException:  # an interrupt: a reply that comes later must not answer the next call
+                self._kill()
+                raise
         if "error" in reply:
             raise CallFailed(reply["error"])
         return reply["values"]

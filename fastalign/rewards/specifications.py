@@ -63,8 +63,8 @@ def _wait(reward: Reward, specification: Specification) -> None:
         reward.signature  # noqa: B018  (loads the function)
     except LoadFailed as error:
         wanted = str(specification).rpartition(":")[2]
-        near = difflib.get_close_matches(wanted, error.names, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; it has {error.names}" if error.names else ""
+        near = difflib.get_close_matches(wanted, error.names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {error.names}" if error.names else ""
         raise ValueError(f"reward {specification!r}: {error}{hint}") from error
 
 
