@@ -89,6 +89,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[*find_packages(include=["fastalign", "fastalign.*"]), "fastalign.kernels"],
+    package_data={"fastalign.training": ["*.html"]},
     ext_modules=[Extension("fastalign._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

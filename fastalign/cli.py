@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         return _run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        print("fastalign: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"fastalign: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `fastalign algorithms | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,18 +70,20 @@ def _start(command: str, values: dict[str, Any]) -> None:
         return
     args = build(command, values)
     check_required(args)
-    if command == "sft":
-        from .recipes import sft
-
-        sft.run(args)
-    elif command == "grpo":
-        from .recipes import online
-
-        online.run(args)
-    else:
+    if command == "generate":
         from .recipes import generate
 
         generate.run(args.model, args.data, args.sampling, args.generate)
+        return
+    if command == "sft":
+        from .recipes.sft import run
+    else:
+        from .recipes.online import run
+    outcome = run(args)
+    if args.run.dry_run:
+        _print_values(outcome)  # the plan
+    else:
+        print(f"done: {Path(args.run.output_dir) / 'report.html'}")
 
 
 def check_required(args: Arguments) -> None:
@@ -150,10 +153,14 @@ def _tables() -> str:
 def _print_env() -> None:
     from .environment import env
 
-    for name, value in env().items():
-        if isinstance(value, dict):
+    _print_values(env())
+
+
+def _print_values(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
             print(f"{name}:")
             for key, item in value.items():
-                print(f"  {key:24}{item}")
+                print(f"  {key:26}{item}")
         else:
-            print(f"{name:26}{value}")
+            print(f"{name:28}{value}")

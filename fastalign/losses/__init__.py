@@ -1,0 +1,5 @@
+"""Losses: equations only, one file a family."""
+
+from . import policy, sft
+
+__all__ = ["policy", "sft"]

@@ -24,6 +24,17 @@ ROWS: dict[str, Mapping[str, catalogue.Entry]] = {
 }
 _ROW_OPTION = re.compile(r"(loss|advantage)\.\w+")  # --loss.epsilon: an argument of the row itself
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_POSITIVE = {
+    *("lora_r", "max_length", "learning_rate", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
+    *("reward_timeout", "num_samples", "top_p"),
+}
+_NOT_NEGATIVE = {
+    *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
+    *("seed", "save_steps", "save_total_limit", "eval_steps", "temperature", "top_k", "min_p", "kv_cache_tokens"),
+    *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2"),
+}
+_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -91,7 +102,17 @@ def convert(name: str, kind: Any, value: Any, where: str) -> Any:
     converted = _scalar(kind, value)
     if converted is None:
         raise ValueError(f"{where}: expected {_EXPECTED[kind]}, got {value!r}")
+    _check_range(name, converted, where)
     return converted
+
+
+def _check_range(name: str, value: Any, where: str) -> None:
+    if name in _POSITIVE and value <= 0:
+        raise ValueError(f"{where} must be > 0, got {value}")
+    if name in _NOT_NEGATIVE and value < 0:
+        raise ValueError(f"{where} must be >= 0, got {value}")
+    if name in _AT_MOST_ONE and value > 1:
+        raise ValueError(f"{where} must be <= 1, got {value}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -150,7 +150,7 @@ def tick(value: float) -> str:
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
     text = f"{value:.6g}"
-    return (text if len(text) <= 6 else f"{value:.2g}").replace("e-0", "e-")
+    return (text if len(text) <= 6 else f"{value:.1e}").replace("e-0", "e-").replace(".0e", "e")
 
 
 def _bound(axes: Any, values: Iterable[float]) -> None:
