@@ -1,0 +1,42 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+
+def pick_device(name: str) -> str:
+    """cpu or cuda; auto takes the GPU where torch sees one."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def describe(*packages: str) -> str:
+    """One line: processor (or GPU), cores, and the versions of `packages`."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    load = os.getloadavg()[0]
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load:.1f} at the start; " + ", ".join(
+        f"{p} {version(p)}" for p in packages
+    )
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str:
+    """The installed version, or "source" for a package run from its tree."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
