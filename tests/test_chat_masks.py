@@ -1,6 +1,8 @@
 """Conversations: ids as the template renders them, and masks that are exact in token ids."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +38,7 @@ def make_tokenizer(template: str = "", merges: tuple[tuple[str, str], ...] = ())
 def encode(record: dict, template: str = CHATML, **options) -> tuple[list[str], list[str]]:
     """The whole sequence, and its scored runs as texts."""
     tokenizer = make_tokenizer(template, options.pop("merges", ()))
-    segment = sft_examples([Record(record, "chat.jsonl", 3)], tokenizer, max_length=500, **options).segments[0]
+    segment = sft_examples([Record(record, "chat.jsonl", 3)], tokenizer, **{"max_length": 500, **options}).segments[0]
     runs, previous = [], False
     for token, scored in zip(segment.ids, segment.scored, strict=True):
         if scored and not previous:
@@ -91,6 +93,16 @@ def test_generation_prompt_is_a_prefix_of_what_is_trained(template):
     assert trained.scored.index(True) == len(prompt.ids)
     assert prompt.prompt == [USER]
     assert prompt.columns == {"answer": "3"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1).filter(str.strip)), min_size=1, max_size=4), st.booleans())
+def test_any_conversation_is_scored_exactly(turns, marked):
+    """The scored runs are, byte by byte, what the assistant said."""
+    turns = [[text.encode("utf-8", "ignore").decode() + "." for text in turn] for turn in turns]
+    chat = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    _, runs = encode({"messages": chat}, MARKED if marked else CHATML, max_length=100_000)
+    assert runs == [a + "<|im_end|>" for _, a in turns]
 
 
 def test_system_prompt_is_put_before_conversations_that_have_none():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -239,6 +240,15 @@ def test_worker_that_is_killed_between_calls_starts_again(source):
         os.kill(pid, signal.SIGKILL)
         assert wait_gone(pid)
         assert score(rewards, ["a"])[0] not in (pid, NAN)
+
+
+def test_interrupted_call_does_not_answer_the_next(source, calls):
+    with load_rewards([f"{source}:moody"], timeout=30.0) as rewards:
+        assert score(rewards, ["a"]) == [1.0]
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            score(rewards, ["hang"])
+        assert score(rewards, ["bb", "ccc"]) == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "hanging"])

@@ -169,6 +169,14 @@ def test_gsm8k_and_math_accept_every_reference_solution():
     assert gsm8k(wrong, answer=golds) == [0.0] * len(golds)
 
 
+def test_worked_solution_without_an_answer_is_no_gold(caplog):
+    long = "We add the numbers one by one. " * 20
+    assert math_answer(["4", "4"], solution=[long, long + "The answer is 4."]) == [None, 1.0]
+    with load_rewards(["gsm8k"]) as rewards:
+        assert math.isnan(rewards.score(["p"], ["4"], None, {"answer": [long]})["gsm8k"][0])
+    assert "reward 'gsm8k': none of the 1 samples of a batch has a reward; are its columns the right ones?" in caplog.text
+
+
 # the set
 
 

@@ -76,7 +76,10 @@ class ChatEncoder:
                 tools = json.loads(tools)
             except json.JSONDecodeError as error:
                 raise record.bad("invalid JSON", f"column 'tools': invalid JSON: {error.msg} at column {error.colno}") from error
-        return {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
+        extra = record.get("chat_template_kwargs") or {}
+        if not isinstance(extra, dict):
+            raise record.bad("wrong type", f"expected an object in column 'chat_template_kwargs', got {type(extra).__name__} {extra!r}")
+        return {"tools": tools or None, **extra}
 
     def _render(self, record: Record, messages: Sequence[Message], **options: Any) -> list[int]:
         options = {**self._options(record), **options}

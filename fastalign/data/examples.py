@@ -155,7 +155,7 @@ class _Limits:
 
     def check(self, record: Record, ids: Sequence[int]) -> None:
         if self.max_length and len(ids) > self.max_length:
-            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag}, or leave such records out with --on_bad_record skip"
+            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag} or give --on_bad_record skip"
             raise record.bad("too long", message)
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             at = next(i for i, token in enumerate(ids) if token >= self.vocab_size)

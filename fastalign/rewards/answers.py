@@ -10,6 +10,7 @@ NUMBER = re.compile(r"(?:(?<![\w)\]])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+
 _EXACT = re.compile(r"([-+]?)((?:\d+(?:,\d{3})*)?(?:\.\d*)?)(?:[eE]([-+]?\d{1,3}))?")
 _FRACTION = re.compile(r"([-+]?)\\?frac\{([^{}]+)\}\{([^{}]+)\}|([-+]?[\d.,]+)/([-+]?[\d.,]+)")
 _SAYS = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)[\s:=]*", re.IGNORECASE)
+_LONGEST_GOLD = 200  # characters; a longer reference is a worked solution
 _LONGEST_NUMBER = 100  # characters; longer digit strings are text, so that exact arithmetic stays bounded
 
 
@@ -63,9 +64,13 @@ def final_answer(text: str) -> str | None:
     return stated_answer(text) or last_number(text)
 
 
-def gold_answer(text: str) -> str:
-    r"""The answer inside a reference: \boxed{…}, else `#### …`, else the whole text."""
-    return last_boxed(text) or after_hashes(text) or text.strip()
+def gold_answer(text: str) -> str | None:
+    r"""The answer inside a reference: \boxed{…}, else `#### …`, else the whole text.
+
+    A reference too long to be an answer must say "the answer is …"; None when it does not.
+    """
+    text = text.strip()
+    return last_boxed(text) or after_hashes(text) or (text if len(text) <= _LONGEST_GOLD else stated_answer(text)) or None
 
 
 def normalize(text: str) -> str:

@@ -47,14 +47,14 @@ def text_of(completion: Completion) -> str:
 
 
 def golds_of(columns: dict[str, Any], count: int) -> list[str | None]:
-    """The reference of each sample as text, from the first of `GOLD_COLUMNS` that has one."""
+    """The reference answer of each sample, from the first of `GOLD_COLUMNS` that has a value; None where there is none."""
     golds: list[str | None] = []
     for i in range(count):
         found = (columns[name][i] for name in GOLD_COLUMNS if columns.get(name) is not None)
         value = next((v for v in found if v is not None), None)
         if isinstance(value, list):  # a conversational reference
             value = text_of(value)
-        golds.append(None if value is None or not str(value).strip() else str(value))
+        golds.append(None if value is None else answers.gold_answer(str(value)))
     return golds
 
 
@@ -62,7 +62,7 @@ def math_answer(completions: Sequence[Completion], **columns: Any) -> list[float
     r"""1 where the final answer equals the reference, else 0.
 
     The answer is what follows the last </think>: \boxed{…}, else `#### …`, else "the answer is …", else the last number.
-    The reference comes from `GOLD_COLUMNS`; of a worked solution only its \boxed{…} or #### counts. Two answers are equal
+    The reference comes from `GOLD_COLUMNS`; of a worked solution its \boxed{…}, #### or "the answer is …" counts. Two answers are equal
     as exact numbers or normalized text, or, where `math-verify` is installed, when it proves them equal.
     """
     scores: list[float | None] = []
@@ -71,7 +71,7 @@ def math_answer(completions: Sequence[Completion], **columns: Any) -> list[float
             scores.append(None)
             continue
         answer = answers.final_answer(answers.after_thinking(text_of(completion)))
-        scores.append(0.0 if answer is None else float(_same(answers.gold_answer(gold), answer)))
+        scores.append(0.0 if answer is None else float(_same(gold, answer)))
     return scores
 
 
@@ -137,8 +137,7 @@ def _first_number(text: str) -> str | None:
 
 
 def _gold_number(gold: str) -> str:
-    answer = answers.gold_answer(gold)
-    return _first_number(answer) or answer
+    return _first_number(gold) or gold
 
 
 def think_format(completions: Sequence[Completion], **columns: Any) -> list[float | None]:

@@ -42,6 +42,7 @@ class IsolatedReward:
     def __init__(self, name: str, caller: Caller) -> None:
         self.name = name
         self.caller = caller
+        self._warned = False
         self._seconds_per_sample = 0.0  # learnt where a batch needs longer than one sample may take
 
     def score(self, arguments: dict[str, list[Any]], prompts: list[Any], timeout: float) -> list[float]:
@@ -58,9 +59,12 @@ class IsolatedReward:
         parts = [list(range(i, count, shards)) for i in range(shards)]
         if shards == 1:
             self._halving(batch, parts[0])
-            return batch.values
-        with ThreadPoolExecutor(shards) as pool:
-            list(pool.map(lambda part: self._halving(batch, part), parts))
+        else:
+            with ThreadPoolExecutor(shards) as pool:
+                list(pool.map(lambda part: self._halving(batch, part), parts))
+        if prompts and not self._warned and all(map(math.isnan, batch.values)):
+            self._warned = True
+            logger.warning("reward %r: none of the %d samples of a batch has a reward; are its columns the right ones?", self.name, count)
         return batch.values
 
     def _halving(self, batch: _Batch, indices: list[int]) -> None:

@@ -171,6 +171,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Loads the function and answers calls until the stream ends."""
     function = _start(requests, replies)
     loop = asyncio.new_event_loop()  # one loop for all calls: a client that an async function keeps is bound to it
+    asyncio.set_event_loop(loop)
     while function is not None and (request := read_message(requests)) is not None:
         # the parent kills a late worker; this ends one whose parent died first, even when C code never releases the GIL
         faulthandler.dump_traceback_later(request["limit"] + 5.0, exit=True)
