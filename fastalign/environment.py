@@ -46,7 +46,7 @@ def _native() -> str:
     module, reason = load_native()
     if module is None:
         return f"missing: {reason}"
-    cuda = f"CUDA for {module.cuda_architectures.replace(';', ', ')}" if module.cuda_ops else "no CUDA kernels (built without nvcc)"
+    cuda = f"CUDA for {module.cuda_architectures}" if module.cuda_ops else "no CUDA kernels (built without nvcc)"
     return f"CPU {module.isa()}, {cuda}"
 
 

@@ -1,0 +1,225 @@
+// Row kernels over logits [N, V] on the GPU.
+//   logp_rows: one CTA of 512 threads a row, grid N; 16-byte loads; each thread keeps an online (max, sum, weighted sum) in fp32 and
+//              the CTA merges them in a fixed tree, so a row's result depends on that row alone. Reads V logits once.
+//   grad_rows: grid (N, ceil(V / 16384)); reads and writes V logits once, in place. The target's logit is read before the CTA that
+//              owns it overwrites it: only that CTA needs it.
+// Numerics: fp32 throughout; the element algebra is csrc/math's, shared with the CPU.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../math/softmax.h"
+#include "linear_logp.h"
+
+namespace fa::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kGradTile = 16384;  // elements a CTA
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
+__device__ __forceinline__ void from_float(uint16_t& to, float x) {
+  const uint32_t bits = __float_as_uint(x);
+  to = x == x ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : static_cast<uint16_t>(0x7fc0);
+}
+
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T lane[kSize];
+};
+
+// Elements before the first 16-byte boundary: rows of an odd vocabulary start anywhere.
+template <typename T>
+__device__ __forceinline__ int64_t head_of(const T* row, int64_t n) {
+  const int64_t head = ((16 - (reinterpret_cast<uintptr_t>(row) & 15)) & 15) / static_cast<int64_t>(sizeof(T));
+  return head < n ? head : n;
+}
+
+struct Soften {
+  float softcap, inv_softcap, inv_temperature;
+};
+
+// A thread's or CTA's view of a row: the softmax of what was seen, and the first arg-max of the raw logits.
+struct RowState {
+  math::Online<float> online;
+  float best;
+  int64_t arg;
+};
+
+__device__ __forceinline__ RowState merge(const RowState& a, const RowState& b) {
+  RowState out;
+  out.online = math::merge(a.online, b.online);
+  const bool take_b = b.best > a.best || (b.best == a.best && b.arg < a.arg);
+  out.best = take_b ? b.best : a.best;
+  out.arg = take_b ? b.arg : a.arg;
+  return out;
+}
+
+// A vector of elements is reduced around its own maximum, then merged: one rescale a vector, not one an element.
+template <bool kEntropy, typename T, int kSize>
+__device__ __forceinline__ void absorb(RowState& state, const T (&lane)[kSize], int64_t index, const Soften& s) {
+  float z[kSize];
+  float top = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float raw = to_float(lane[i]);
+    if (raw > state.best) state.best = raw, state.arg = index + i;
+    z[i] = math::soften<uint32_t, float>(raw, s.softcap, s.inv_softcap, s.inv_temperature);
+    top = fmaxf(top, z[i]);
+  }
+  math::Online<float>& o = state.online;
+  if (top > o.max) {
+    const float down = o.max - top;  // -inf before the first finite logit: everything so far was zero
+    const float scale = math::exp(down);
+    if (kEntropy) o.weighted = scale == 0.0f ? 0.0f * o.sum : scale * (o.weighted + down * o.sum);
+    o.sum *= scale;
+    o.max = top;
+  }
+  const float m = o.max == -INFINITY ? 0.0f : o.max;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float down = z[i] - m, e = math::exp(down);
+    o.sum += e;
+    if (kEntropy) o.weighted += (down < math::kFloor ? math::kFloor : down) * e;
+  }
+}
+
+__device__ __forceinline__ RowState shuffle_down(const RowState& state, int distance) {
+  constexpr unsigned kAll = 0xffffffffu;
+  RowState other;
+  other.online.max = __shfl_down_sync(kAll, state.online.max, distance);
+  other.online.sum = __shfl_down_sync(kAll, state.online.sum, distance);
+  other.online.weighted = __shfl_down_sync(kAll, state.online.weighted, distance);
+  other.best = __shfl_down_sync(kAll, state.best, distance);
+  other.arg = __shfl_down_sync(kAll, state.arg, distance);
+  return other;
+}
+
+// The CTA's state, in thread 0.
+__device__ __forceinline__ RowState reduce(RowState state) {
+  __shared__ RowState warps[kWarps];
+  for (int distance = 16; distance > 0; distance /= 2) state = merge(state, shuffle_down(state, distance));
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int warp = 1; warp < kWarps; ++warp) state = merge(state, warps[warp]);
+  return state;
+}
+
+template <bool kEntropy, typename T>
+__global__ void __launch_bounds__(kThreads) logp_kernel(LogpRows<T> rows, Soften s) {
+  const int64_t row = blockIdx.x;
+  const T* x = rows.logits + row * rows.row_stride;
+  RowState state{{}, -INFINITY, rows.vocab};
+  const int64_t head = head_of(x, rows.vocab), packs = (rows.vocab - head) / Pack<T>::kSize;
+  const int64_t tail = head + packs * Pack<T>::kSize;
+  for (int64_t i = threadIdx.x; i < head; i += kThreads) {
+    const T one[1] = {x[i]};
+    absorb<kEntropy>(state, one, i, s);
+  }
+  const Pack<T>* aligned = reinterpret_cast<const Pack<T>*>(x + head);
+  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
+    const Pack<T> pack = aligned[i];
+    absorb<kEntropy>(state, pack.lane, head + i * Pack<T>::kSize, s);
+  }
+  for (int64_t i = tail + threadIdx.x; i < rows.vocab; i += kThreads) {
+    const T one[1] = {x[i]};
+    absorb<kEntropy>(state, one, i, s);
+  }
+  state = reduce(state);
+  if (threadIdx.x != 0) return;
+  const int64_t target = rows.targets[row];
+  const bool inside = target >= 0 && target < rows.vocab;  // outside: NaN, loud and in bounds
+  const float raw = inside ? to_float(x[target]) : NAN;
+  const float z = math::soften<uint32_t, float>(raw, s.softcap, s.inv_softcap, s.inv_temperature);
+  const float log_sum = math::log_sum(state.online);
+  rows.lse[row] = state.online.max + log_sum;
+  rows.logp[row] = (z - state.online.max) - log_sum;
+  if (kEntropy) rows.entropy[row] = math::entropy(state.online);
+  rows.correct[row] = state.arg == target && state.online.sum == state.online.sum;
+}
+
+struct RowGrad {
+  Soften soften;
+  float lse, g_logp, g_entropy, entropy;
+};
+
+__device__ __forceinline__ float grad_element(float x, const RowGrad& g, bool is_target) {
+  float slope = g.soften.inv_temperature;
+  if (g.soften.softcap > 0.0f) {
+    const float t = math::tanh(x * g.soften.inv_softcap);
+    x = t * g.soften.softcap;
+    slope *= 1.0f - t * t;
+  }
+  const float logp = x * g.soften.inv_temperature - g.lse;
+  if (!is_target) return math::grad_other<uint32_t, float>(logp, g.g_logp, g.g_entropy, g.entropy) * slope;
+  // 1 - p as -expm1(log p): what is left when p is near 1.
+  const float from_entropy = math::grad_other<uint32_t, float>(logp, 0.0f, g.g_entropy, g.entropy);
+  return (from_entropy - g.g_logp * expm1f(logp)) * slope;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) grad_kernel(GradRows<T> rows, Soften s) {
+  const int64_t row = blockIdx.x, begin = blockIdx.y * kGradTile;
+  const int64_t n = rows.vocab - begin < kGradTile ? rows.vocab - begin : kGradTile;
+  T* x = rows.logits + row * rows.row_stride + begin;
+  const int64_t target = rows.targets[row] - begin;
+  const float g_entropy = rows.g_entropy ? rows.g_entropy[row] : 0.0f;
+  const RowGrad g{s, rows.lse[row], rows.g_logp[row], g_entropy, rows.g_entropy ? rows.entropy[row] : 0.0f};
+  const bool dead = g.g_logp == 0.0f && g.g_entropy == 0.0f;
+  const int64_t head = head_of(x, n), packs = (n - head) / Pack<T>::kSize, tail = head + packs * Pack<T>::kSize;
+  auto one = [&](int64_t i) { from_float(x[i], dead ? 0.0f : grad_element(to_float(x[i]), g, i == target)); };
+  for (int64_t i = threadIdx.x; i < head; i += kThreads) one(i);
+  Pack<T>* aligned = reinterpret_cast<Pack<T>*>(x + head);
+  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
+    Pack<T> pack = aligned[i];
+#pragma unroll
+    for (int k = 0; k < Pack<T>::kSize; ++k)
+      from_float(pack.lane[k], dead ? 0.0f : grad_element(to_float(pack.lane[k]), g, head + i * Pack<T>::kSize + k == target));
+    aligned[i] = pack;
+  }
+  for (int64_t i = tail + threadIdx.x; i < n; i += kThreads) one(i);
+}
+
+Soften soften_of(float softcap, float inv_temperature) { return {softcap, softcap > 0.0f ? 1.0f / softcap : 0.0f, inv_temperature}; }
+
+void check_launch(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": CUDA launch failed: " + cudaGetErrorString(error));
+}
+
+template <typename T>
+void launch_logp(const LogpRows<T>& rows, uintptr_t stream) {
+  if (rows.num_rows == 0) return;
+  const dim3 grid(static_cast<unsigned>(rows.num_rows));
+  const Soften s = soften_of(rows.softcap, rows.inv_temperature);
+  auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  if (rows.entropy)
+    logp_kernel<true, T><<<grid, kThreads, 0, cuda_stream>>>(rows, s);
+  else
+    logp_kernel<false, T><<<grid, kThreads, 0, cuda_stream>>>(rows, s);
+  check_launch("logp_rows");
+}
+
+template <typename T>
+void launch_grad(const GradRows<T>& rows, uintptr_t stream) {
+  if (rows.num_rows == 0 || rows.vocab == 0) return;
+  const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>((rows.vocab + kGradTile - 1) / kGradTile));
+  const Soften s = soften_of(rows.softcap, rows.inv_temperature);
+  grad_kernel<T><<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(rows, s);
+  check_launch("grad_rows");
+}
+
+}  // namespace
+
+void logp_rows(const LogpRows<float>& rows, uintptr_t stream) { launch_logp(rows, stream); }
+void logp_rows(const LogpRows<uint16_t>& rows, uintptr_t stream) { launch_logp(rows, stream); }
+void grad_rows(const GradRows<float>& rows, uintptr_t stream) { launch_grad(rows, stream); }
+void grad_rows(const GradRows<uint16_t>& rows, uintptr_t stream) { launch_grad(rows, stream); }
+
+}  // namespace fa::cuda
