@@ -6,16 +6,6 @@ import torch
 from fastalign.ops.backend import native, use_backend
 from fastalign.ops.sampling import philox, sample, uniform
 
-BACKENDS = ["reference", "native"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "native" and native() is None:
-        pytest.skip("the native module is not built")
-    with use_backend(request.param):
-        yield request.param
-
 
 def draw(logits, u, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, softcap=None):
     n = len(logits)
