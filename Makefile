@@ -4,17 +4,16 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-BUILD := build/native
-CUDA ?= auto
 CUDA_BUILD := build/cuda-check
 STAMP := $(VENV)/.installed
+NATIVE := $(VENV)/.native
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 CXX_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu')
 
 .PHONY: setup build demo test test-all lint format bench gpu cuda-check clean
 .DELETE_ON_ERROR:
 
-setup: $(STAMP)
+setup: $(STAMP) $(NATIVE)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"fastalign needs Python 3.11 or newer, this is {sys.version}"'
@@ -25,15 +24,19 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	$(PY) -m pip install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	touch $@
 
-$(STAMP): pyproject.toml constraints.txt $(CXX_SOURCES) | $(VENV)/.torch
-	$(PY) -m pip install -q -c constraints.txt -e '.[dev,math]'
+# pip installs the package and leaves the native core to the next rule, which rebuilds only what has changed.
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/.torch
+	FASTALIGN_NATIVE=later $(PY) -m pip install -q -c constraints.txt -e '.[dev,math]'
 	touch $@
 
-# In-place and incremental, for work on csrc/; needs an environment that `make setup` has made once.
+$(NATIVE): $(CXX_SOURCES) | $(STAMP)
+	$(PY) setup.py -q build_ext --inplace --build-temp build
+	touch $@
+
+# Rebuild the native core whatever the time stamps say; still incremental.
 build:
-	$(PY) -m cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTALIGN_OUTPUT=$(abspath fastalign) \
-	  -DFASTALIGN_CUDA=$(CUDA) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) --log-level=WARNING
-	$(PY) -m cmake --build $(BUILD)
+	$(PY) setup.py -q build_ext --inplace --build-temp build
+	touch $(NATIVE)
 
 demo: setup
 	$(OFFLINE) $(PY) -m fastalign.cli demo --output_dir runs/demo
@@ -65,9 +68,9 @@ gpu: setup
 cuda-check: setup
 	$(PY) -m cmake -S . -B $(CUDA_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTALIGN_OUTPUT=$(abspath $(CUDA_BUILD)) \
 	  -DFASTALIGN_CUDA=on -DFASTALIGN_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) --log-level=WARNING
-	$(PY) -m cmake --build $(CUDA_BUILD)
+	$(PY) -m cmake --build $(CUDA_BUILD) --target cuda_kernels
 
 clean:
 	rm -rf build dist *.egg-info fastalign/_C*.so runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	rm -f $(STAMP)
+	rm -f $(NATIVE)

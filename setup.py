@@ -1,7 +1,7 @@
 """Builds the native core with CMake and Ninja, and lists the packages. Everything else is in pyproject.toml.
 
 Environment:
-    FASTALIGN_NATIVE=off   leave the native core out
+    FASTALIGN_NATIVE=off   leave the native core out; =later: the same without a notice, for a caller who builds it next
     FASTALIGN_CUDA=off|on  never / always build the CUDA kernels (default: when a working nvcc is found)
 """
 
@@ -51,10 +51,22 @@ def cmake_command() -> str:
         return shutil.which("cmake") or "cmake"
 
 
+def ninja_command() -> str | None:
+    """The ninja of the build environment, else the one on PATH; None leaves CMake its default."""
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        return shutil.which("ninja")
+
+
 class CMakeBuild(build_ext):
     """Runs CMake and puts the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        if os.environ.get("FASTALIGN_NATIVE") == "later":
+            return
         reason = "FASTALIGN_NATIVE=off" if os.environ.get("FASTALIGN_NATIVE") == "off" else missing_compiler()
         if reason:
             # Straight to stderr: a warning would be lost between pip's own lines.
@@ -81,8 +93,10 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTALIGN_OUTPUT={output}",
             f"-DFASTALIGN_CUDA={cuda}",
+            "--log-level=WARNING",
         ]
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        ninja = ninja_command()
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *generator, *options], check=True)
         subprocess.run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], check=True)
 
