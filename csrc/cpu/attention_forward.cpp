@@ -4,6 +4,8 @@
 // packed transposed and V as rows, fp32, once for all rows that see it; each row keeps its own online softmax (m, l, O).
 // A block no key of which a row sees leaves the row's m, l and O as they are, to the bit.
 // Bytes: K and V once a task (a shared prefix once for all its sequences), q and out once.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -32,6 +34,22 @@ struct Block {
   int64_t begin, end;  // logical positions that are packed; end - begin <= key_block
 };
 
+// The packing loops ask for the block after this one: a cache's blocks are scattered, so no hardware stream finds them.
+// After a sequence's last block that is the next head's first, which the same thread takes next.
+template <typename T>
+struct Ahead {
+  const T *k, *v;
+};
+
+template <typename T>
+Ahead<T> ahead(const Problem& p, const KeyRun* run, const KeyRun* begin, const KeyRun* end, int64_t kv_head, const T* k, const T* v) {
+  const int64_t step = std::max<int64_t>(1, key_block / run->count);
+  const bool wrap = run + step >= end;
+  if (wrap && (kv_head + 1 == p.kv_heads || run + step - (end - begin) >= end)) return {nullptr, nullptr};
+  const KeyRun* next = wrap ? run + step - (end - begin) : run + step;
+  return {k + next->k_origin + (wrap ? p.k.head_stride : 0), v + next->v_origin + (wrap ? p.v.head_stride : 0)};
+}
+
 template <typename T>
 void pack_block(const Problem& p, const KeyRun* runs, int count, int64_t kv_head, Block block, int64_t dp, Tile& t) {
   const T* k = static_cast<const T*>(p.k.data) + kv_head * p.k.head_stride;
@@ -40,8 +58,9 @@ void pack_block(const Problem& p, const KeyRun* runs, int count, int64_t kv_head
   for (; run != runs + count && run->begin < block.end; ++run) {
     const int64_t from = std::max(block.begin, run->begin), to = std::min(block.end, run->begin + run->count);
     const int64_t skip = from - run->begin, at = from - block.begin;
-    pack_transposed(k + run->k_origin + skip * p.k.row_stride, p.k.row_stride, to - from, p.head_dim, at, t.kt);
-    pack_rows(v + run->v_origin + skip * p.v.row_stride, p.v.row_stride, to - from, p.head_dim, dp, 1.0f, t.v + at * dp);
+    const Ahead<T> next = run->count < key_block ? ahead(p, run, runs, runs + count, kv_head, k, v) : Ahead<T>{nullptr, nullptr};
+    pack_transposed(k + run->k_origin + skip * p.k.row_stride, p.k.row_stride, to - from, p.head_dim, at, t.kt, next.k);
+    pack_rows(v + run->v_origin + skip * p.v.row_stride, p.v.row_stride, to - from, p.head_dim, dp, 1.0f, t.v + at * dp, next.v);
   }
 }
 
@@ -174,13 +193,14 @@ void run(const Forward& call) {
   const int64_t sizes[] = {rows * dp, rows * dp, rows, rows, p.head_dim * key_block, key_block * dp, tile_r * key_block};
   int64_t floats = 0;
   for (int64_t size : sizes) floats += Scratch::round(size);
+  const int64_t chunk = std::clamp<int64_t>(tasks * p.kv_heads / (16 * omp_get_max_threads()), 1, p.kv_heads);
 #pragma omp parallel
   {
     Scratch scratch(floats);
     Tile t;
     float** parts[] = {&t.q, &t.o, &t.m, &t.l, &t.kt, &t.v, &t.s};
     for (int i = 0; i < 7; ++i) *parts[i] = scratch.take(sizes[i]);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < tasks * p.kv_heads; ++i) run_task<T>(call, call.tasks[i / p.kv_heads], i % p.kv_heads, t);
   }
 }

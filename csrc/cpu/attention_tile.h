@@ -138,7 +138,7 @@ FA_SIMD void transpose_step(vf* x) {
 // Rows src[0..count) of `width` elements, `stride` apart → dst[d][first + j], d < width; dst rows are key_block apart.
 // Columns past first + count may be overwritten with zeros.
 template <typename T>
-FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t width, int64_t first, float* dst) {
+FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t width, int64_t first, float* dst, const T* ahead = nullptr) {
   dst += first;
   for (int64_t j = 0; j < count; j += W) {
     const int64_t n = count - j < W ? count - j : W;
@@ -146,6 +146,8 @@ FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_
     if (first + j + W <= key_block)  // a whole vector of columns fits
       for (; d + W <= width; d += W) {
         vf x[W];
+        if (ahead)
+          for (int i = 0; i < n; ++i) __builtin_prefetch(ahead + (j + i) * stride + d, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) x[i] = i < n ? load(src + (j + i) * stride + d) : vf{};
         transpose_step<W / 2>(x);
@@ -159,11 +161,15 @@ FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_
 
 // Rows → dst[j][0..padded), scaled; the padding is zero.
 template <typename T>
-FA_SIMD void pack_rows(const T* src, int64_t stride, int64_t count, int64_t width, int64_t padded, float factor, float* dst) {
+FA_SIMD void pack_rows(const T* src, int64_t stride, int64_t count, int64_t width, int64_t padded, float factor, float* dst,
+                       const T* ahead = nullptr) {
   for (int64_t j = 0; j < count; ++j, dst += padded) {
     const T* row = src + j * stride;
     int64_t d = 0;
-    for (; d + W <= width; d += W) store(dst + d, load(row + d) * factor);
+    for (; d + W <= width; d += W) {
+      if (ahead) __builtin_prefetch(ahead + j * stride + d, 0, 2);
+      store(dst + d, load(row + d) * factor);
+    }
     for (; d < width; ++d) dst[d] = to_float(row[d]) * factor;
     for (; d < padded; ++d) dst[d] = 0.0f;
   }
