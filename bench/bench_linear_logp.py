@@ -20,13 +20,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.harness import Result, header, interleaved, peak_mib  # noqa: E402
-from fastalign.ops.backend import backend_for  # noqa: E402
-from fastalign.ops.head_gradient import release  # noqa: E402
-from fastalign.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from fastalign.ops.linear_head import release_buffers  # noqa: E402
-from fastalign.ops.linear_logp import linear_logp  # noqa: E402
-from fastalign.ops.linear_loss import linear_loss  # noqa: E402
+from bench.harness import Result, header, interleaved, peak_mib
+from fastalign.ops.backend import backend_for
+from fastalign.ops.linear_cross_entropy import linear_cross_entropy
+from fastalign.ops.linear_head import release_buffers
+from fastalign.ops.linear_logp import linear_logp
+from fastalign.ops.linear_loss import linear_loss
 
 
 class Case:
@@ -122,7 +121,6 @@ def bench(case: Case, rounds: int, *, big: bool) -> list[Result]:
     results = []
     for name, run in runs.items():
         release_buffers()
-        release()
         case.clear()
         peak = peak_mib(run)
         case.clear()

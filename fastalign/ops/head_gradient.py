@@ -1,6 +1,7 @@
-"""The head gradient between forward and backward when it goes to `weight.main_grad`: a work buffer that outlives the call.
+"""The head gradient [V, H]: its sum in fp32, and where it waits between forward and backward when `weight.main_grad` takes it.
 
-A fresh [V, H] fp32 tensor a step costs its page faults (545 MB at V=151,936, H=896); a lent one is reused.
+With several chunks it waits as a sum in a work buffer. With one chunk only its factors wait, dlogits [n, V] and hidden
+[n, H]: the GEMM runs in the backward and adds straight into main_grad, which spares a buffer and two passes over [V, H].
 """
 
 from __future__ import annotations
@@ -10,35 +11,77 @@ import weakref
 import torch
 from torch import Tensor
 
-_spare: list[Tensor] = []
+from fastalign.ops.linear_head import MIN_GEMM_ROWS, give, take
+
+BLOCK_BYTES = 4 << 20  # a block of a 16-bit product that stays in cache until it is added
 _returnable: list[weakref.ref[Loan]] = []
 
 
+def add_product_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float = 1.0, first: bool = False) -> None:
+    """total [V, H] += alpha · dlogits [n, V]ᵀ · hidden [n, H]; `first` overwrites what was there."""
+    if dlogits.dtype == total.dtype:
+        total.addmm_(dlogits.t(), hidden, beta=0 if first else 1, alpha=alpha)
+        return
+    block = max(64, BLOCK_BYTES // (hidden.shape[1] * dlogits.element_size()))  # no CPU GEMM adds bf16 products into fp32
+    for v in range(0, dlogits.shape[1], block):
+        part = torch.mm(dlogits[:, v : v + block].t(), hidden)
+        if first:
+            torch.mul(part, alpha, out=total[v : v + block])
+        else:
+            total[v : v + block].add_(part, alpha=alpha)
+
+
 class Loan:
-    """A lent buffer. It goes back when its loss is freed, or when the next loss asks after its backward has run."""
+    """Work memory of one loss. It goes back when the loss is freed, or when the next one asks after its backward has run."""
 
-    def __init__(self, main_grad: Tensor) -> None:
-        self.main_grad = main_grad
-        self.tensor: Tensor | None = _take(main_grad)
+    def __init__(self, main_grad: Tensor, shape: tuple[int, int], dtype: torch.dtype, *, for_factors: bool) -> None:
+        while _returnable:
+            loan = _returnable.pop()()
+            if loan is not None:
+                loan.give_back()
+        self.main_grad, self.shape, self.for_factors = main_grad, shape, for_factors
+        self.flat: Tensor | None = take(shape[0] * shape[1], dtype, main_grad.device)
+        self.factors: tuple[Tensor, Tensor] | None = None
+        self.total: Tensor | None = None
 
-    def add(self, op: str, scale: Tensor, gradient: Tensor) -> None:
-        """main_grad += scale · gradient, where `gradient` is what the forward left in the buffer."""
-        if self.tensor is None:
+    def buffer(self) -> Tensor:
+        """The memory as [rows, columns]."""
+        assert self.flat is not None
+        return self.flat[: self.shape[0] * self.shape[1]].view(self.shape)
+
+    def add(self, op: str, scale: Tensor) -> None:
+        """main_grad += scale · the head gradient."""
+        if self.flat is None:
             raise RuntimeError(
                 f"{op}: the head gradient of this loss was given to a later call; call backward twice before the next forward"
             )
-        self.main_grad.add_(gradient, alpha=scale.item())
+        if self.factors is not None:
+            add_product_(self.main_grad, *self.factors, alpha=scale.item())
+        elif self.total is not None:
+            self.main_grad.add_(self.total, alpha=scale.item())
         _returnable.append(weakref.ref(self))
 
+    def give_back(self) -> None:
+        """Returns the memory; a later backward of this loss raises."""
+        if self.flat is not None:
+            give(self.flat)
+        self.flat = self.factors = self.total = None
+
     def __del__(self) -> None:
-        if self.tensor is not None and len(_spare) < 2:
-            _spare.append(self.tensor)
+        self.give_back()
 
 
-def lend_for(weight: Tensor, wanted: bool) -> Loan | None:
-    """A buffer for the gradient of a weight that has a `main_grad`; None for one that has not. Raises ValueError if it does not fit."""
+def lend_for(weight: Tensor, dtype: torch.dtype, only_chunk: int) -> Loan | None:
+    """Memory for the gradient of a weight [V, H] that has a `main_grad`; None for one that has not.
+
+    Args:
+        dtype: of the GEMM; only_chunk: the rows of the one chunk, 0 when there are several.
+
+    Raises:
+        ValueError: main_grad is not fp32 [V, H] on the weight's device, or torch.compile is tracing.
+    """
     main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None or not wanted:
+    if main_grad is None:
         return None
     if torch.compiler.is_compiling():
         raise ValueError("linear_loss: weight.main_grad is not available under torch.compile; remove the attribute or do not compile")
@@ -47,21 +90,6 @@ def lend_for(weight: Tensor, wanted: bool) -> Loan | None:
             f"linear_loss: weight.main_grad must be float32 {list(weight.shape)} on {weight.device},"
             f" got {main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
         )
-    return Loan(main_grad)
-
-
-def release() -> None:
-    """Gives the spare buffers back to the system."""
-    _spare.clear()
-
-
-def _take(like: Tensor) -> Tensor:
-    while _returnable:
-        loan = _returnable.pop()()
-        if loan is not None and loan.tensor is not None:
-            _spare.append(loan.tensor)
-            loan.tensor = None
-    for i, tensor in enumerate(_spare):
-        if tensor.shape == like.shape and tensor.device == like.device:
-            return _spare.pop(i)
-    return torch.empty_like(like)
+    if only_chunk:
+        return Loan(main_grad, (max(only_chunk, MIN_GEMM_ROWS), weight.shape[0]), dtype, for_factors=True)
+    return Loan(main_grad, (weight.shape[0], weight.shape[1]), torch.float32, for_factors=False)

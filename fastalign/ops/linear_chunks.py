@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops.head_gradient import Loan, add_product_
 from fastalign.ops.linear_head import Head, head_logits
 from fastalign.ops.logits import grad_rows_, logp_rows
-
-BLOCK_BYTES = 4 << 20  # a block of the head gradient that stays in cache between its GEMM and its fp32 sum
 
 
 class Rows(NamedTuple):
@@ -90,28 +89,33 @@ class Gradients:
     bias: Tensor | None
     only_chunk: bool = False
     started: bool = False
+    loan: Loan | None = None
 
     @classmethod
     def of(
-        cls, head: Head, num_rows: int, wanted: tuple[bool, bool, bool], *, weight: Tensor | None = None, only_chunk: bool = False
+        cls, head: Head, num_rows: int, wanted: tuple[bool, bool, bool], *, loan: Loan | None = None, only_chunk: bool = False
     ) -> Gradients:
-        """wanted: hidden, weight, bias. weight: a buffer for the head gradient; its content is overwritten."""
+        """wanted: hidden, weight, bias. loan: where the head gradient waits for its `main_grad`."""
         like, (vocab_size, width) = head.weight, head.weight.shape
         wide = torch.promote_types(like.dtype, torch.float32)
         only_chunk = only_chunk and wide != like.dtype
-        if wanted[1] and weight is None:
+        weight = None
+        if wanted[1] and loan is None:
             weight = torch.empty(vocab_size, width, dtype=like.dtype if only_chunk else wide, device=like.device)
+        elif loan is not None and not loan.for_factors:
+            weight, only_chunk = loan.buffer(), False
         return cls(
             like.new_zeros(num_rows, width) if wanted[0] else None,
-            weight if wanted[1] else None,
+            weight,
             torch.zeros(vocab_size, dtype=wide, device=like.device) if wanted[2] else None,
             only_chunk,
+            loan=loan,
         )
 
     @property
     def gemms(self) -> int:
         """GEMMs a row costs on the way back, each 2VH."""
-        return (self.hidden is not None) + (self.weight is not None)
+        return (self.hidden is not None) + (self.weight is not None or self.loan is not None)
 
     def keep_fp32(self) -> None:
         """There will be more than one chunk after all."""
@@ -123,30 +127,19 @@ class Gradients:
         """Adds one chunk: dlogits [n, V], its hidden rows [n, H], and where they lie in dL/dhidden."""
         if self.hidden is not None:
             self.hidden[at] = torch.mm(dlogits, head.weight)
-        if self.weight is not None:
-            self._add_weight(dlogits, hidden)
+        if self.loan is not None and self.loan.for_factors:
+            self.loan.factors = (dlogits, hidden)
+        elif self.weight is not None:
+            add_product_(self.weight, dlogits, hidden, first=not self.started)
+            self.started = True
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
-    def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
-        assert self.weight is not None
-        if dlogits.dtype == self.weight.dtype:
-            if self.started:
-                self.weight.addmm_(dlogits.t(), hidden)
-            else:
-                torch.mm(dlogits.t(), hidden, out=self.weight)
-        else:  # no CPU GEMM adds bf16 products into fp32: take blocks that are still in cache when they are added
-            block = max(64, BLOCK_BYTES // (hidden.shape[1] * dlogits.element_size()))
-            for v in range(0, dlogits.shape[1], block):
-                part = torch.mm(dlogits[:, v : v + block].t(), hidden)
-                if self.started:
-                    self.weight[v : v + block] += part
-                else:
-                    self.weight[v : v + block] = part
-        self.started = True
-
     def head_gradient(self) -> Tensor | None:
-        """dL/dweight, zero if no chunk had a gradient."""
+        """dL/dweight, zero if no chunk had a gradient; None when it waits in the loan."""
+        if self.loan is not None:
+            self.loan.total = self.weight if self.started else None
+            return None
         if self.weight is not None and not self.started:
             self.weight.zero_()
             self.started = True

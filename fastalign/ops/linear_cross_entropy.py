@@ -136,9 +136,7 @@ class _Terms:
         bias = None if self.bias is None else self.bias.to(self.dtype)
         more = bool(self.smoothing or self.z_loss)
         options = (1.0, None, self.ignore_index)
-        logp, _, lse = LinearLogp.apply(
-            self.hidden.to(self.dtype), self.head.to(self.dtype), bias, self.targets, options, False, more
-        )
+        logp, _, lse = LinearLogp.apply(self.hidden.to(self.dtype), self.head.to(self.dtype), bias, self.targets, options, False, more)
         loss = self.rows(Rows(logp, logp if lse is None else lse, None, self.kept), self.row_weight)
         if self.smoothing:
             loss = loss - self.share * self.class_sum(self.hidden, 1.0)

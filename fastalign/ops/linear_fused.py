@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ class Fused:
         entropy: bool = True,
     ) -> None:
         self.head, self.hidden, self.targets, self.loan = head, hidden, targets, loan
-        buffer = loan.tensor if loan is not None else None
-        self.into = Gradients.of(head, len(targets), wanted, weight=buffer, only_chunk=num_chunks == 1)
+        self.into = Gradients.of(head, len(targets), wanted, loan=loan, only_chunk=num_chunks == 1)
         self.wanted, self.entropy, self.num_chunks, self._gemm_rows = wanted, entropy, num_chunks, 0
 
     @property
@@ -52,7 +52,7 @@ class Fused:
 
     def whole(self, span: slice, judge: Judge) -> None:
         """One chunk, one pass: 6TVH at most."""
-        with borrowed(span.stop - span.start, self.head.weight.shape[0], self.head.weight) as buffer:
+        with self._buffer(span.stop - span.start) as buffer:
             logits, rows = self._forward(span, buffer)
             grads = judge(rows, span)
             if grads is not None:
@@ -74,6 +74,11 @@ class Fused:
                     logits, _ = self._forward(part, buffer)
                     self._backward(logits, part, rows.of(here), grads.of(here))
 
+    def _buffer(self, rows: int) -> AbstractContextManager[Tensor]:
+        if self.loan is not None and self.loan.for_factors:
+            return nullcontext(self.loan.buffer())
+        return borrowed(rows, self.head.weight.shape[0], self.head.weight)
+
     def _forward(self, span: slice, buffer: Tensor) -> tuple[Tensor, Rows]:
         self._gemm_rows += span.stop - span.start
         return forward_chunk(self.head, self.hidden[span], self.targets[span], entropy=self.entropy, buffer=buffer)
@@ -91,7 +96,7 @@ def tie(
     loan: Loan | None = None,
 ) -> Tensor:
     """The loss as a function of hidden, weight and bias whose backward scales the stored gradients."""
-    if all(gradient is None for gradient in gradients):
+    if loan is None and all(gradient is None for gradient in gradients):
         return loss
     return _Tie.apply(op, *inputs, loss, *gradients, loan)
 
@@ -117,14 +122,11 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        hidden, weight, bias, *stored = ctx.saved_tensors
         if ctx.loan is not None:
-            ctx.loan.add(ctx.op, g, stored[1])
-            stored[1] = None
+            ctx.loan.add(ctx.op, g)
+        hidden, weight, bias, *stored = ctx.saved_tensors
         inputs = [t for t in (hidden, weight, bias) if t is not None]
-        grads = [
-            None if d is None else once(ctx.op, _scaled(d, g).to(dtype), *inputs) for d, dtype in zip(stored, ctx.dtypes, strict=True)
-        ]
+        grads = [None if d is None else once(ctx.op, _scaled(d, g).to(dtype), *inputs) for d, dtype in zip(stored, ctx.dtypes, strict=True)]
         return (None, *grads, None, None, None, None, None)
 
 

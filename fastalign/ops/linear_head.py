@@ -2,8 +2,8 @@
 
 Numerics. The logits have the dtype of the GEMM: the CPU's bf16 GEMM rounds them to bf16 (up to 0.06 nats at
 logp ≈ −14); everything after them (log-sum-exp, logp, entropy, losses) is fp32. The head gradient is summed in fp32.
-A row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16, the fp32 GEMM's
-result was measured to depend on its number of rows below 12 and never from 16 on (AVX-512 and AVX2 CPUs).
+In fp32 and bf16 a row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16; the
+fp32 GEMM's result was measured to depend on its number of rows below 12 and never from 16 on (AVX-512 CPU; fp64 differs).
 """
 
 from __future__ import annotations
@@ -65,24 +65,40 @@ def even_chunks(start: int, stop: int, rows: int) -> list[slice]:
 
 
 _free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+MAX_FREE = 2  # work buffers kept a device and dtype
+
+
+def take(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat buffer of at least `numel` elements, kept between calls; return it with `give`.
+
+    A fresh one of this size goes back to the system at every free, and its page faults cost more than the row pass.
+    """
+    kept = _free.setdefault((device, dtype), [])
+    for i, flat in enumerate(kept):  # ascending in size
+        if flat.numel() >= numel:
+            return kept.pop(i)
+    if kept:
+        kept.pop(0)
+    return torch.empty(numel, dtype=dtype, device=device)
+
+
+def give(flat: Tensor) -> None:
+    """Takes a buffer back; beyond two the smallest is freed."""
+    kept = _free.setdefault((flat.device, flat.dtype), [])
+    kept.append(flat)
+    kept.sort(key=Tensor.numel)
+    del kept[: max(0, len(kept) - MAX_FREE)]
 
 
 @contextmanager
 def borrowed(rows: int, columns: int, like: Tensor) -> Iterator[Tensor]:
-    """A work buffer [max(rows, 16), columns] with the dtype and device of `like`, kept between calls.
-
-    A fresh buffer of this size is returned to the system at every free, and its page faults cost more than the row pass.
-    """
+    """A work buffer [max(rows, 16), columns] with the dtype and device of `like`, kept between calls."""
     rows = max(rows, MIN_GEMM_ROWS)
-    kept = _free.setdefault((like.device, like.dtype), [])
-    flat = kept.pop() if kept else like.new_empty(0)
-    if flat.numel() < rows * columns:
-        flat = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+    flat = take(rows * columns, like.dtype, like.device)
     try:
         yield flat[: rows * columns].view(rows, columns)
     finally:
-        if not kept:
-            kept.append(flat)
+        give(flat)
 
 
 def release_buffers() -> None:

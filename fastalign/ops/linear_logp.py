@@ -92,6 +92,7 @@ class LinearLogp(torch.autograd.Function):
         g_logp = torch.zeros_like(lse) if g_logp is None else g_logp
         run = backward_op if torch.compiler.is_compiling() else logp_backward
         needs = ctx.needs_input_grad[:3]
-        grads = run(g_logp, g_entropy, g_lse, hidden, weight, bias, targets, lse, entropy, *ctx.options, *needs)
+        with torch.no_grad():  # create_graph turns gradients on in here
+            grads = run(g_logp, g_entropy, g_lse, hidden, weight, bias, targets, lse, entropy, *ctx.options, *needs)
         inputs = [t for t in (hidden, weight, bias) if t is not None]
         return (*(once("linear_logp", g, *inputs) if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 4)

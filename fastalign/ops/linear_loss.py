@@ -69,7 +69,8 @@ def linear_loss(
     wanted = wanted_gradients(hidden, weight, bias)
     judge = _Judge(objective, return_entropy, any(wanted))
     x = hidden.detach().to(dtype).contiguous()
-    loan = lend_for(weight, wanted[1])
+    only_chunk = len(targets) if len(chunks) == 1 and len(targets) <= limit else 0
+    loan = lend_for(weight, dtype, only_chunk) if wanted[1] else None
     with torch.no_grad():
         if torch.compiler.is_compiling():
             fused: Fused | Traced = Traced(head, x, targets, wanted, len(chunks))

@@ -153,8 +153,8 @@ def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, e
 @frozen_op.register_fake
 def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, entropy):  # type: ignore[no-untyped-def]
     row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
-    slope = hidden.new_empty(hidden.shape)
-    return row, torch.empty_like(row) if entropy else row.new_empty(0), slope, hidden.new_empty(hidden.shape if entropy else (0, hidden.shape[1]))
+    slope, none = hidden.new_empty(hidden.shape), hidden.new_empty(0, hidden.shape[1])
+    return row, torch.empty_like(row) if entropy else row.new_empty(0), slope, torch.empty_like(slope) if entropy else none
 
 
 @backward_op.register_fake

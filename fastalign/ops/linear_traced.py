@@ -67,9 +67,7 @@ class Traced:
         assert rows.entropy is not None
         known = (rows.lse, rows.entropy, grads.logp, grads.entropy)
         options = (head.temperature, head.logit_softcap, *self.wanted)
-        d_hidden, d_weight, d_bias = chunk_grads_op(
-            logits, self.hidden[span], head.weight, head.bias, self.targets[span], *known, *options
-        )
+        d_hidden, d_weight, d_bias = chunk_grads_op(logits, self.hidden[span], head.weight, head.bias, self.targets[span], *known, *options)
         self._parts.append(d_hidden)
         self._weight = d_weight if self._weight is None else self._weight + d_weight
         self._bias = d_bias if self._bias is None else self._bias + d_bias

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 CAPTURED = (
-    "linear_loss: the objective uses {} that requires gradients, which would get none;"
-    " detach it, or compute its loss outside the objective"
+    "linear_loss: the objective uses {} that requires gradients, which would get none; detach it, or compute its loss outside the objective"
 )
 
 
@@ -37,9 +36,7 @@ def evaluate(
     return loss.detach(), _detached(sums), grads
 
 
-def _traceable(
-    objective: Callable[..., Any], values: tuple[Tensor, ...], span: slice
-) -> tuple[Tensor, dict[str, Any], tuple[Tensor, ...]]:
+def _traceable(objective: Callable[..., Any], values: tuple[Tensor, ...], span: slice) -> tuple[Tensor, dict[str, Any], tuple[Tensor, ...]]:
     """The same for torch.compile, which traces torch.func but not autograd.grad in a forward."""
 
     def share(*leaves: Tensor) -> tuple[Tensor, dict[str, Any]]:

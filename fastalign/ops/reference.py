@@ -7,6 +7,7 @@ the way to second derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def linear_loss(
     values = found if return_entropy else (found,)
     offsets = list(range(len(targets) + 1)) if units is None else [int(u) for u in units]
     total = hidden.sum() * 0
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in pairwise(offsets):
         if stop > start:
             out = objective(*(v[start:stop] for v in values), slice(start, stop))
             total = total + (out[0] if isinstance(out, tuple) else out)
