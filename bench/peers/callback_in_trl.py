@@ -15,22 +15,24 @@ class Turns(TrainerCallback):
 
     Args:
         begin: called with the referee's message, before the step.
-        result: called with the step's seconds and its logged numbers; what it returns is reported.
+        result: called with the step's times (`Gate.elapsed`) and its logged numbers; what it returns is reported.
     """
 
-    def __init__(self, gate: Gate, begin: Callable[[dict[str, Any]], None], result: Callable[[float, dict[str, float]], dict[str, Any]]):
+    def __init__(
+        self, gate: Gate, begin: Callable[[dict[str, Any]], None], result: Callable[[dict[str, float], dict[str, float]], dict[str, Any]]
+    ):
         self.gate, self.begin, self.result = gate, begin, result
-        self.seconds = 0.0
+        self.times: dict[str, float] = {}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin(self.gate.wait())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds = self.gate.elapsed()
+        self.times = self.gate.elapsed()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "grad_norm" in logs:  # the trainer's closing summary has none
-            self.gate.report(**self.result(self.seconds, logs))
+            self.gate.report(**self.result(self.times, logs))
 
 
 def plain_config(options: dict[str, Any]) -> dict[str, Any]:

@@ -37,9 +37,10 @@ def turn(gate: Gate, memory: Any, task: Any, index: int, completion_tokens: int)
     memory.reset()
     task.params = replace(task.params, max_tokens=message.get("completion_tokens", completion_tokens))
     metrics = step_on(task, index, message["rollout"]) if message.get("rollout") else task.step(index)
+    times = gate.elapsed()
     phases = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/")}
     return {
-        "seconds": gate.elapsed(),
+        **times,
         "phases": phases,
         "peak_mib": memory.peak_mib(),
         "loss": metrics["loss"],

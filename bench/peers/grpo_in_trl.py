@@ -108,12 +108,12 @@ class Clock:
         self.loss = 0.0
         self.memory.reset()
 
-    def result(self, seconds: float, logs: dict[str, float]) -> dict[str, Any]:
+    def result(self, times: dict[str, float], logs: dict[str, float]) -> dict[str, Any]:
         """The step's numbers; what is not one of the named phases is the update (forward, backward, optimizer)."""
         phases = dict(self.phases)
-        phases["update"] = seconds - sum(phases.values())
+        phases["update"] = times["seconds"] - sum(phases.values())
         return {
-            "seconds": seconds,
+            **times,
             "phases": phases,
             "peak_mib": self.memory.peak_mib(),
             "loss": self.loss,

@@ -35,10 +35,10 @@ def side(gate: Gate, options: dict[str, Any]) -> None:
         gate.wait()
         memory.reset()
         metrics = task.step(index)
-        seconds, peak = gate.elapsed(), memory.peak_mib()
+        times, peak = gate.elapsed(), memory.peak_mib()
         batch = segments[index * options["batch_size"] :][: options["batch_size"]]
         gate.report(
-            seconds=seconds,
+            **times,
             peak_mib=peak,
             loss=metrics["loss"],
             grad_norm=metrics["grad_norm"],

@@ -27,8 +27,8 @@ def side(gate: Gate, options: dict[str, Any]) -> None:
         seen.update(loss=0.0, tokens=0, scored=0, computed=0)
         memory.reset()
 
-    def result(seconds: float, logs: dict[str, float]) -> dict[str, Any]:
-        return {"seconds": seconds, "peak_mib": memory.peak_mib(), "grad_norm": float(logs["grad_norm"]), **seen}
+    def result(times: dict[str, float], logs: dict[str, float]) -> dict[str, Any]:
+        return {**times, "peak_mib": memory.peak_mib(), "grad_norm": float(logs["grad_norm"]), **seen}
 
     trainer.add_callback(Turns(gate, begin, result))
     gate.ready(states_mib=states_mib(trainer.model, reference=False), imports_mib=memory.imports_mib)

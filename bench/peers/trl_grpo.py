@@ -127,6 +127,7 @@ def rows(found: dict[str, Any], options: dict[str, Any]) -> list[Row]:
         phases = {n: [step["phases"] for step in turns[n]] for n in names}
         if all(phase in found[0] for found in phases.values()):
             out.append(Row(f"  {phase}, s", [median(phases[n], phase) for n in names], "" if phase == "reward" else "lower"))
+    out.append(Row("CPU seconds a step", [median(turns[n], "cpu_seconds") for n in names]))
     out.append(Row("completion tokens/s", [tokens / s for s in seconds], "higher"))
     out += [Row("peak memory, MiB", peaks), Row("  beyond imports and states*, MiB", beyond)]
     out.append(Row("gradient norm (own samples)", [median(turns[n], "grad_norm") for n in names], ""))

@@ -101,6 +101,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
     totals = [{key: sum(step[key] for step in turns[n]) for key in ("seconds", "tokens", "computed")} for n in names]
     return [
         Row("seconds a step (median)", [median(turns[n], "seconds") for n in names]),
+        Row("CPU seconds a step (median)", [median(turns[n], "cpu_seconds") for n in names]),
         Row("seconds, all steps", [t["seconds"] for t in totals]),
         Row("tokens/s (padding not counted)", [t["tokens"] / t["seconds"] for t in totals], "higher"),
         Row("tokens forwarded a step", [t["computed"] / len(turns[n]) for t, n in zip(totals, names, strict=True)]),
