@@ -108,7 +108,7 @@ def save(job: Job, metrics: Metrics, step: int) -> Path:
         model=job.loaded.model,
         tokenizer=job.loaded.tokenizer,
         optimizer_state=updater.optimizer.state_dict(),
-        scheduler_state={k: v for k, v in updater.schedule.state_dict().items() if k != "lr_lambdas"},
+        scheduler_state=updater.schedule.state_dict(),
         data_state=job.task.state_dict(),
         extra={"metrics": metrics.state_dict()},
         save_total_limit=job.args.run.save_total_limit,
