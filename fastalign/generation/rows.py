@@ -84,9 +84,6 @@ class Rows:
     order: NDArray[np.int64]
     draws: NDArray[np.int64]
     top_k: NDArray[np.int64]
-    temperature: NDArray[np.float32]
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
     CONSTANTS = ("temperature", "top_p", "top_k", "min_p", "seed", "request", "limit", "stop_set", "min_length", "prompt_length", "scans")
 
     def __init__(self, num_rows: int, width: int, completion_width: int, max_blocks: int) -> None:
@@ -100,8 +97,8 @@ class Rows:
         ints = ("length", "computed", "num_blocks", "sample", "order", "draws", "high_water")
         for name in (*ints, "request", "limit", "stop_set", "min_length", "prompt_length", "top_k"):
             setattr(self, name, np.zeros(num_rows, np.int64))
-        for name in ("temperature", "top_p", "min_p"):
-            setattr(self, name, np.zeros(num_rows, np.float32))
+        self.temperature = np.zeros(num_rows)  # fp64: 1 / temperature must round as the trainer's does
+        self.top_p, self.min_p = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
         self.seed = np.zeros(num_rows, np.uint64)
         self.scans = np.zeros(num_rows, bool)
 

@@ -108,36 +108,38 @@ class Sampler:
             column(rows.seed[source].view(np.int64)), column(rows.request[source]), column(draws.sample), column(draws.position)
         )
         ban = self._ban(logits, draws)
-        heat = rows.temperature[source] / np.float32(self.head.logit_scale)
+        heat = rows.temperature[source]
         truncation = (column(values[source]) for values in (rows.top_k, rows.top_p, rows.min_p))
-        tokens, kept = sample(logits, random, column(heat), *truncation, logit_softcap=self.head.logit_softcap)
+        scaled = column((heat / self.head.logit_scale).astype(np.float32))
+        tokens, kept = sample(logits, random, scaled, *truncation, logit_softcap=self.head.logit_softcap)
+        drawn, kept_of_sampled = tokens.cpu().numpy(), kept.cpu().numpy()
+        if not self.logprobs or (drawn < 0).any():
+            nothing = np.zeros_like(kept_of_sampled)
+            return Drawn(drawn, nothing, nothing, kept_of_sampled)
+        logprobs, lse = self._at_own(logits, tokens, heat)
+        kept_mass = kept_of_sampled.copy()
         if ban is not None:
             logits[ban.rows, ban.tokens] = ban.logits
-        drawn, kept_mass = tokens.cpu().numpy(), kept.cpu().numpy()
-        if not self.logprobs or (drawn < 0).any():
-            nothing = np.zeros_like(kept_mass)
-            return Drawn(drawn, nothing, nothing, kept_mass)
-        logprobs, raw, lse = self._logprobs(logits, tokens, rows.temperature[source])
-        if ban is not None:
-            kept_mass *= self._allowed_mass(ban, lse, rows.temperature[source])
-        cut = kept_mass < 1
-        logprobs[cut] -= np.log(kept_mass[cut])
+            kept_mass *= np.exp(lse - self._at_own(logits, tokens, heat)[1])
+        raw = logprobs.copy() if ban is None and (heat * (heat - 1) == 0).all() else self._at(logits, tokens, 1.0)[0]
+        cut = kept_of_sampled < 1
+        logprobs[cut] -= np.log(kept_of_sampled[cut])
+        greedy = heat == 0
+        logprobs[greedy], kept_mass[greedy] = raw[greedy], 1
         return Drawn(drawn, logprobs, raw, kept_mass)
 
-    def _logprobs(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float32]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[D] fp32 each: log-probs at each draw's own temperature, those at temperature 1, and the former's log-sum-exp."""
-        raw, raw_lse = self._at(logits, tokens, 1.0)
-        logprobs, lse = raw.copy(), raw_lse.copy()
-        for value in np.unique(temperature):
-            if value in (0.0, 1.0):  # greedy: the log-prob is the model's own
-                continue
-            mine = np.flatnonzero(temperature == value)
-            if len(mine) == len(temperature):  # nothing to gather
-                logprobs, lse = self._at(logits, tokens, float(value))
-            else:
-                index = torch.from_numpy(mine).to(logits.device)
-                logprobs[mine], lse[mine] = self._at(logits[index], tokens[index], float(value))
-        return logprobs, raw, lse
+    def _at_own(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float64]) -> tuple[np.ndarray, np.ndarray]:
+        """[D] fp32 log-probs and log-sum-exps at each draw's own temperature; greedy draws at 1."""
+        heat = np.where(temperature > 0, temperature, 1)
+        values = np.unique(heat)
+        if len(values) == 1:
+            return self._at(logits, tokens, float(values[0]))
+        logprobs, lse = np.empty(len(heat), np.float32), np.empty(len(heat), np.float32)
+        for value in values:
+            mine = np.flatnonzero(heat == value)
+            index = torch.from_numpy(mine).to(logits.device)
+            logprobs[mine], lse[mine] = self._at(logits[index], tokens[index], float(value))
+        return logprobs, lse
 
     def _at(self, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         head = self.head
@@ -156,15 +158,6 @@ class Sampler:
         ban = _Ban(at, tokens, logits[at, tokens])
         logits[at, tokens] = -torch.inf
         return ban
-
-    def _allowed_mass(self, ban: _Ban, lse: np.ndarray, temperature: NDArray[np.float32]) -> np.ndarray:
-        """[D] fp32: the probability of everything that is not banned; 1 for greedy draws, whose log-prob is the model's."""
-        at = ban.rows.cpu().numpy()
-        heat = np.where(temperature[at] > 0, temperature[at], 1) / self.head.logit_scale
-        z, cap = ban.logits.double().cpu().numpy(), self.head.logit_softcap
-        lost = np.exp((z if cap is None else np.tanh(z / cap) * cap) / heat - lse[at])
-        mass = 1 - np.bincount(at, lost, minlength=len(lse))
-        return np.where(temperature > 0, mass, 1.0).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,56 @@
+"""Small random models and prompts that the tests of generation share."""
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from fastalign.generation import SamplingParams
+from fastalign.models.attention import use_fastalign_attention
+
+VOCAB = 131
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+SMALL |= {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 160,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SMALL | changes)))
+
+
+def qwen2():
+    torch.manual_seed(1)
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True))
+
+
+def gemma2():
+    torch.manual_seed(2)
+    special = {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 10.0, "sliding_window": 9, "head_dim": 16}
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, **special, query_pre_attn_scalar=16))
+
+
+FAMILIES = {"llama": llama, "qwen2": qwen2, "gemma2": gemma2}
+
+
+def ready(built):
+    use_fastalign_attention(built)
+    return built.eval()
+
+
+def prompts_of(*lengths):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def values(rollout):
+    """Everything of a rollout that must not depend on the schedule."""
+    return [[(s.ids, s.logprobs, s.raw_logprobs, s.kept_mass, s.finish_reason) for s in group] for group in rollout.samples]
+
+
+PARAMS = SamplingParams(n=3, temperature=1.0, max_tokens=16, seed=11, top_p=0.95)
+PROMPTS = prompts_of(2, 21, 9, 30)
