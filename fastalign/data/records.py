@@ -122,6 +122,9 @@ def _source(records: Sequence[Record]) -> str:
     return records[0].source if records else "an empty data set"
 
 
+MAX_NAMED = 5  # bad records of one kind that are named in the log; the rest are counted
+
+
 class Skips:
     """What to do with a bad record: raise it, or count it.
 
@@ -141,7 +144,9 @@ class Skips:
         if self.policy == "error":
             raise error
         self.reasons[error.reason] += 1
-        logger.warning("skipped: %s", error)
+        if self.reasons[error.reason] <= MAX_NAMED:
+            more = "; further ones are only counted" if self.reasons[error.reason] == MAX_NAMED else ""
+            logger.warning("skipped: %s%s", error, more)
 
     def summarize(self, total: int) -> None:
         """Logs how many records were skipped and why."""

@@ -141,7 +141,7 @@ def report(root: Path, summary: dict[str, Any]) -> None:
         root,
         title="fastalign demo: two-digit addition, SFT then GRPO",
         config={"seed": summary["seed"], "problems": "a+b with a, b < 100; train and held-out disjoint"},
-        metrics=read_metrics(root / "grpo"),
+        metrics={"SFT": read_metrics(root / "sft"), "GRPO": read_metrics(root / "grpo")},
         summary=summary,
         samples=samples,
         tables=[{"title": "Held-out greedy accuracy", "columns": ["model", "accuracy", "time"], "rows": rows}],

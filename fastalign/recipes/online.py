@@ -8,7 +8,7 @@ from ..algorithms import Algorithm, resolve
 from ..data import DataOrder, Prompt, load_records, parse_dataset_map, prompt_examples
 from ..generation import Engine, SamplingParams
 from ..models.backbone import head_of
-from ..rewards import load_rewards
+from ..rewards import RewardSet, load_rewards
 from .arguments import Arguments
 from .online_task import OnlineTask
 from .reference import Reference
@@ -76,6 +76,24 @@ def sampling_of(args: Arguments) -> SamplingParams:
     )
 
 
+def rewards_of(args: Arguments, algorithm: Algorithm) -> RewardSet:
+    """The rewards that the flags name, and the row's soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13)."""
+    specifications, weights = list(args.online.reward), list(args.online.reward_weights)
+    if algorithm.overlong_buffer:
+        limit = args.sampling.max_completion_length
+        specifications.append(f"overlong:max_length={limit},buffer={max(1, round(algorithm.overlong_buffer * limit))}")
+        weights = [*weights, 1.0] if weights else weights
+    return load_rewards(specifications, weights or None, timeout=args.online.reward_timeout)
+
+
+def check_rewards(args: Arguments, algorithm: Algorithm, *data: list[Prompt]) -> None:
+    """Raises before anything is sampled when a reward does not load or lacks a column."""
+    with rewards_of(args, algorithm) as rewards:
+        for prompts in data:
+            if prompts:
+                rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
+
+
 def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:
     """Reference, engine, rewards and updater around the loaded model."""
     algorithm = algorithm_of(args)
@@ -90,7 +108,7 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
         updater=build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
         engine=engine,
         reference=reference,
-        rewards=load_rewards(args.online.reward, args.online.reward_weights, timeout=args.online.reward_timeout),
+        rewards=rewards_of(args, algorithm),
         prompts=prompts,
         eval_prompts=held_out,
         order=DataOrder(len(prompts), seed=args.run.seed, shuffle=args.data.shuffle),
@@ -122,8 +140,8 @@ def run(args: Arguments) -> dict[str, Any]:
     prompts = prompts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
     held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
     max_steps = num_steps(args.optim, len(prompts), num_prompts)
+    check_rewards(args, algorithm, prompts, held_out)
     if args.run.dry_run:
-        load_rewards(args.online.reward, args.online.reward_weights, timeout=args.online.reward_timeout).close()
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(algorithm)}
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task = build_task(args, loaded, prompts, held_out, max_steps)

@@ -17,7 +17,7 @@ from ..rollout import Rollout
 from ..training.step import Update, Updater
 from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
-from .rollout_metrics import group_metrics, overlong, reward_metrics
+from .rollout_metrics import group_metrics, reward_metrics
 
 log = logging.getLogger("fastalign")
 MAX_REFILLS = 10
@@ -51,8 +51,6 @@ class OnlineTask:
         self.num_requests = 0  # counts groups over the whole run: the random key of each, so that a resumed run repeats
         self.timing: dict[str, float] = defaultdict(float)
         self.reward_weights = dict(rewards.weights)
-        if algorithm.overlong_buffer:
-            self.reward_weights["overlong"] = 1.0
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -132,9 +130,6 @@ class OnlineTask:
         for name, values in scores.items():
             for sample, value in zip(samples, values, strict=True):
                 sample.rewards[name] = value
-        if self.algorithm.overlong_buffer:
-            for sample in samples:
-                sample.rewards["overlong"] = overlong(len(sample.ids), self.params.max_tokens, self.algorithm.overlong_buffer)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""

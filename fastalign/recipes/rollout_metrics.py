@@ -9,12 +9,6 @@ import torch
 from ..rollout import Rollout, Sample
 
 
-def overlong(length: int, limit: int, buffer: float) -> float:
-    """Soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13): 0 before the last `buffer` fraction of the limit, -1 at its end."""
-    cache = buffer * limit
-    return max(-1.0, min(0.0, (limit - cache - length) / cache))
-
-
 def _mean_std(values: list[float]) -> tuple[float, float]:
     found = torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
     if not found.numel():

@@ -1,0 +1,146 @@
+"""`fastalign generate`: completions of prompts to a .jsonl file, one object a prompt; a broken-off run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data import Prompt, Record, load_records, parse_dataset_map, prompt_examples
+from ..generation import CompletionOutput, Engine, SamplingParams
+from ..models.backbone import causal_lm
+from .arguments import DataArguments, GenerateArguments, ModelArguments, SamplingArguments
+from .setup import Loaded, load
+
+BATCHES_A_CHUNK = 4  # prompts are completed, and written, in chunks of this many full batches
+
+
+def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments, generate: GenerateArguments) -> None:
+    """Completes every prompt that the output file has not got yet, appends the objects and flushes after each chunk.
+
+    Raises:
+        ValueError: arguments out of range, or an output file that is not ours.
+        DataError: a bad record.
+    """
+    params = sampling_params(sampling, generate)
+    done = completed_prompts(Path(generate.output_file)) if generate.output_file else Counter()
+    loaded = load(model)
+    prompts = list(not_done(read_prompts(data, generate, loaded), done))
+    options = {"kv_cache_tokens": sampling.kv_cache_tokens or None, "max_num_seqs": sampling.max_num_seqs}
+    engine = Engine(loaded.model, loaded.tokenizer, **options)  # type: ignore[arg-type]
+    size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
+    with writer(generate.output_file) as write, tqdm(total=len(prompts) * params.n, unit="sample", disable=None) as bar:
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            keys = [prompt.index for prompt in chunk]  # a resumed run draws what an unbroken one would have
+            outputs = engine.generate([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
+            for prompt, output in zip(chunk, outputs, strict=True):
+                write(as_object(prompt, output.outputs, generate.logprobs))
+
+
+def sampling_params(sampling: SamplingArguments, generate: GenerateArguments) -> SamplingParams:
+    """The arguments as the engine takes them."""
+    return SamplingParams(
+        n=generate.num_samples,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_completion_length,
+        stop=list(sampling.stop),
+        seed=generate.seed,
+        logprobs=generate.logprobs,
+    )
+
+
+def read_prompts(data: DataArguments, generate: GenerateArguments, loaded: Loaded) -> list[Prompt]:
+    """The prompts given on the command line, or those of the data set."""
+    if generate.prompt:
+        records = [Record({"prompt": text}, "--prompt", number) for number, text in enumerate(generate.prompt, 1)]
+    else:
+        columns = parse_dataset_map(data.dataset_map)
+        records = load_records(data.dataset_name, split=data.dataset_split, columns=columns, max_samples=data.max_samples)
+    return prompt_examples(
+        records,
+        loaded.tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        on_bad_record=data.on_bad_record,
+        system_prompt=data.system_prompt,
+        vocab_size=causal_lm(loaded.model).get_input_embeddings().weight.shape[0],
+    )
+
+
+def key_of(prompt: Any) -> str:
+    """What a prompt is recognized by in the output file."""
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def not_done(prompts: list[Prompt], done: Counter[str]) -> Iterator[Prompt]:
+    """The prompts that the output file has not got; of equal prompts, as many as are missing."""
+    left = Counter(done)
+    for prompt in prompts:
+        key = key_of(prompt.prompt)
+        if left[key] > 0:
+            left[key] -= 1
+        else:
+            yield prompt
+
+
+def completed_prompts(path: Path) -> Counter[str]:
+    """How often each prompt is in the output file. A last line that was not written whole is cut off.
+
+    Raises:
+        ValueError: a line is not what `fastalign generate` writes.
+    """
+    done: Counter[str] = Counter()
+    if not path.exists():
+        return done
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            done[key_of(json.loads(line)["prompt"])] += 1
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"--output_file {path}: line {number} is no object with a prompt, as fastalign generate writes;"
+                " is it another file? choose a new one"
+            ) from error
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+@contextmanager
+def writer(output_file: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes one object a line, to the file or, when none is named, to standard output."""
+
+    def write(value: dict[str, Any]) -> None:
+        file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+        file.flush()
+
+    if not output_file:
+        file = sys.stdout
+        yield write
+        return
+    Path(output_file).parent.mkdir(parents=True, exist_ok=True)
+    with open(output_file, "a", encoding="utf-8") as file:
+        yield write
+
+
+def as_object(prompt: Prompt, outputs: list[CompletionOutput], logprobs: bool) -> dict[str, Any]:
+    """{"prompt", the record's other columns, "completions": [{"text", "finish_reason", …}]}."""
+    completions = []
+    for output in outputs:
+        item: dict[str, Any] = {"text": output.text, "finish_reason": output.finish_reason}
+        if logprobs:
+            item |= {"token_ids": output.token_ids, "logprobs": output.logprobs, "raw_logprobs": output.raw_logprobs}
+            item |= {"kept_mass": output.kept_mass} if output.kept_mass is not None else {}
+        completions.append(item)
+    return {**prompt.columns, "prompt": prompt.prompt, "completions": completions}
