@@ -18,15 +18,17 @@ def attach_lora(
     *,
     r: int = 16,
     alpha: int = 32,
+    dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
 ) -> nn.Module:
-    """Freezes a causal LM and puts a trainable LoRA adapter on it (arXiv:2106.09685). Dropout is 0: it breaks parity.
+    """Freezes a causal LM and puts a trainable LoRA adapter on it (arXiv:2106.09685).
 
     Args:
         model: as `load.load_causal_lm` gives it.
         r: the rank.
         alpha: the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora, arXiv:2312.03732).
+        dropout: of the adapter's inputs. Anything but 0 makes training see another network than the sampler does.
         target_modules: "all-linear" (every linear layer but the head), or names of modules.
 
     Returns:
@@ -40,7 +42,7 @@ def attach_lora(
         raise ValueError(f"attach_lora: r must be >= 1, got {r}")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = peft.LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_rslora=use_rslora, bias="none", task_type="CAUSAL_LM"
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_rslora=use_rslora, task_type="CAUSAL_LM"
     )
     wrapped = peft.get_peft_model(model, config)
     head_of(wrapped)  # an adapter on the head would be invisible to the fused losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 from fastalign.models.attention import UnsupportedModelError, reading_layout
 from fastalign.ops.attention import PagedLayout, TreeLayout
 from fastalign.packing import Packed
+
+_row_multiples: WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def head_of(model: nn.Module) -> Head:
         head = saved[head.active_adapter] if isinstance(head.active_adapter, str) else saved[head.active_adapter[0]]
     if not isinstance(head, nn.Linear):
         found = type(head).__name__
-        raise UnsupportedModelError(f"{family}: expected the output embeddings to be one nn.Linear, got {found}; keep adapters off the head")
+        raise UnsupportedModelError(f"{family}: the output embeddings must be one nn.Linear, got {found}; keep adapters off the head")
     config = base.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -96,12 +99,21 @@ def row_multiple(model: nn.Module) -> int:
     ordinary widths; a width such as 172 or 173 takes 32 or 64.
     """
     base = causal_lm(model)
+    setting = (next(base.parameters()).element_size(), torch.get_num_threads())
+    known = _row_multiples.setdefault(base, {})
+    if setting not in known:
+        known[setting] = _row_multiple(base, *setting)
+    return known[setting]
+
+
+def _row_multiple(base: PreTrainedModel, element_size: int, threads: int) -> int:
     head = base.get_output_embeddings()
-    width_of = {p.shape[-2:] for m in base.modules() if m is not head and not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1}
-    step = 2 * 64 // next(base.parameters()).element_size()  # elements of two 64-byte vectors
-    step <<= max(1, torch.get_num_threads()).bit_length() - 1  # ATen cuts long runs evenly among its threads
+    inner = [m for m in base.modules() if m is not head and not isinstance(m, nn.Embedding)]
+    widths = {width for m in inner for p in m.parameters(recurse=False) if p.dim() > 1 for width in p.shape[-2:]}
+    step = 2 * 64 // element_size  # elements of two 64-byte vectors
+    step <<= max(1, threads).bit_length() - 1  # ATen cuts long runs evenly among its threads
     multiple = 16
-    while multiple < 64 and any(multiple * width % step for shape in width_of for width in shape):
+    while multiple < 64 and any(multiple * width % step for width in widths):
         multiple *= 2
     return multiple
 

@@ -65,16 +65,16 @@ def _compare(base: PreTrainedModel, family: str) -> None:
     tolerance = 2e-3 if head.weight.dtype == torch.float32 else 0.1
     for rows, path in zip(_paths(packed.cu_seqlens, packed.parent), sequences(packed), strict=True):
         alone = base(input_ids=torch.tensor([path], device=device), use_cache=False).logits[0].float()
-        error = (tree[rows] - alone).abs().max().item() / max(1.0, alone.abs().max().item())
-        if not error <= tolerance:
-            raise UnsupportedModelError(f"{family}: packed logits differ from separate ones by {error:.2g} of their size, more than {tolerance}")
+        off = (tree[rows] - alone).abs().max().item() / max(1.0, alone.abs().max().item())
+        if not off <= tolerance:
+            raise UnsupportedModelError(f"{family}: packed logits are off by {off:.2g} of their size from separate ones, over {tolerance}")
 
 
 def _check_calls(base: PreTrainedModel, family: str, calls: list[dict]) -> None:
     layers = {call["layer"] for call in calls}
     expected = base.config.get_text_config().num_hidden_layers
     if len(layers) != expected:
-        raise UnsupportedModelError(f"{family}: {len(layers)} of {expected} layers read the attention layout; the others would mix sequences")
+        raise UnsupportedModelError(f"{family}: only {len(layers)} of {expected} layers read the attention layout")
     types = getattr(base.config.get_text_config(), "layer_types", None) or []
     for call in calls:
         if call["layer"] < len(types) and (types[call["layer"]] == "sliding_attention") != (call["window"] is not None):

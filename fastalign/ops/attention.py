@@ -188,7 +188,7 @@ def _tree_backward(
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, *options: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, *options: Any) -> Tensor:
         out, lse = _tree_forward(q, k, v, cu_seqlens, parent, *options)
         ctx.save_for_backward(out, lse, q, k, v, cu_seqlens, parent)
         ctx.options = options
@@ -208,7 +208,7 @@ def _tree_op(
 
 
 @_tree_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_layout: Tensor | float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -230,19 +230,7 @@ def _tree_backward_op(
 
 
 @_tree_backward_op.register_fake
-def _(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    parent: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_layout: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -23,7 +23,7 @@ def tree_masks(cu_seqlens: Tensor, parent: Tensor, window: int | None = None) ->
     """The dense mask of every tree: [(rows [n] int64, visible [n, n] bool)], one entry a root that has tokens."""
     bounds, parents = cu_seqlens.tolist(), parent.tolist()
     start = segment_positions(cu_seqlens, parent)
-    root = []
+    root: list[int] = []
     for s, p in enumerate(parents):
         root.append(s if p < 0 else root[p])
     ancestor = torch.eye(len(parents), dtype=torch.bool)
