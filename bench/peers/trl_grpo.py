@@ -142,7 +142,7 @@ def main() -> None:
         machine = describe("trl", "transformers", "torch", "fastalign")
         print(f"{machine}\n{workload(options)}", flush=True)
         found = measure(options)
-    found |= {"machine": machine, "options": options}
+    found |= {"machine": machine, "options": vars(args)}
     lines = rows(found, options)
     print(table(lines, list(found["turns"])))
     print("* states: weights, gradients, two AdamW moments" + (", the reference's weights" if args.beta > 0 else ""))

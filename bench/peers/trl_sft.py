@@ -118,7 +118,7 @@ def main() -> None:
         machine = describe("trl", "transformers", "torch", "fastalign")
         print(f"{machine}\nSFT, {args.batch_size} sequences a step, {args.dtype}, {args.steps} measured step(s)", flush=True)
         found = measure(options)
-    found |= {"machine": machine, "options": options, "check": check(found)}
+    found |= {"machine": machine, "options": vars(args), "check": check(found)}
     lines = rows(found)
     print(table(lines, list(found["turns"])))
     print(f"* states: weights, gradients, two AdamW moments\n{found['check']}")
