@@ -106,8 +106,10 @@ def test_charts_skip_missing_values_and_average_long_runs():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(21_000, "21k"), (22_500, "22.5k"), (2.5e6, "2.5M"), (1500, "1500"), (0.25, "0.25"), (0.0, "0")]
-    + [(2e-5, "2e-5"), (0.00075, "7.5e-4"), (-0.06, "-0.06")],
+    [
+        *((21_000, "21k"), (22_500, "22.5k"), (2.5e6, "2.5M"), (1500, "1500"), (0.25, "0.25"), (0.0, "0")),
+        *((2e-5, "2e-5"), (0.00075, "7.5e-4"), (-0.06, "-0.06")),
+    ],
 )
 def test_charts_ticks_are_short(value, text):
     assert charts.tick(value) == text

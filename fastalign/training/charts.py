@@ -20,12 +20,13 @@ SMOOTH_FROM = 40  # points from which a moving average is drawn over the raw cur
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart to be: its question, its series (metric key → label), and an optional band between two keys."""
+    """One chart to be: its question, its series (metric key → label), an optional band between two keys, and whether zero is shown."""
 
     title: str
     series: Mapping[str, str]
     unit: str = ""
     band: tuple[str, str] | None = None
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ PANELS = (
     ),
     Panel("Gradient norm", {"grad_norm": "before clipping"}),
     Panel("Learning rate", {"learning_rate": "learning rate"}),
-    Panel("Throughput", {"tokens_per_second": "tokens"}, "tokens a second"),
-    Panel("Peak memory", {"peak_memory_mb": "peak"}, "MiB"),
+    Panel("Throughput", {"tokens_per_second": "tokens"}, "tokens a second", from_zero=True),
+    Panel("Peak memory", {"peak_memory_mb": "peak"}, "MiB", from_zero=True),
 )
 
 
@@ -98,20 +99,20 @@ def _lines(panel: Panel, rows: Rows) -> Chart | None:
     curves = [(label, curve) for label, curve in curves if len(curve[0]) > 1]
     if not curves:
         return None
-    figure, axes = _axes()
+    figure, axes = _axes(rows)
     for color, (label, (steps, values)) in zip(COLORS, curves, strict=False):
         marker = {"marker": "o", "markersize": 3.2} if len(steps) <= 12 else {}
         if len(steps) >= SMOOTH_FROM:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
             values = smoothed(values)
-        axes.plot(steps, values, color=color, linewidth=1.7, label=label, **marker)
+        axes.plot(steps, values, color=color, linewidth=1.7, label=label, clip_on=False, **marker)
     if panel.band:
         (steps, low), (_, high) = points(rows, panel.band[0]), points(rows, panel.band[1])
         if len(low) == len(high) and len(low) > 1:
             axes.fill_between(steps, low, high, color=COLORS[0], alpha=0.12, linewidth=0, label="shortest to longest")
     if len(curves) > 1 or panel.band:
         _legend(axes)
-    _bound(axes, [value for _, (_, values) in curves for value in values])
+    _bound(axes, [value for _, (_, values) in curves for value in values], from_zero=panel.from_zero)
     return Chart(panel.title, panel.unit, _image(figure))
 
 
@@ -122,7 +123,7 @@ def _phases(rows: Rows) -> Chart | None:
     if len(kept) < 2 or not names:
         return None
     curves = [points([{"step": row["step"], name: row.get(name) or 0.0} for row in kept], name) for name in names]
-    figure, axes = _axes()
+    figure, axes = _axes(rows)
     labels = [name.partition("/")[2] for name in names]
     axes.stackplot(curves[0][0], *(values for _, values in curves), labels=labels, colors=COLORS, alpha=0.85, linewidth=0)
     axes.set_ylim(bottom=0)
@@ -130,7 +131,7 @@ def _phases(rows: Rows) -> Chart | None:
     return Chart("Where the time goes", "seconds a step", _image(figure))
 
 
-def _axes() -> tuple[Any, Any]:
+def _axes(rows: Rows) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -140,7 +141,7 @@ def _axes() -> tuple[Any, Any]:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    axes.margins(x=0.01)
+    axes.set_xlim(0, max(row["step"] for row in rows))
     return figure, axes
 
 
@@ -149,14 +150,14 @@ def tick(value: float) -> str:
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
-    text = f"{value:.6g}"
-    return (text if len(text) <= 6 else f"{value:.1e}").replace("e-0", "e-").replace(".0e", "e")
+    text = f"{value:.1e}".replace(".0e", "e") if 0 < abs(value) < 1e-3 else f"{value:.6g}"
+    return text.replace("e-0", "e-")
 
 
-def _bound(axes: Any, values: Iterable[float]) -> None:
+def _bound(axes: Any, values: Iterable[float], *, from_zero: bool) -> None:
     """Zero is shown when it is near: a curve that hovers at 5 % of its level should not look like a storm."""
     low, high = min(values := list(values)), max(values)
-    if low >= 0 and low < 0.5 * high:
+    if low >= 0 and high > 0 and (from_zero or low < 0.5 * high):
         axes.set_ylim(bottom=0, top=high * 1.12)
     elif low == high:
         pad = abs(low) * 0.1 or 1.0

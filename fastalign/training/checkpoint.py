@@ -12,6 +12,8 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,20 +98,11 @@ def save_checkpoint(
     """
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step}"
-    with disk_errors(final):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output_dir)
-        temporary = output_dir / (final.name + TEMPORARY_SUFFIX)
-        try:
-            temporary.mkdir()
-            save_pretrained(temporary, model, tokenizer)
-            torch.save({"optimizer": optimizer_state or {}, "rng": rng or rng_state()}, temporary / _TENSORS)
-            state = {"format": FORMAT, "step": step, "scheduler": scheduler_state or {}, "data": data_state or {}, "extra": extra or {}}
-            _seal(temporary, state)
-            _replace_directory(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with disk_errors(final), _staged(final) as folder:
+        save_pretrained(folder, model, tokenizer)
+        torch.save({"optimizer": optimizer_state or {}, "rng": rng or rng_state()}, folder / _TENSORS)
+        state = {"format": FORMAT, "step": step, "scheduler": scheduler_state or {}, "data": data_state or {}, "extra": extra or {}}
+        _seal(folder, state)
     _rotate(output_dir, save_total_limit, newest=final)
     return final
 
@@ -139,8 +132,6 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-
-
 def remove_leftovers(output_dir: str | Path) -> None:
     """Removes what killed writes left in `output_dir`."""
     for entry in Path(output_dir).glob(f"*{TEMPORARY_SUFFIX}"):
@@ -150,7 +141,19 @@ def remove_leftovers(output_dir: str | Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-
+@contextmanager
+def _staged(final: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `final` at the end of the block, and is removed when the block fails."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(final.parent)
+    temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _replace_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _seal(folder: Path, state: dict[str, Any]) -> None:

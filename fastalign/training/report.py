@@ -69,11 +69,7 @@ def write_report(
         tables=[{**table, "numeric": _numeric_columns(table)} for table in tables],
         stages=[{"title": name, "charts": draw(rows)} for name, rows in stages.items()],
         samples=[_sample(sample) for sample in samples],
-        details=[
-            ("All final numbers", summary),
-            ("Configuration", {name: _as_written(value) for name, value in config.items()}),
-            ("Environment", this_environment() if environment is None else environment),
-        ],
+        details=_details(summary, config, environment),
         version=__version__,
     )
     path = Path(output_dir) / "report.html"
@@ -104,6 +100,16 @@ def number(value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def _details(
+    summary: Mapping[str, Any], config: Mapping[str, Any], environment: Mapping[str, Any] | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    return [
+        ("All final numbers", summary),
+        ("Configuration", {name: _as_written(value) for name, value in config.items()}),
+        ("Environment", this_environment() if environment is None else environment),
+    ]
 
 
 def _as_written(value: Any) -> str:
