@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastalign.generation.blocks import BlockPool
+from fastalign.generation.groups import Group
 from fastalign.generation.params import SamplingParams, Stats
 from fastalign.generation.rows import Rows
 from fastalign.generation.run import Run, finished
 from fastalign.generation.sampler import Drawn
-from fastalign.generation.scheduler import Group, Scheduler
+from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopTable
 
 VOCAB = 50

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastalign.generation.blocks import BlockPool
+from fastalign.generation.groups import Group
 from fastalign.generation.outputs import completions
 from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams, Stats
 from fastalign.generation.requests import Limits, Request, groups_of, read_requests
@@ -18,7 +19,7 @@ from fastalign.generation.rows import Rows
 from fastalign.generation.run import Run, finished
 from fastalign.generation.runner import KVCache, Runner, cache_bytes_per_token, free_bytes
 from fastalign.generation.sampler import Sampler
-from fastalign.generation.scheduler import Group, Scheduler
+from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopTable
 from fastalign.models.attention import NAME, use_fastalign_attention
 from fastalign.models.backbone import causal_lm, head_of
@@ -26,6 +27,7 @@ from fastalign.models.probe import probe
 from fastalign.rollout import Rollout, Sample
 
 Prompt = str | Sequence[int]
+Progress = bool | Callable[[int], object]
 
 
 class Engine:
@@ -74,20 +76,26 @@ class Engine:
         self._generating = False
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[int] | None = None,
+        progress: Progress = False,
     ) -> list[RequestOutput]:
         """Completes prompts, in the order given.
 
         Args:
             prompts: a text, a list of token ids, or a list of either.
             params: for all prompts, or one each.
-            progress: show a bar of finished samples.
+            request_ids: the request part of each prompt's random key, so that a resumed run repeats; default 0, 1, 2, ….
+            progress: show a bar of finished samples; or a function that is called with how many have just ended.
 
         Raises:
             ValueError: an empty or over-long prompt, a token id outside the vocabulary, a cache too small for one sequence.
             FloatingPointError: a row of logits holds NaN or +inf; names the request. Nothing is returned then.
         """
-        requests = read_requests(prompts, params or SamplingParams(), self.tokenizer)
+        requests = read_requests(prompts, params or SamplingParams(), self.tokenizer, request_ids)
         groups = self._complete(requests, progress, any(request.params.logprobs for request in requests))
         return [
             RequestOutput(request.text, request.ids.tolist(), completions(group, self.tokenizer, logprobs=request.params.logprobs))
@@ -100,17 +108,10 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         request_ids: Sequence[int] | None = None,
-        progress: bool = False,
+        progress: Progress = False,
     ) -> Rollout:
-        """Samples each prompt `params.n` times, for training.
-
-        Args:
-            prompts: token ids.
-            params: for all prompts, or one each; log-probs are recorded whatever `params.logprobs` says.
-            request_ids: the request part of each prompt's random key, so that a resumed run repeats; default 0, 1, 2, ….
-            progress: show a bar of finished samples.
-        """
-        requests = read_requests(prompts, params, self.tokenizer, request_ids)
+        """Samples each prompt `params.n` times, for training: `generate`, as a Rollout that always has log-probs."""
+        requests = read_requests(list(prompts), params, self.tokenizer, request_ids)
         groups = self._complete(requests, progress, True)
         samples = [[_sample(out) for out in completions(group, self.tokenizer, logprobs=True)] for group in groups]
         return Rollout([request.ids.tolist() for request in requests], samples, [{} for _ in requests])
@@ -136,7 +137,7 @@ class Engine:
         """Blocks of the KV cache in use; 0 between calls."""
         return self._pool.num_used if self._pool is not None else 0
 
-    def _complete(self, requests: list[Request], progress: bool, logprobs: bool) -> list[Group]:
+    def _complete(self, requests: list[Request], progress: Progress, logprobs: bool) -> list[Group]:
         if self._generating:
             raise RuntimeError("generate: the engine is already generating; it runs one call at a time")
         if not requests:
@@ -147,8 +148,9 @@ class Engine:
         total = sum(group.params.n for group in groups)
         self._generating = True
         try:
-            with tqdm(total=total, disable=not progress, unit="sample") as bar, _evaluating(self.model), torch.no_grad():
-                run = self._run(groups, pool, cache, stops, logprobs, bar.update)
+            with tqdm(total=total, disable=progress is not True, unit="sample") as bar, _evaluating(self.model), torch.no_grad():
+                on_finish = progress if callable(progress) else bar.update
+                run = self._run(groups, pool, cache, stops, logprobs, on_finish)
                 while run.scheduler.busy:
                     run.step()
             assert finished(groups), "the scheduler has nothing left to do, so every sample must have ended"
@@ -158,7 +160,9 @@ class Engine:
             self._generating = False
         return groups
 
-    def _run(self, groups: list[Group], pool: BlockPool, cache: KVCache, stops: StopTable, logprobs: bool, on_finish: Any) -> Run:
+    def _run(
+        self, groups: list[Group], pool: BlockPool, cache: KVCache, stops: StopTable, logprobs: bool, on_finish: Callable[[int], object]
+    ) -> Run:
         width = max(group.limit for group in groups)
         completion = max(group.limit - len(group.prompt) for group in groups)
         num_rows = min(self.max_num_seqs, sum(group.params.n for group in groups))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastalign.generation.groups import Group, Member
 from fastalign.generation.params import CompletionOutput
-from fastalign.generation.scheduler import Group, Member
 from fastalign.generation.stops import decode, first_stop
 
 

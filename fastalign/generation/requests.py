@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fastalign.generation.groups import MAX_SAMPLES, Group
 from fastalign.generation.params import SamplingParams
-from fastalign.generation.scheduler import MAX_SAMPLES, Group
 from fastalign.generation.stops import StopTable
 from fastalign.models.backbone import causal_lm, head_of
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastalign.generation.groups import Group, Member
 from fastalign.generation.rows import Record, Rows
 from fastalign.generation.runner import Runner
 from fastalign.generation.sampler import Drawn, Draws, Sampler
-from fastalign.generation.scheduler import Group, Member, Scheduler
+from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopScanner, StopTable
 
 

@@ -92,8 +92,8 @@ class Sampler:
 
     def _chunk(self, hidden: Tensor, draws: Draws) -> Drawn:
         head, first, last = self.head, int(draws.at[0]), int(draws.at[-1]) + 1
-        with borrowed(last - first, head.weight.shape[0], hidden) as buffer:
-            logits = head_logits(hidden[first:last], head.weight, head.bias, out=buffer)
+        with borrowed(last - first, head.weight.shape[0], head.weight) as buffer:
+            logits = head_logits(hidden[first:last].to(head.weight.dtype), head.weight, head.bias, out=buffer)
             if len(draws.at) != last - first:
                 logits = logits[torch.from_numpy(draws.at - first).to(logits.device)]
             return self._draw(logits, draws)

@@ -8,81 +8,17 @@ free; when they run out, the youngest sequence gives its blocks back, keeps what
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastalign.generation.blocks import BlockPool, Blocks
-from fastalign.generation.params import SamplingParams, Stats
-from fastalign.generation.rows import Record, Rows, RowSpec
-from fastalign.generation.stops import StopScanner
+from fastalign.generation.groups import Group, Member
+from fastalign.generation.params import Stats
+from fastalign.generation.rows import Rows
 
 Ints = NDArray[np.int64]
-MAX_SAMPLES = 1 << 20  # of one group: `order` keeps the sample in its low 20 bits
-
-
-@dataclass(eq=False)
-class Member:
-    """One sample of a group.
-
-    Attributes:
-        row: its row while it runs, else -1.
-        record: what it has drawn, while it does not run.
-        high_water: tokens that have been forwarded once already.
-        finish_reason: "" until it ends.
-    """
-
-    group: Group
-    index: int
-    row: int = -1
-    record: Record = field(default_factory=Record.empty)
-    high_water: int = 0
-    scanner: StopScanner | None = None
-    finish_reason: str = ""
-    stop_reason: int | str | None = None
-
-
-@dataclass(eq=False)
-class Group:
-    """A prompt and its samples.
-
-    Attributes:
-        index: arrival order, which is also priority.
-        prompt: int64 token ids.
-        seed, request, first_sample: the random key; member j draws as sample first_sample + j.
-        limit: total tokens at which a sample ends.
-        stop_set: its row of the stop table.
-        members: one until the prompt is computed, then n.
-        waiting: members without a row, youngest first.
-        hold: the prompt's blocks, kept alive for waiting members while no sibling may run; None when not needed.
-    """
-
-    index: int
-    prompt: Ints
-    params: SamplingParams
-    seed: int
-    request: int
-    limit: int
-    stop_set: int = 0
-    first_sample: int = 0
-    members: list[Member] = field(default_factory=list)
-    waiting: list[Member] = field(default_factory=list)
-    hold: Blocks | None = None
-
-    def __post_init__(self) -> None:
-        self.members.append(Member(self, 0))
-        self.waiting.append(self.members[0])
-
-    @property
-    def forked(self) -> bool:
-        return len(self.members) == self.params.n
-
-    def spec(self, member: Member) -> RowSpec:
-        order = self.index * MAX_SAMPLES + member.index
-        draws = 1 if self.forked else self.params.n
-        sample = self.first_sample + member.index
-        return RowSpec(self.params, self.seed, self.request, sample, self.limit, self.stop_set, order, draws)
 
 
 @dataclass(frozen=True, eq=False)
