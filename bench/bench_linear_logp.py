@@ -1,6 +1,6 @@
 """linear_loss, linear_cross_entropy and linear_logp, forward + backward, against torch eager and against their own GEMMs alone.
 
-    python bench/bench_linear_logp.py [--quick] [--rounds 5] [--dtype float32 bfloat16]
+    python bench/bench_linear_logp.py [--quick] [--rounds 5] [--dtype float32 bfloat16] [--clock wall|cpu] [--threads N]
 
 The floor is the GEMMs of the op into buffers that exist; our head gradient goes to a `main_grad` that exists. Where the
 gradient goes to autograd, the floor allocates its gradients too. torch: F.linear + F.cross_entropy.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class Case:
         return run
 
 
-def bench(case: Case, rounds: int, *, big: bool) -> list[Result]:
+def bench(case: Case, rounds: int, clock: Callable[[], float], *, big: bool) -> list[Result]:
     """All lines of one shape."""
     runs: dict[str, Callable[[], object]] = {
         "floor": case.floor(),
@@ -116,7 +117,7 @@ def bench(case: Case, rounds: int, *, big: bool) -> list[Result]:
     }
     if big:
         runs |= {"floor, frozen": case.floor(frozen=True), "linear_loss (frozen head)": case.loss(frozen=True), "linear_logp": case.logp()}
-    best = interleaved(runs, rounds)
+    best = interleaved(runs, rounds, clock)
     case.clear()
     results = []
     for name, run in runs.items():
@@ -145,21 +146,48 @@ def bench(case: Case, rounds: int, *, big: bool) -> list[Result]:
     return results
 
 
+def memory(dtype: torch.dtype, device: str) -> None:
+    """Peak memory of linear_loss as the rows grow: one chunk of logits, whatever T. A narrow head, so that the logits dominate."""
+    for rows in (512, 4096):
+        case = Case(rows, 151936, 64, dtype, device)
+        run = case.loss()
+        run()  # loads what is loaded once
+        release_buffers()
+        case.clear()
+        peak = peak_mib(run)
+        logits = rows * case.vocab * dtype.itemsize / 2**20
+        name = str(dtype).removeprefix("torch.")
+        print(
+            f"memory: linear_loss T={rows} V={case.vocab} H={case.width} {name}: peak {peak:.0f} MiB; all logits would be {logits:.0f} MiB"
+        )
+
+
 def main() -> None:
     """Reads the flags, prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one small vocabulary, two rounds")
+    parser.add_argument("--quick", action="store_true", help="one small vocabulary, three rounds")
     parser.add_argument("--rounds", type=int, default=0, help="interleaved rounds (default 5, quick 3)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads, for a machine that is shared"
+    )
+    parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vocab, width = (32000, 512) if options.quick else (151936, 896)
+    print(f"{torch.get_num_threads()} threads, {options.clock} time, torch {torch.__version__}")
     print(header())
-    for dtype in options.dtype:
-        case = Case(options.rows, vocab, width, getattr(torch, dtype), device)
-        for result in bench(case, options.rounds or (3 if options.quick else 5), big=not options.quick):
+    for name in options.dtype:
+        dtype = getattr(torch, name)
+        case = Case(options.rows, vocab, width, dtype, device)
+        for result in bench(case, options.rounds or (3 if options.quick else 5), clock, big=not options.quick):
             print(result.line(), flush=True)
+        if not options.quick:
+            memory(dtype, device)
 
 
 if __name__ == "__main__":
