@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,8 +47,14 @@ def _native() -> str:
     module, reason = load_native()
     if module is None:
         return f"missing: {reason}"
-    cuda = f"CUDA for {module.cuda_architectures}" if module.cuda_ops else "no CUDA kernels (built without nvcc)"
+    targets = [f"sm_{name.removesuffix('-real')}{'' if name.endswith('-real') else ' and PTX'}" for name in _architectures(module)]
+    cuda = f"CUDA for {', '.join(targets)}" if module.cuda_ops else "no CUDA kernels (built without nvcc)"
     return f"CPU {module.isa()}, {cuda}"
+
+
+def _architectures(module: ModuleType) -> list[str]:
+    """As CMake names them: "80-real" is machine code alone, "90" machine code and PTX."""
+    return [name for name in module.cuda_architectures.split(", ") if name]
 
 
 def _devices() -> dict[str, str]:

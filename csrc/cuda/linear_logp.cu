@@ -4,13 +4,10 @@
 //   grad_rows: grid (N, ceil(V / 16384)); reads and writes V logits once, in place. The target's logit is read before the CTA that
 //              owns it overwrites it: only that CTA needs it.
 // Numerics: fp32 throughout; the element algebra is csrc/math's, shared with the CPU.
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
+#include "linear_logp.h"
 
 #include "../math/softmax.h"
-#include "linear_logp.h"
+#include "block.h"
 
 namespace fa::cuda {
 namespace {
@@ -188,31 +185,19 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(GradRows<T> rows, Soften
 
 Soften soften_of(float softcap, float inv_temperature) { return {softcap, softcap > 0.0f ? 1.0f / softcap : 0.0f, inv_temperature}; }
 
-void check_launch(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": CUDA launch failed: " + cudaGetErrorString(error));
-}
-
 template <typename T>
 void launch_logp(const LogpRows<T>& rows, uintptr_t stream) {
   if (rows.num_rows == 0) return;
-  const dim3 grid(static_cast<unsigned>(rows.num_rows));
-  const Soften s = soften_of(rows.softcap, rows.inv_temperature);
-  auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  if (rows.entropy)
-    logp_kernel<true, T><<<grid, kThreads, 0, cuda_stream>>>(rows, s);
-  else
-    logp_kernel<false, T><<<grid, kThreads, 0, cuda_stream>>>(rows, s);
-  check_launch("logp_rows");
+  auto* kernel = rows.entropy ? &logp_kernel<true, T> : &logp_kernel<false, T>;
+  launch("logp_rows", kernel, dim3(static_cast<unsigned>(rows.num_rows)), kThreads, stream, rows,
+         soften_of(rows.softcap, rows.inv_temperature));
 }
 
 template <typename T>
 void launch_grad(const GradRows<T>& rows, uintptr_t stream) {
   if (rows.num_rows == 0 || rows.vocab == 0) return;
   const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>((rows.vocab + kGradTile - 1) / kGradTile));
-  const Soften s = soften_of(rows.softcap, rows.inv_temperature);
-  grad_kernel<T><<<grid, kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(rows, s);
-  check_launch("grad_rows");
+  launch("grad_rows", &grad_kernel<T>, grid, kThreads, stream, rows, soften_of(rows.softcap, rows.inv_temperature));
 }
 
 }  // namespace

@@ -1,0 +1,78 @@
+"""The CUDA kernels' logic without a GPU: compiled by the C++ compiler over the host twin of their block primitives."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    pybind11 = pytest.importorskip("pybind11")
+    if not compiler or shutil.which(compiler.split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    output = tmp_path_factory.mktemp("twin") / "cuda_twin.so"
+    includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    sources = ["-x", "c++", str(ROOT / "csrc/cuda/linear_logp.cu"), str(ROOT / "tests/cuda_twin.cpp")]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
+    done = subprocess.run([*compiler.split(), *flags, *includes, *sources, "-o", str(output)], capture_output=True, text=True)
+    if done.returncode != 0 and not done.stderr:
+        pytest.skip(f"the compiler {compiler} does not work")
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("cuda_twin", output)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def oracle(logits, targets, g_logp, g_entropy, temperature, softcap):
+    leaf = logits.double().requires_grad_()
+    z = (torch.tanh(leaf / softcap) * softcap if softcap else leaf) / temperature
+    logp_all = z.log_softmax(1)
+    logp = logp_all.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(logp_all.exp() * logp_all.clamp(min=-1e9)).sum(1)
+    (gradient,) = torch.autograd.grad((logp * g_logp.double() + entropy * g_entropy.double()).sum(), leaf)
+    return logp.detach(), entropy.detach(), gradient.nan_to_num()
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 1001, 16384 + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 5.0)])
+def test_cuda_rows_match_fp64_on_the_host_twin(twin, vocab, dtype, temperature, softcap):
+    suffix, num_rows = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], 2
+    buffer = torch.full((num_rows, vocab + 9), math.nan, dtype=dtype)  # rows that start off a 16-byte boundary, among poison
+    logits = buffer[:, 3 : 3 + vocab]
+    logits.copy_((torch.randn(num_rows, vocab) * 4).to(dtype))
+    targets = torch.randint(0, vocab, (num_rows,))
+    if vocab > 100 and not softcap:
+        logits[0, 5:90], targets[0] = -math.inf, 2
+    before = logits.clone()
+    logp, lse, entropy = (torch.full((num_rows,), math.nan) for _ in range(3))
+    correct = torch.zeros(num_rows, dtype=torch.bool)
+    g_logp, g_entropy = torch.randn(num_rows), torch.randn(num_rows)
+    rows = (logits.data_ptr(), num_rows, vocab, logits.stride(0), targets.data_ptr())
+    results = [tensor.data_ptr() for tensor in (logp, lse, entropy, correct)]
+    getattr(twin, f"logp_rows_{suffix}")(*rows, 1 / temperature, softcap, *results)
+    upstream = [tensor.data_ptr() for tensor in (lse, entropy, g_logp, g_entropy)]
+    getattr(twin, f"grad_rows_{suffix}")(*rows, *upstream, 1 / temperature, softcap)
+    want_logp, want_entropy, want = oracle(before, targets, g_logp, g_entropy, temperature, softcap)
+    torch.testing.assert_close(logp.double(), want_logp, rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(logits.double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)
+    assert torch.equal(correct, before.argmax(1) == targets)
+    assert buffer[:, :3].isnan().all()
+    assert buffer[:, 3 + vocab :].isnan().all()
