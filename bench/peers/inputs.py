@@ -82,6 +82,8 @@ def random_prompts(tokenizer: Any, lengths: Sequence[int], seed: int = 0) -> lis
     draw = random.Random(seed)
     words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
     words = [word for word in words if word.isalnum() and word.isascii()]
+    if not words:
+        raise ValueError("the tokenizer has no token that is a plain word; random prompts cannot be made from it")
     prompts = []
     for length in lengths:
         chosen: list[str] = []
@@ -98,7 +100,6 @@ def supervised_records(count: int, source: Path = GSM8K, seed: int = 0) -> list[
         lines = source.read_text(encoding="utf-8").splitlines()[:count]
         records = [json.loads(line) for line in lines]
         return [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in records]
-    print(f"{source} not found: synthetic text of GSM8K's lengths")
     draw = random.Random(seed)
     words = [f"word{i}" for i in range(4000)]
 

@@ -15,6 +15,14 @@ def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def synchronize() -> None:
+    """Waits for the GPU, where there is one, so that a clock read next counts what was launched."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def describe(*packages: str) -> str:
     """One line: processor (or GPU), cores, and the versions of `packages`."""
     import torch

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .machine import synchronize
+
 
 class Gate:
     """A side's end of the pipe."""
@@ -36,6 +38,7 @@ class Gate:
 
     def elapsed(self) -> dict[str, float]:
         """Since the turn began: wall seconds, and those of all cores that this process was given (a busy machine adds little to them)."""
+        synchronize()
         return {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.began_cpu}
 
     def report(self, **values: Any) -> None:
