@@ -102,6 +102,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    # kernels/ has no __init__.py (see kernels/README.md), so it is named here.
     packages=[*find_packages(include=["fastalign", "fastalign.*"]), "fastalign.kernels"],
     package_data={"fastalign.training": ["*.html"]},
     ext_modules=[Extension("fastalign._C", sources=[], optional=True)],
