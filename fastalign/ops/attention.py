@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops import attention_reference as reference
 from fastalign.ops.backend import backend_for, native
@@ -82,7 +81,7 @@ def tree_attention(
         ValueError: on shapes, dtypes or a layout that do not fit together.
     """
     _check_heads("tree_attention", q, k, v, window, softcap)
-    if int(layout.cu_seqlens[-1]) > q.shape[0]:
+    if not torch.compiler.is_compiling() and int(layout.cu_seqlens[-1]) > q.shape[0]:
         raise ValueError(f"tree_attention: the layout holds {int(layout.cu_seqlens[-1])} tokens, q has only {q.shape[0]} rows")
     if not _runs_native(q):
         return reference.tree_attention(q, k, v, layout.cu_seqlens, layout.parent, scale=scale, window=window, softcap=softcap)
@@ -137,8 +136,13 @@ def paged_attention(
     )
 
 
+@torch.compiler.assume_constant_result
+def _has_native() -> bool:
+    return backend_for("attention", "cpu") == "native"
+
+
 def _runs_native(q: Tensor) -> bool:
-    return q.dtype in (torch.float32, torch.bfloat16) and q.device.type == "cpu" and backend_for("attention", "cpu") == "native"
+    return q.dtype in (torch.float32, torch.bfloat16) and q.device.type == "cpu" and _has_native()
 
 
 def _module() -> ModuleType:
@@ -195,8 +199,9 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the kernel's gradient would be silently taken for a constant
+            raise RuntimeError("tree_attention: there is no second derivative; use_backend('reference') has one")
         return (*_tree_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
 
 
