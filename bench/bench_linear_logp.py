@@ -2,8 +2,8 @@
 
     python bench/bench_linear_logp.py [--quick] [--rounds 5] [--dtype float32 bfloat16] [--clock wall|cpu] [--threads N]
 
-The floor is the GEMMs of the op into buffers that exist; our head gradient goes to a `main_grad` that exists. Where the
-gradient goes to autograd, the floor allocates its gradients too. torch: F.linear + F.cross_entropy.
+The floor is the GEMMs of the op alone (forward, dL/dhidden, dL/dweight) into buffers that exist. With main_grad our head
+gradient goes to memory that exists too; without it, autograd gets a fresh one. torch: F.linear + F.cross_entropy.
 """
 
 from __future__ import annotations
@@ -87,18 +87,17 @@ class Case:
 
         return run
 
-    def floor(self, *, fresh: bool = False, frozen: bool = False) -> Callable[[], object]:
-        """The GEMMs alone, into existing buffers or (fresh) with gradients that are allocated."""
+    def floor(self, *, frozen: bool = False) -> Callable[[], object]:
+        """The GEMMs alone, into existing buffers."""
         x, w = self.hidden.detach(), self.weight.detach()
-        kept: dict[str, Any] = {"logits": torch.empty(self.rows, self.vocab, dtype=self.dtype, device=x.device)}
-        if not fresh:
-            kept |= {"dx": torch.empty_like(x), "dw": torch.empty_like(w)}
+        logits = torch.empty(self.rows, self.vocab, dtype=self.dtype, device=x.device)
+        d_hidden, d_weight = torch.empty_like(x), torch.empty_like(w)
 
         def run() -> None:
-            logits = torch.mm(x, w.t(), out=kept["logits"])
-            torch.mm(logits, w, out=kept.get("dx")) if not fresh else torch.mm(logits, w)
+            torch.mm(x, w.t(), out=logits)
+            torch.mm(logits, w, out=d_hidden)
             if not frozen:
-                torch.mm(logits.t(), x, out=kept.get("dw")) if not fresh else torch.mm(logits.t(), x)
+                torch.mm(logits.t(), x, out=d_weight)
 
         return run
 
@@ -107,7 +106,6 @@ def bench(case: Case, rounds: int, clock: Callable[[], float], *, big: bool) -> 
     """All lines of one shape."""
     runs: dict[str, Callable[[], object]] = {
         "floor": case.floor(),
-        "floor, fresh": case.floor(fresh=True),
         "linear_loss (main_grad)": case.loss(main_grad=True),
         "linear_loss": case.loss(),
         "linear_cross_entropy": case.entropy(case.targets),
@@ -127,7 +125,7 @@ def bench(case: Case, rounds: int, clock: Callable[[], float], *, big: bool) -> 
         case.clear()
         masked, frozen = "half" in name, "frozen" in name
         ours = name.startswith("linear")
-        floor = best.get("floor, frozen" if frozen else "floor" if "main_grad" in name else "floor, fresh")
+        floor = best.get("floor, frozen" if frozen else "floor")
         eager = best["torch (half masked)" if masked else "torch"]
         flop = (4 if frozen else 8 if name == "linear_logp" else 3 if masked and ours else 6) * case.tvh
         results.append(
