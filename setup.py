@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 NOTICE = """
 fastalign: {reason}: installing without the native core.
 fastalign: every op then runs on its plain torch reference, which is correct and slower; `fastalign env` shows it.
-fastalign: for the native core install a C++20 compiler (g++ >= 11 or clang++ >= 14) and install again.
+fastalign: for the native core install a C++20 compiler (g++ >= 11 or clang++ >= 14) and run `make build`, or install again.
 """
 
 
