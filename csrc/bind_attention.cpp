@@ -99,41 +99,72 @@ void add_runs(Forward& f, int64_t row, int64_t count, int64_t position, int key_
 }
 
 struct Tree {
-  std::vector<int64_t> bounds, parent, position;
-  int64_t count(int64_t s) const { return bounds[s + 1] - bounds[s]; }
+  std::vector<TreeSegment> segments;  // parents first; only a root may be empty
+  int64_t rows;
 };
 
+// Reads and checks the tree. An empty segment is its parent. An only child whose rows go on from its parent's is one segment
+// with it, so a conversation cut into turns, or a chain of single tokens, runs as one sequence.
 Tree read_tree(const std::string& op, const Tensor& cu_seqlens, const Tensor& parent, int64_t rows) {
-  const int64_t segments = parent.dim() == 1 ? parent.size(0) : -1;
-  Tree tree{offsets(op + ": cu_seqlens", cu_seqlens, segments, rows), integers(op + ": parent", parent, segments), {}};
-  for (int64_t s = 0; s < segments; ++s) {
-    const int64_t p = tree.parent[s];
+  const int64_t count = parent.dim() == 1 ? parent.size(0) : -1;
+  const auto bounds = offsets(op + ": cu_seqlens", cu_seqlens, count, rows), parents = integers(op + ": parent", parent, count);
+  std::vector<int64_t> holder(count), children(count), place(count);  // the segment with tokens that s ends in; its index in the result
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t p = parents[s];
     if (p < -1 || p >= s) fail(op + ": parent: segment " + std::to_string(s) + " must continue an earlier one or -1, got " + std::to_string(p));
-    tree.position.push_back(p < 0 ? 0 : tree.position[p] + tree.count(p));
+    const bool own = p < 0 || bounds[s + 1] > bounds[s];
+    holder[s] = own ? s : holder[p];
+    if (own && p >= 0) children[holder[p]] += 1;
+  }
+  Tree tree{{}, bounds.back()};
+  for (int64_t s = 0; s < count; ++s) {
+    if (holder[s] != s) continue;
+    const int64_t up = parents[s] < 0 ? -1 : holder[parents[s]], tokens = bounds[s + 1] - bounds[s];
+    TreeSegment* last = up < 0 ? nullptr : &tree.segments[place[up]];
+    if (last && children[up] == 1 && last->row + last->count == bounds[s]) {
+      last->count += tokens;
+      place[s] = place[up];
+      continue;
+    }
+    place[s] = static_cast<int64_t>(tree.segments.size());
+    tree.segments.push_back({bounds[s], tokens, last ? last->position + last->count : 0, up < 0 ? -1 : static_cast<int>(place[up])});
   }
   return tree;
 }
 
 void plan_tree(Forward& f, const Tree& tree) {
   const Problem& p = f.p;
-  const int64_t limit = rows_a_task(p, tree.bounds.back());
-  std::vector<std::pair<int, int>> path(tree.parent.size());  // a segment's key runs
-  for (size_t s = 0; s < tree.parent.size(); ++s) {
+  const int64_t limit = rows_a_task(p, tree.rows);
+  std::vector<std::pair<int, int>> path;  // of each segment: its key runs
+  for (const TreeSegment& s : tree.segments) {
     const int first = static_cast<int>(f.keys.size());
-    if (tree.parent[s] >= 0)
-      for (int i = path[tree.parent[s]].first; i < path[tree.parent[s]].second; ++i) f.keys.push_back(KeyRun(f.keys[i]));
-    if (const int64_t row = tree.bounds[s]; tree.count(s)) {
-      const int64_t k = row * p.k.row_stride, v = row * p.v.row_stride;
+    if (s.parent >= 0)
+      for (int i = path[s.parent].first; i < path[s.parent].second; ++i) f.keys.push_back(KeyRun(f.keys[i]));
+    if (s.count) {
+      const int64_t k = s.row * p.k.row_stride, v = s.row * p.v.row_stride;
       KeyRun* last = static_cast<int>(f.keys.size()) > first ? &f.keys.back() : nullptr;
       if (last && last->k_origin + last->count * p.k.row_stride == k && last->v_origin + last->count * p.v.row_stride == v)
-        last->count += tree.count(s);  // the only child's rows go on from its parent's
+        last->count += s.count;  // the first child's rows go on from its parent's
       else
-        f.keys.push_back({tree.position[s], tree.count(s), k, v});
-      add_runs(f, row, tree.count(s), tree.position[s], first, limit);
+        f.keys.push_back({s.position, s.count, k, v});
+      add_runs(f, s.row, s.count, s.position, first, limit);
     }
-    path[s] = {first, static_cast<int>(f.keys.size())};
+    path.push_back({first, static_cast<int>(f.keys.size())});
   }
   make_tasks(f, limit);
+}
+
+std::vector<std::vector<TreeSegment>> split_roots(const Tree& tree) {
+  std::vector<std::vector<TreeSegment>> trees;
+  std::vector<std::pair<int, int>> place;  // of each segment: tree, index in it
+  for (const TreeSegment& s : tree.segments) {
+    const bool root = s.parent < 0;
+    if (root) trees.emplace_back();
+    const int t = root ? static_cast<int>(trees.size()) - 1 : place[s.parent].first;
+    place.push_back({t, static_cast<int>(trees[t].size())});
+    trees[t].push_back({s.row, s.count, s.position, root ? -1 : place[s.parent].second});
+  }
+  return trees;
 }
 
 void tree_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const Tensor& parent, double scale,
@@ -146,19 +177,6 @@ void tree_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
   py::gil_scoped_release release;
   plan_tree(f, tree);
   FA_CALL(attention_forward, f);
-}
-
-std::vector<std::vector<TreeSegment>> split_roots(const Tree& tree) {
-  std::vector<std::vector<TreeSegment>> trees;
-  std::vector<std::pair<int, int>> place;  // of each segment: tree, index in it
-  for (size_t s = 0; s < tree.parent.size(); ++s) {
-    const bool root = tree.parent[s] < 0;
-    if (root) trees.emplace_back();
-    const int t = root ? static_cast<int>(trees.size()) - 1 : place[tree.parent[s]].first;
-    place.push_back({t, static_cast<int>(trees[t].size())});
-    trees[t].push_back({tree.bounds[s], tree.count(s), tree.position[s], root ? -1 : place[tree.parent[s]].second});
-  }
-  return trees;
 }
 
 void tree_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const Tensor& parent, double scale,
