@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import values
 
 from fastalign.generation import Engine, SamplingParams
 from fastalign.generation.requests import Limits, stop_ids
@@ -111,9 +112,9 @@ def test_engine_stop_strings(stories, stop):
 def test_engine_stop_strings_survive_preemption(stories):
     model, tokenizer = stories
     params = SamplingParams(n=6, max_tokens=60, seed=3, stop=["."])
-    roomy = Engine(model, tokenizer).generate(["Once upon a time", "Tom"], params)
-    tight = Engine(model, tokenizer, kv_cache_tokens=96)
-    assert tight.generate(["Once upon a time", "Tom"], params) == roomy
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "Tom")]
+    roomy, tight = Engine(model, tokenizer), Engine(model, tokenizer, kv_cache_tokens=96)
+    assert values(tight.rollout(prompts, params)) == values(roomy.rollout(prompts, params))
     assert tight.stats.preemptions > 0
 
 
