@@ -25,7 +25,9 @@ def by_group(rewards, cu, f):
 
 def test_grpo_equals_the_equation_on_ragged_groups():
     rewards, cu = ragged()
-    expected = by_group(rewards, cu, lambda g: [0.0] if len(g) == 1 else [(r - statistics.mean(g)) / (statistics.stdev(g) + 1e-4) for r in g])
+    expected = by_group(
+        rewards, cu, lambda g: [0.0] if len(g) == 1 else [(r - statistics.mean(g)) / (statistics.stdev(g) + 1e-4) for r in g]
+    )
     torch.testing.assert_close(grpo(rewards, cu), expected, atol=1e-5, rtol=1e-5)
 
 

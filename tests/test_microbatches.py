@@ -41,7 +41,8 @@ def conversations(n: int = 12):
     rng = random.Random(1)
     lengths = [rng.randint(2, 14) for _ in range(n)]
     return [
-        conversation([rng.randrange(VOCAB) for _ in range(m)], [i % 3 != 0 for i in range(m)], weight=rng.choice([1.0, 0.5])) for m in lengths
+        conversation([rng.randrange(VOCAB) for _ in range(m)], [i % 3 != 0 for i in range(m)], weight=rng.choice([1.0, 0.5]))
+        for m in lengths
     ]
 
 

@@ -73,7 +73,9 @@ ids = st.lists(st.integers(0, 50), max_size=5)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=5))
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=5)
+)
 def test_pack_rows_predict_targets_on_every_path(groups):
     packed = pack([group(prompt, completions) for prompt, completions in groups])
     expected = [(prompt + c, len(prompt), c) for prompt, completions in groups for c in completions]

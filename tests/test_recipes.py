@@ -40,7 +40,7 @@ def task(tmp_path_factory):
     tokenizer = arithmetic.build_tokenizer()
     arithmetic.build_model(0, len(tokenizer)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    demonstrations, train, heldout = arithmetic.problems(0, num_demonstrations=40, num_heldout=8)
+    demonstrations, heldout, train = arithmetic.problems(0, demonstrations=40, heldout=8)
     arithmetic.write_jsonl(root / "sft.jsonl", demonstrations, ("prompt", "completion"))
     arithmetic.write_jsonl(root / "train.jsonl", train[:40], ("prompt", "answer"))
     arithmetic.write_jsonl(root / "heldout.jsonl", heldout, ("prompt", "completion", "answer"))
@@ -159,6 +159,16 @@ def test_dry_run_trains_nothing(task, tmp_path):
     plan = online.run(arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}))
     assert plan["optimizer steps"] == 4 and "parameters" in plan
     assert not (tmp_path / "none").exists()
+
+
+def test_stop_at_ends_the_run_at_the_first_evaluation_for_which_it_holds(task, tmp_path):
+    args = arguments(task, tmp_path, "sft", run={"eval_steps": 1, "stop_at": "eval/loss<100"})
+    sft.run(args)
+    assert rows_of(tmp_path)[-1]["step"] == 1 and (tmp_path / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="no metric 'eval/los'"):
+        sft.run(arguments(task, tmp_path / "b", "sft", run={"eval_steps": 1, "stop_at": "eval/los<1"}))
+    with pytest.raises(ValueError, match="expected a held-out metric"):
+        sft.run(arguments(task, tmp_path / "c", "sft", run={"stop_at": "loss=3"}))
 
 
 def test_run_refuses_to_write_over_another(task, tmp_path):

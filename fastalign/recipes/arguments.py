@@ -128,6 +128,7 @@ class RunArguments:
         save_steps: optimizer steps between checkpoints; 0: only when interrupted. The final model is always saved.
         save_total_limit: how many checkpoints to keep; 0: all.
         eval_steps: optimizer steps between held-out evaluations; 0: only before and after.
+        stop_at: end the run early at a held-out evaluation, as in eval/loss<0.5 or eval/reward>=0.9; empty: never.
         resume_from_checkpoint: a checkpoint folder, or "latest" in output_dir.
         dry_run: check everything, print the plan, train nothing.
     """
@@ -141,6 +142,7 @@ class RunArguments:
     save_steps: int = 0
     save_total_limit: int = 2
     eval_steps: int = 0
+    stop_at: str = ""
     resume_from_checkpoint: str = ""
     dry_run: bool = False
 

@@ -20,12 +20,15 @@ def correct(prompts: list[str], completions: list[str], answer: list[str], **col
     return [float(completion.strip() == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
-def problems(seed: int, *, num_demonstrations: int, num_heldout: int) -> tuple[list[Problem], list[Problem], list[Problem]]:
-    """Disjoint problems: demonstrations for SFT, prompts for GRPO (demonstrations not among them), held-out ones."""
+def problems(seed: int, **sizes: int) -> tuple[list[Problem], ...]:
+    """Disjoint sets of problems: one of each size given, in order, and last everything that is left."""
     every = [(a, b) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(every)
-    heldout, rest = every[:num_heldout], every[num_heldout:]
-    return rest[:num_demonstrations], rest[num_demonstrations:], heldout
+    parts = []
+    for size in sizes.values():
+        parts.append(every[:size])
+        every = every[size:]
+    return *parts, every
 
 
 def record(problem: Problem) -> dict[str, str]:

@@ -23,6 +23,7 @@ from .arguments import (
     SamplingArguments,
 )
 
+COLD_LOSS = 0.5
 ACCURACY = "eval/rewards/correct/mean"
 
 
@@ -63,7 +64,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, quick: bool = False) -> di
 
 def prepare(root: Path, seed: int) -> dict[str, Any]:
     """Writes the problems, the tokenizer and the untrained model."""
-    demonstrations, train, heldout = arithmetic.problems(seed, num_demonstrations=1500, num_heldout=400)
+    heldout, validation, demonstrations, train = arithmetic.problems(seed, heldout=400, validation=200, demonstrations=1500)
     tokenizer = arithmetic.build_tokenizer()
     model = arithmetic.build_model(seed, len(tokenizer))
     model.save_pretrained(root / "model")
@@ -73,20 +74,22 @@ def prepare(root: Path, seed: int) -> dict[str, Any]:
         "sft": arithmetic.write_jsonl(root / "data" / "demonstrations.jsonl", demonstrations, pair),
         "train": arithmetic.write_jsonl(root / "data" / "train.jsonl", train, ("prompt", "answer")),
         "heldout": arithmetic.write_jsonl(root / "data" / "heldout.jsonl", heldout, ("prompt", "answer")),
-        "heldout_pairs": arithmetic.write_jsonl(root / "data" / "heldout_pairs.jsonl", heldout, pair),
+        "validation": arithmetic.write_jsonl(root / "data" / "validation.jsonl", validation, pair),
         "num_heldout": len(heldout),
     }
 
 
 def cold_start(root: Path, files: dict[str, Any], seed: int, quick: bool) -> Arguments:
-    """A short SFT that leaves room: the model has the format and some of the skill."""
+    """A short SFT that leaves room: it ends when the model has the format and some of the skill, at a validation loss of
+    0.5 nats a token, about one problem in four."""
+    outputs = RunArguments(output_dir=str(root / "sft"), overwrite_output_dir=True, seed=seed)
     return Arguments(
         command="sft",
         model=ModelArguments(model_name_or_path=str(root / "model"), dtype="float32", device="cpu"),
-        data=DataArguments(dataset_name=files["sft"], eval_dataset_name=files["heldout_pairs"], max_length=64),
-        optim=OptimArguments(learning_rate=1e-3, warmup_steps=20, max_steps=10 if quick else 220, lr_scheduler_type="constant"),
+        data=DataArguments(dataset_name=files["sft"], eval_dataset_name=files["validation"], max_length=64),
+        optim=OptimArguments(learning_rate=1e-3, warmup_steps=20, max_steps=10 if quick else 600, lr_scheduler_type="constant"),
         batch=BatchArguments(per_device_train_batch_size=128),
-        run=RunArguments(output_dir=str(root / "sft"), overwrite_output_dir=True, seed=seed, logging_steps=10),
+        run=replace(outputs, logging_steps=10, eval_steps=10, stop_at=f"eval/loss<{COLD_LOSS}"),
     )
 
 
@@ -98,9 +101,9 @@ def reinforce(root: Path, files: dict[str, Any], seed: int, quick: bool) -> Argu
         command="grpo",
         model=replace(start.model, model_name_or_path=str(root / "sft")),
         data=DataArguments(dataset_name=files["train"], eval_dataset_name=files["heldout"], max_length=64),
-        optim=OptimArguments(learning_rate=3e-4, warmup_steps=5, max_steps=5 if quick else 240, lr_scheduler_type="constant"),
+        optim=OptimArguments(learning_rate=1.5e-4, warmup_steps=5, max_steps=5 if quick else 240, lr_scheduler_type="linear"),
         batch=BatchArguments(per_device_train_batch_size=512),
-        run=RunArguments(output_dir=str(root / "grpo"), overwrite_output_dir=True, seed=seed, logging_steps=5, eval_steps=40),
+        run=RunArguments(output_dir=str(root / "grpo"), overwrite_output_dir=True, seed=seed, logging_steps=5, eval_steps=25),
         sampling=SamplingArguments(max_completion_length=8),
         online=OnlineArguments(algorithm="grpo", num_generations=8, beta=0.0, reward=[f"{Path(arithmetic.__file__)}:correct"]),
     )

@@ -152,7 +152,8 @@ class OnlineTask:
         ]
 
     def metrics(self, rollout: Rollout, chunks: list[PolicyChunk], updates: list[Update]) -> dict[str, float]:
-        first, count = updates[0].sums, max(updates[0].sums.get("targets", 0.0), 1.0)
+        first = updates[0].sums
+        count = first.get("targets") or math.nan  # nothing was forwarded: no token to average over, and the row leaves these out
         last, steps = updates[-1].sums, len(updates)
         targets = max(sum(u.sums.get("targets", 0.0) for u in updates), 1.0)
         clips = {k: sum(u.sums.get(k, 0.0) for u in updates) / targets for k in ("clip_low", "clip_high")}
@@ -168,7 +169,7 @@ class OnlineTask:
             "clip_ratio/high_mean": clips["clip_high"],
             "clip_ratio/region_mean": clips["clip_low"] + clips["clip_high"],
             "sampling/sampling_logp_difference/mean": first.get("gap_sum", 0.0) / count,
-            "sampling/sampling_logp_difference/max": first.get("gap_max", 0.0),
+            "sampling/sampling_logp_difference/max": first.get("gap_max", math.nan),
             "skipped_updates": float(sum(not u.applied for u in updates)),
         }
         if self.reference is not None:

@@ -17,6 +17,7 @@ from ..models.adapters import attach_lora
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm, load_tokenizer
 from ..training.checkpoint import latest_checkpoint
+from ..training.loop import StopAt
 from ..training.optimizer import build_optimizer, build_schedule
 from ..training.step import LogitOptions, Updater
 from .arguments import Arguments, ModelArguments, OptimArguments, RunArguments
@@ -94,6 +95,7 @@ def check_output(run: RunArguments) -> Path | None:
         FileExistsError: output_dir holds a run and neither resuming nor overwriting was asked for.
     """
     output_dir = Path(run.output_dir)
+    StopAt.parse(run.stop_at)
     if run.resume_from_checkpoint:
         if run.resume_from_checkpoint not in ("latest", "true", "True"):
             return Path(run.resume_from_checkpoint)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..training.checkpoint import Checkpoint, load_checkpoint, restore_rng, save_checkpoint
 from ..training.interrupt import interruptible
-from ..training.loop import Cadence, Task, run
+from ..training.loop import Cadence, StopAt, Task, run
 from ..training.files import write_atomic
 from ..training.metrics import Metrics, read_metrics
 from ..training.report import write_report
@@ -86,7 +86,7 @@ def execute(job: Job) -> dict[str, Any]:
         start = restore(job, metrics)
         before = job.task.show() if start == 0 else read_samples(output_dir)
         write_atomic(output_dir / SAMPLES, json.dumps(before))
-        cadence = Cadence(job.max_steps, run_args.save_steps, run_args.eval_steps)
+        cadence = Cadence(job.max_steps, run_args.save_steps, run_args.eval_steps, StopAt.parse(run_args.stop_at))
         if not run(job.task, cadence, metrics, interrupt, start=start, save=lambda step: save(job, metrics, step)):
             raise KeyboardInterrupt(f"stopped; go on with --output_dir {output_dir} --resume_from_checkpoint latest")
         save_model(output_dir, job.loaded.model, job.loaded.tokenizer)

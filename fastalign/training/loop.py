@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,17 +25,55 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
+class StopAt:
+    """A held-out metric, a comparison and a value: eval/loss<0.5, eval/reward>=0.9."""
+
+    metric: str
+    comparison: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> StopAt | None:
+        """Reads the flag; an empty text is None.
+
+        Raises:
+            ValueError: the text is not metric, comparison, number.
+        """
+        if not text:
+            return None
+        match = re.fullmatch(r"\s*(eval/[^\s<>=]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
+        if match is None:
+            raise ValueError(f"--stop_at: expected a held-out metric, one of < <= > >=, and a number, as in eval/loss<0.5; got {text!r}")
+        return cls(match[1], match[2], float(match[3]))
+
+    def holds(self, values: dict[str, float]) -> bool:
+        """Whether the run has got there.
+
+        Raises:
+            ValueError: the evaluation has no such metric.
+        """
+        if self.metric not in values:
+            raise ValueError(f"--stop_at: no metric {self.metric!r} in the held-out evaluation, which has {', '.join(sorted(values)) or 'nothing'}")
+        return COMPARISONS[self.comparison](values[self.metric], self.value)
+
+
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+@dataclass(frozen=True)
 class Cadence:
     """How often things happen, in optimizer steps; 0: never in between.
 
     Attributes:
         max_steps: where the run ends.
         save_steps, eval_steps: periods.
+        stop_at: ends the run at the first held-out evaluation for which it holds.
     """
 
     max_steps: int
     save_steps: int = 0
     eval_steps: int = 0
+    stop_at: StopAt | None = None
 
 
 def run(
@@ -60,7 +100,9 @@ def run(
         if last and row is None:
             metrics.flush(done)
         if last or (cadence.eval_steps and done % cadence.eval_steps == 0):
-            evaluate(task, metrics, done)
+            values = evaluate(task, metrics, done)
+            if cadence.stop_at is not None and cadence.stop_at.holds(values):
+                return True
         if interrupt.requested and not last:
             save(done)
             return False
@@ -85,10 +127,11 @@ def record(metrics: Metrics, values: dict[str, float]) -> None:
             metrics.add(name, value)
 
 
-def evaluate(task: Task, metrics: Metrics, step: int) -> None:
-    """Evaluates and logs a row of its own, when there is held-out data; its time is not the next step's."""
+def evaluate(task: Task, metrics: Metrics, step: int) -> dict[str, float]:
+    """Evaluates, logs a row of its own when there is held-out data, and returns it; its time is not the next step's."""
     with metrics.paused():
         began = time.perf_counter()
         values = task.evaluate()
         if values:
             metrics.write(step, values | {"timing_s/eval": time.perf_counter() - began})
+    return values
