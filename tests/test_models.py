@@ -113,6 +113,13 @@ def test_hidden_states_refuses_dropout_and_batches():
     assert hidden_states(model, packed).shape == (5, 64)
 
 
+def test_hidden_states_refuses_a_rope_that_depends_on_the_batch():
+    model = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=16)
+    assert hidden_states(model, pack(group(*ids(10), ids(6)))).shape == (16, 64)
+    with pytest.raises(UnsupportedModelError, match="changes for the whole batch past position 16, got 16"):
+        hidden_states(model, pack(group(*ids(10), ids(7))))
+
+
 def test_head_of_names_what_it_cannot_read():
     head = head_of(llama())
     assert (head.bias, head.logit_softcap, head.logit_scale) == (None, None, 1.0)

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastalign.models.attention import UnsupportedModelError, reading_layout
 from fastalign.ops.attention import PagedLayout, TreeLayout
@@ -121,6 +121,12 @@ def _row_multiple(base: PreTrainedModel, element_size: int, threads: int) -> int
 def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: TreeLayout | PagedLayout) -> Tensor:
     base = causal_lm(model)
     rows = input_ids.shape[0]
+    limit = _rope_limit(base.config.get_text_config())
+    if limit is not None and rows and int(position_ids.max()) >= limit:
+        raise UnsupportedModelError(
+            f"{base.config.model_type}: its rotary embedding changes for the whole batch past position {limit}, got "
+            f"{int(position_ids.max())}; keep sequences within {limit} tokens"
+        )
     padding = -rows % row_multiple(model) if input_ids.device.type == "cpu" else 0
     if padding:
         input_ids = nn.functional.pad(input_ids, (0, padding))
@@ -129,3 +135,13 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
     with reading_layout():
         out = base.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
     return out.last_hidden_state[0, :rows]
+
+
+def _rope_limit(config: PreTrainedConfig) -> int | None:
+    """The longest sequence whose rotary frequencies do not depend on the others in the batch; None: any."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(limits, default=None)

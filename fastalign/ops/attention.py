@@ -7,6 +7,8 @@ rows are tiled or batched or on the cache's block size. So the tree forward, pre
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastalign.ops import attention_reference as reference
 from fastalign.ops.backend import backend_for, native
+from fastalign.ops.once import once
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,15 @@ def _has_native() -> bool:
 
 
 def _runs_native(q: Tensor) -> bool:
-    return q.dtype in (torch.float32, torch.bfloat16) and q.device.type == "cpu" and _has_native()
+    if q.device.type != "cpu":
+        _announce_reference(q.device.type)
+        return False
+    return q.dtype in (torch.float32, torch.bfloat16) and _has_native()
+
+
+@functools.cache
+def _announce_reference(device: str) -> None:
+    warnings.warn(f"fastalign: attention has no kernel for {device}; it runs on its slower torch reference.", stacklevel=4)
 
 
 def _module() -> ModuleType:
@@ -200,9 +211,9 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the kernel's gradient would be silently taken for a constant
-            raise RuntimeError("tree_attention: there is no second derivative; use_backend('reference') has one")
-        return (*_tree_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them for one reading
+        gradients = _tree_backward(grad, *saved, *ctx.options)
+        return (*(once("tree_attention", g, *saved[2:5]) for g in gradients), None, None, None, None, None)
 
 
 @torch.library.custom_op("fastalign::tree_attention", mutates_args=())
