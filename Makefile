@@ -39,7 +39,7 @@ build:
 	touch $(NATIVE)
 
 demo: setup
-	$(OFFLINE) $(PY) -m fastalign.cli demo --output_dir runs/demo
+	$(OFFLINE) $(PY) -m fastalign demo --output_dir runs/demo
 
 test: setup
 	$(OFFLINE) $(PY) -m pytest -q -m "not slow"
@@ -57,12 +57,12 @@ format: setup
 	$(PY) -m ruff format .
 
 bench: setup
-	$(OFFLINE) $(PY) -m bench.harness
+	$(OFFLINE) $(PY) -m bench.suite
 
 # Everything that needs a GPU, on a machine that has one: native build, gpu tests, benches; leaves one JSON file in bench/results/.
 gpu: setup
 	$(OFFLINE) $(PY) -m pytest -q -m gpu
-	$(OFFLINE) $(PY) -m bench.harness --device cuda
+	$(OFFLINE) $(PY) -m bench.suite --json bench/results/gpu-$(shell date +%Y-%m-%d).json
 
 # Compiles every CUDA kernel for sm_80 and sm_90 (SASS and PTX) with warnings as errors; needs nvcc, no GPU.
 cuda-check: setup

@@ -111,11 +111,13 @@ def bench_decode(sequences: int, prefix: int, own: int, group: int, dtype: torch
 def main() -> None:
     """Prints one line a case and side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="interleaved rounds (default 5, quick 2)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    options.rounds = options.rounds or (2 if options.quick else 5)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     options.clock = time.process_time if options.clock == "cpu" else time.perf_counter
