@@ -1,6 +1,6 @@
 """Every bench in turn: tables on the terminal, and one JSON file with what was printed and where.
 
-    python -m bench.suite [--quick] [--json FILE]
+python -m bench.suite [--quick] [--json FILE]
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ def _grouped(rewards: Tensor, cu_groups: Tensor | None) -> _Groups:
     flat = rewards.reshape(-1).float()
     if cu_groups is None:
         if rewards.dim() != 2:
-            raise ValueError(f"advantages: expected rewards [P, G], or flat [B] with cu_groups; got shape {list(rewards.shape)} without cu_groups")
+            raise ValueError(
+                f"advantages: expected rewards [P, G], or flat [B] with cu_groups; got shape {list(rewards.shape)} without cu_groups"
+            )
         sizes = torch.full((rewards.shape[0],), rewards.shape[1], dtype=torch.long)
     else:
         sizes = cu_groups.long().diff().cpu()

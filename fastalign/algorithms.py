@@ -73,7 +73,9 @@ def row(table: Mapping[str, Any], name: str, what: str) -> Any:
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
-    raise ValueError(f"{what}: no row named {name!r}; " + (f"did you mean {', '.join(near)}? " if near else "") + f"Rows: {', '.join(table)}")
+    raise ValueError(
+        f"{what}: no row named {name!r}; " + (f"did you mean {', '.join(near)}? " if near else "") + f"Rows: {', '.join(table)}"
+    )
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:

@@ -148,7 +148,8 @@ class _Builder:
         scored, weight = segment.scored, segment.weight
         for i, token in enumerate(segment.ids):
             row = start + i - 1 if i else predictor
-            if row < 0 or not (scored is True or scored[i]):  # the first token of a root has nothing to predict it
+            flag = scored if isinstance(scored, bool) else scored[i]
+            if row < 0 or not flag:  # the first token of a root has nothing to predict it
                 continue
             self.rows.append(row)
             self.targets.append(token)
@@ -220,5 +221,3 @@ def split_by_tokens(trees: Sequence[Segment], max_tokens: int) -> list[list[int]
         else:
             bins.append((size, [index]))
     return [sorted(members) for _, members in bins]
-
-

@@ -21,9 +21,11 @@ def test_pack_group_forwards_the_prompt_once():
 
 def test_pack_conversation_never_scores_the_first_token_of_a_root():
     packed = pack(conversation([7, 8, 9], True))
-    assert packed.rows.tolist() == [0, 1] and packed.targets.tolist() == [8, 9]
+    assert packed.rows.tolist() == [0, 1]
+    assert packed.targets.tolist() == [8, 9]
     masked = pack(conversation([7, 8, 9], [True, False, True]))
-    assert masked.rows.tolist() == [1] and masked.targets.tolist() == [9]
+    assert masked.rows.tolist() == [1]
+    assert masked.targets.tolist() == [9]
 
 
 def test_pack_empty_completion_owns_nothing_and_keeps_its_place():
@@ -34,7 +36,8 @@ def test_pack_empty_completion_owns_nothing_and_keeps_its_place():
 
 def test_pack_child_of_an_empty_segment_is_predicted_by_its_grandparent():
     packed = pack(Segment([1, 2], children=(Segment([], children=(Segment([3], scored=True),)),)))
-    assert packed.rows.tolist() == [1] and packed.position_ids.tolist() == [0, 1, 2]
+    assert packed.rows.tolist() == [1]
+    assert packed.position_ids.tolist() == [0, 1, 2]
 
 
 def test_pack_shared_scored_token_counts_once():

@@ -1,5 +1,6 @@
 """Policy losses: values against float64 loops, gradients by gradcheck, off-policy so that they mean something."""
 
+import itertools
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_clip_dual_bounds_negative_advantages():
 def test_gspo_equals_the_equation():
     logp, old, adv, cu = off_policy(1)
     got = gspo(logp, old, adv, cu, epsilon=0.1, epsilon_high=0.2)
-    for a, b in zip(cu[:-1], cu[1:], strict=True):
+    for a, b in itertools.pairwise(cu):
         if a == b:
             continue
         s = math.exp(sum(float(x) for x in (logp - old)[a:b]) / int(b - a))

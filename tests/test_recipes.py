@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.models.load import load_causal_lm, load_tokenizer
 from fastalign.generation import Engine, SamplingParams
+from fastalign.models.load import load_causal_lm, load_tokenizer
 from fastalign.recipes import arithmetic, online, sft
 from fastalign.recipes.arguments import (
     Arguments,
@@ -83,7 +83,8 @@ def test_sft_writes_everything_and_the_model_loads_in_transformers(task, tmp_pat
     expected = plain.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     engine = Engine(load_causal_lm(str(tmp_path)), tokenizer)
     got = engine.generate([ids], SamplingParams(temperature=0.0, max_tokens=8))[0].outputs[0].token_ids
-    assert got == expected[: len(got)] and (len(got) == 8 or got[-1] == tokenizer.eos_token_id)
+    assert got == expected[: len(got)]
+    assert len(got) == 8 or got[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo"])
@@ -124,28 +125,36 @@ def test_grpo_sampler_and_trainer_agree_and_metrics_are_named_as_documented(task
     online.run(arguments(task, tmp_path, "grpo", online={"beta": 0.04}))
     rows = [row for row in rows_of(tmp_path) if "loss" in row]
     assert len(rows) == 4
-    expected = "loss grad_norm learning_rate epoch num_tokens reward reward_std frac_reward_zero_std rewards/parity/mean rewards/parity/std "
+    expected = (
+        "loss grad_norm learning_rate epoch num_tokens reward reward_std frac_reward_zero_std rewards/parity/mean rewards/parity/std "
+    )
     expected += "completions/mean_length completions/min_length completions/max_length completions/clipped_ratio kl entropy "
     expected += "clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean sampling/sampling_logp_difference/mean"
     assert set(expected.split()) <= set(rows[0])
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-5
-    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
+    assert rows[0]["kl"] == 0
+    assert rows[-1]["kl"] > 0
 
 
 @pytest.mark.parametrize("algorithm", ["dr_grpo", "rloo", "dapo", "gspo", "cispo", "reinforce", "reinforce_pp"])
 def test_every_row_of_the_table_trains(task, tmp_path, algorithm):
-    args = arguments(task, tmp_path, "grpo", online={"algorithm": algorithm, "num_iterations": 2}, optim={"max_steps": 2}, data={"eval_dataset_name": ""})
+    args = arguments(
+        task, tmp_path, "grpo", online={"algorithm": algorithm, "num_iterations": 2}, optim={"max_steps": 2}, data={"eval_dataset_name": ""}
+    )
     online.run(args)
     rows = rows_of(tmp_path)
-    assert len(rows) == 2 and all(row["grad_norm"] is not None for row in rows)
+    assert len(rows) == 2
+    assert all(row["grad_norm"] is not None for row in rows)
 
 
 def test_grpo_lora_saves_an_adapter_and_uses_the_base_as_reference(task, tmp_path):
     args = arguments(task, tmp_path, "grpo", model={"use_peft": True, "lora_r": 4}, online={"beta": 0.04})
     online.run(args)
-    assert (tmp_path / "adapter_config.json").exists() and (tmp_path / "adapter_model.safetensors").exists()
+    assert (tmp_path / "adapter_config.json").exists()
+    assert (tmp_path / "adapter_model.safetensors").exists()
     rows = [row for row in rows_of(tmp_path) if "loss" in row]
-    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
+    assert rows[0]["kl"] == 0
+    assert rows[-1]["kl"] > 0
 
 
 def test_sft_bf16_and_gradient_checkpointing_train(task, tmp_path):
@@ -157,14 +166,16 @@ def test_sft_bf16_and_gradient_checkpointing_train(task, tmp_path):
 
 def test_dry_run_trains_nothing(task, tmp_path):
     plan = online.run(arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}))
-    assert plan["optimizer steps"] == 4 and "parameters" in plan
+    assert plan["optimizer steps"] == 4
+    assert "parameters" in plan
     assert not (tmp_path / "none").exists()
 
 
 def test_stop_at_ends_the_run_at_the_first_evaluation_for_which_it_holds(task, tmp_path):
     args = arguments(task, tmp_path, "sft", run={"eval_steps": 1, "stop_at": "eval/loss<100"})
     sft.run(args)
-    assert rows_of(tmp_path)[-1]["step"] == 1 and (tmp_path / "model.safetensors").exists()
+    assert rows_of(tmp_path)[-1]["step"] == 1
+    assert (tmp_path / "model.safetensors").exists()
     with pytest.raises(ValueError, match="no metric 'eval/los'"):
         sft.run(arguments(task, tmp_path / "b", "sft", run={"eval_steps": 1, "stop_at": "eval/los<1"}))
     with pytest.raises(ValueError, match="expected a held-out metric"):
@@ -203,4 +214,5 @@ def test_grpo_survives_a_reward_that_raises_for_some(task, tmp_path):
     (tmp_path / "r.py").write_text("def odd(completions, **k):\n    return [1.0 / (len(c) % 2) for c in completions]\n")
     online.run(arguments(task, tmp_path / "out", "grpo", online={"reward": [f"{tmp_path / 'r.py'}:odd"]}, optim={"max_steps": 2}))
     rows = [row for row in rows_of(tmp_path / "out") if "loss" in row]
-    assert len(rows) == 2 and rows[0].get("rewards/odd/missing", 0) > 0
+    assert len(rows) == 2
+    assert rows[0].get("rewards/odd/missing", 0) > 0

@@ -62,9 +62,7 @@ class OnlineTask:
         self.timing.clear()
         rollout = self.collect()
         advantages = group_advantages(rollout, self.algorithm, self.reward_weights)
-        chunks = build_chunks(
-            rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens
-        )
+        chunks = build_chunks(rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens)
         if self.reference is not None:
             with self.timed("reference"):
                 for chunk in chunks:
@@ -147,7 +145,11 @@ class OnlineTask:
         rollout = self.engine.rollout([p.ids for p in prompts], greedy)
         self.score(prompts, rollout)
         return [
-            {"prompt": self.engine.tokenizer.decode(p.ids, skip_special_tokens=True), "completion": s.text, "reward": s.reward(self.reward_weights)}
+            {
+                "prompt": self.engine.tokenizer.decode(p.ids, skip_special_tokens=True),
+                "completion": s.text,
+                "reward": s.reward(self.reward_weights),
+            }
             for p, s in zip(prompts, rollout.flat, strict=True)
         ]
 

@@ -67,7 +67,9 @@ def widen_head(model: nn.Module) -> None:
         return
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     if embedding.data_ptr() == head.weight.data_ptr():
-        raise ValueError("--head_dtype float32: this model ties its head to the embedding, which cannot have two dtypes; use --dtype float32")
+        raise ValueError(
+            "--head_dtype float32: this model ties its head to the embedding, which cannot have two dtypes; use --dtype float32"
+        )
     model.get_output_embeddings().float()  # type: ignore[operator]
 
 

@@ -56,7 +56,13 @@ def run(args: Arguments) -> dict[str, Any]:
     max_steps = num_steps(args.optim, len(segments), batch_size)
     tokens = sum(s.num_tokens for s in segments)
     if args.run.dry_run:
-        return plan(loaded, args, max_steps=max_steps, num_records=len(segments), extra={"tokens a step": round(tokens * batch_size / len(segments))})
+        return plan(
+            loaded,
+            args,
+            max_steps=max_steps,
+            num_records=len(segments),
+            extra={"tokens a step": round(tokens * batch_size / len(segments))},
+        )
     task = SupervisedTask(
         updater=build_updater(loaded, args, max_steps),
         segments=segments,

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..training.checkpoint import Checkpoint, load_checkpoint, restore_rng, save_checkpoint
+from ..training.files import write_atomic
 from ..training.interrupt import interruptible
 from ..training.loop import Cadence, StopAt, Task, run
-from ..training.files import write_atomic
 from ..training.metrics import Metrics, read_metrics
 from ..training.report import write_report
 from ..training.step import Updater
 from ..training.weights import restore_weights, save_model
 from .arguments import Arguments
 from .setup import Loaded
-
 
 SAMPLES = "samples_before.json"
 

@@ -53,7 +53,9 @@ class StopAt:
             ValueError: the evaluation has no such metric.
         """
         if self.metric not in values:
-            raise ValueError(f"--stop_at: no metric {self.metric!r} in the held-out evaluation, which has {', '.join(sorted(values)) or 'nothing'}")
+            raise ValueError(
+                f"--stop_at: no metric {self.metric!r} in the held-out evaluation, which has {', '.join(sorted(values)) or 'nothing'}"
+            )
         return COMPARISONS[self.comparison](values[self.metric], self.value)
 
 

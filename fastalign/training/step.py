@@ -108,7 +108,8 @@ class Updater:
     def accumulate(self, batches: Iterable[MicroBatch]) -> Update:
         """Gradients and metrics of all micro-batches, no update yet."""
         self.gradients.zero()
-        total, sums, logps = 0.0, defaultdict(float), []
+        total, logps = 0.0, []
+        sums: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
             loss, metrics = forward_backward(self.model, batch, self.options)
             total += loss
