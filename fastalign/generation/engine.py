@@ -24,6 +24,7 @@ from fastalign.generation.stops import StopTable
 from fastalign.models.attention import NAME, use_fastalign_attention
 from fastalign.models.backbone import causal_lm, head_of
 from fastalign.models.probe import probe
+from fastalign.ops.gemm import packed_weights
 from fastalign.rollout import Rollout, Sample
 
 Prompt = str | Sequence[int]
@@ -148,7 +149,7 @@ class Engine:
         total = sum(group.params.n for group in groups)
         self._generating = True
         try:
-            with tqdm(total=total, disable=progress is not True, unit="sample") as bar, _evaluating(self.model), torch.no_grad():
+            with tqdm(total=total, disable=progress is not True, unit="sample") as bar, _evaluating(self.model), torch.no_grad(), packed_weights():
                 on_finish = progress if callable(progress) else bar.update
                 run = self._run(groups, pool, cache, stops, logprobs, on_finish)
                 while run.scheduler.busy:

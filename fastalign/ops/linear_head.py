@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign.ops.gemm import product, uses_onednn
+
 MIN_GEMM_ROWS = 16
 CHUNK_ROWS = 512  # below this the bf16 head gradient's pass over [V, H] shows (two naive chunks cost 1.58×, measured)
 CHUNK_BYTES = 64 << 20  # with a small vocabulary a chunk takes more rows, up to this many bytes of logits
@@ -36,11 +38,14 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
     """hidden [N, H] · weight [V, H]ᵀ + bias → logits [N, V] in the inputs' dtype; the same bits for a row in any batch.
 
     Args:
-        out: a buffer of at least max(N, 16) rows of V; a view of its first N rows is returned.
+        out: a buffer of at least max(N, 16) rows of V; a view of its first N rows is returned, unless the GEMM is oneDNN's,
+            which allocates its own (and is faster all the same, see `gemm`).
     """
     rows = hidden.shape[0]
     if rows < MIN_GEMM_ROWS:
         hidden = F.pad(hidden, (0, 0, 0, MIN_GEMM_ROWS - rows))
+    if uses_onednn(hidden, weight):
+        return product(hidden, weight, bias)[:rows]
     out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out[: hidden.shape[0]]
     if bias is None:
         torch.mm(hidden, weight.t(), out=out)

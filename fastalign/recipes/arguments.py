@@ -110,7 +110,7 @@ class BatchArguments:
 
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    max_tokens_per_micro_batch: int = 8192
+    max_tokens_per_micro_batch: int = 4096
     max_chunk_bytes: int = 0
 
 
