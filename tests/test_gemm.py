@@ -15,7 +15,11 @@ SHAPES = [(64, 172), (172, 64), (173, 61), (896, 500), (1376, 512), (128, 15)]
 @pytest.mark.parametrize(("width", "out"), SHAPES)
 def test_linear_no_worse_than_torch_and_gradients_agree(width, out):
     torch.manual_seed(width)
-    x, w, b = torch.randn(3, 33, width, requires_grad=True), torch.randn(out, width, requires_grad=True), torch.randn(out, requires_grad=True)
+    x, w, b = (
+        torch.randn(3, 33, width, requires_grad=True),
+        torch.randn(out, width, requires_grad=True),
+        torch.randn(out, requires_grad=True),
+    )
     exact = F.linear(x.double(), w.double(), b.double())
     got, theirs = gemm.linear(x, w, b), F.linear(x, w, b)
     error, other = (got - exact).norm() / exact.norm(), (theirs - exact).norm() / exact.norm()

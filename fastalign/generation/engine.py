@@ -149,7 +149,12 @@ class Engine:
         total = sum(group.params.n for group in groups)
         self._generating = True
         try:
-            with tqdm(total=total, disable=progress is not True, unit="sample") as bar, _evaluating(self.model), torch.no_grad(), packed_weights():
+            with (
+                tqdm(total=total, disable=progress is not True, unit="sample") as bar,
+                _evaluating(self.model),
+                torch.no_grad(),
+                packed_weights(),
+            ):
                 on_finish = progress if callable(progress) else bar.update
                 run = self._run(groups, pool, cache, stops, logprobs, on_finish)
                 while run.scheduler.busy:

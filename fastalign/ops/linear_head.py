@@ -2,8 +2,9 @@
 
 Numerics. The logits have the dtype of the GEMM: the CPU's bf16 GEMM rounds them to bf16 (up to 0.06 nats at
 logp ≈ −14); everything after them (log-sum-exp, logp, entropy, losses) is fp32. The head gradient is summed in fp32.
-In fp32 and bf16 a row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16; the
-fp32 GEMM's result was measured to depend on its number of rows below 12 and never from 16 on (AVX-512 CPU; fp64 differs).
+In fp32 and bf16 a row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16. On an
+AVX-512 CPU the fp32 result was measured to depend on the number of rows below 2 (oneDNN, see `gemm`) or below 12 (MKL), and
+never from 16 on; fp64 differs.
 """
 
 from __future__ import annotations
