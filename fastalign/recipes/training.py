@@ -92,10 +92,20 @@ def execute(job: Job) -> dict[str, Any]:
         summary = summarize(metrics.rows())
         metrics.summary(summary)
     after = job.task.show()
-    samples = [b | {"before": b["completion"], "after": a["completion"]} for b, a in zip(before, after, strict=False)]
+    samples = [compared(b, a) for b, a in zip(before, after, strict=False)]
     write_atomic(output_dir / "samples.json", json.dumps(samples))
     write_report(output_dir, title=job.title, config=args.flat(), metrics=read_metrics(output_dir), summary=summary, samples=samples)
     return summary
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """One prompt's completions before and after training, and whatever else the task tells about each."""
+    told = {
+        f"{name} {when}": shown[name]
+        for when, shown in (("before", before), ("after", after))
+        for name in shown.keys() - {"prompt", "completion"}
+    }
+    return {"prompt": after["prompt"], "before": before["completion"], "after": after["completion"], **told}
 
 
 def save(job: Job, metrics: Metrics, step: int) -> Path:
