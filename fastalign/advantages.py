@@ -109,6 +109,9 @@ def _whiten(values: Tensor, present: Tensor, eps: float) -> Tensor:
     count = present.sum()
     mean = (values * present).sum() / count.clamp(min=1)
     variance = ((values - mean).square() * present).sum() / (count - 1).clamp(min=1)
+    found = values[present > 0]
+    if not found.numel() or bool(found.min() == found.max()):  # rounding of the mean must not become an advantage
+        return torch.zeros_like(values)
     return (values - mean) / (variance.sqrt() + eps)
 
 

@@ -58,6 +58,11 @@ def test_advantages_square_and_flat_agree(name):
     assert torch.equal(ADVANTAGES[name](rewards).view(-1), flat)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.1])
+def test_reinforce_pp_constant_batch_is_exactly_zero(value):
+    assert torch.equal(reinforce_pp(torch.full((3, 8), value)), torch.zeros(3, 8))
+
+
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])
 def test_advantages_constant_group_is_exactly_zero(name):
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.3, 0.3, 0.3]])

@@ -1,5 +1,7 @@
 """fp32 products on the CPU: torch's values, autograd's gradients, and one result for a row whatever the batch."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +72,23 @@ def test_linear_other_inputs_take_torchs_route():
     assert torch.equal(torch.func.vmap(lambda row: gemm.linear(row, w))(x), F.linear(x, w))
     wide = torch.randn(4, 16)[:, ::2]
     torch.testing.assert_close(gemm.linear(wide, w), F.linear(wide, w))
+
+
+def test_linear_unusual_bias_takes_torchs_route():
+    x, w = torch.ones(3, 5), torch.ones(7, 5)
+    strided = torch.arange(14.0)[::2]
+    assert torch.equal(gemm.linear(x, w, strided), F.linear(x, w, strided))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        gemm.linear(torch.ones(3, 4), w)
+
+
+def test_packed_weights_are_a_threads_own():
+    seen = []
+    with gemm.packed_weights():
+        thread = threading.Thread(target=lambda: seen.append(gemm._packing.get()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
 
 
 def test_linear_second_derivative_is_right():

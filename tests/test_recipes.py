@@ -164,6 +164,27 @@ def test_sft_bf16_and_gradient_checkpointing_train(task, tmp_path):
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
 
 
+def test_lora_output_loads_merged_into_its_base(task, tmp_path):
+    sft.run(arguments(task, tmp_path / "lora", "sft", model={"use_peft": True, "lora_r": 4}))
+    merged = load_causal_lm(str(tmp_path / "lora"))
+    base = load_causal_lm(str(task / "model"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert list(merged.state_dict()) == list(base.state_dict())
+    assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
+
+
+def test_resume_refuses_another_learning_rate(task, tmp_path):
+    sft.run(arguments(task, tmp_path, "sft", run={"save_steps": 2}))
+    with pytest.raises(ValueError, match="learning_rate was"):
+        sft.run(arguments(task, tmp_path, "sft", run={"resume_from_checkpoint": "latest"}, optim={"learning_rate": 0.5, "max_steps": 6}))
+
+
+def test_a_finished_run_is_not_resumed_from_nothing(task, tmp_path):
+    sft.run(arguments(task, tmp_path, "sft", optim={"max_steps": 1}))
+    with pytest.raises(FileExistsError, match="nothing to resume"):
+        sft.run(arguments(task, tmp_path, "sft", run={"resume_from_checkpoint": "latest"}))
+
+
 def test_dry_run_trains_nothing(task, tmp_path):
     plan = online.run(arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}))
     assert plan["optimizer steps"] == 4
@@ -178,6 +199,8 @@ def test_stop_at_ends_the_run_at_the_first_evaluation_for_which_it_holds(task, t
     assert (tmp_path / "model.safetensors").exists()
     with pytest.raises(ValueError, match="no metric 'eval/los'"):
         sft.run(arguments(task, tmp_path / "b", "sft", run={"eval_steps": 1, "stop_at": "eval/los<1"}))
+    with pytest.raises(ValueError, match="needs held-out data"):
+        sft.run(arguments(task, tmp_path / "d", "sft", run={"stop_at": "eval/loss<1"}, data={"eval_dataset_name": ""}))
     with pytest.raises(ValueError, match="expected a held-out metric"):
         sft.run(arguments(task, tmp_path / "c", "sft", run={"stop_at": "loss=3"}))
 

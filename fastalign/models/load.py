@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastalign.models.adapters import load_adapter
 from fastalign.models.attention import disable_dropout, use_fastalign_attention
 from fastalign.models.probe import probe
 
@@ -18,7 +20,8 @@ def load_causal_lm(name_or_path: str, *, dtype: str = "auto", device: torch.devi
     """Loads a causal language model, gives it the fastalign attention, sets dropout to 0 and probes it.
 
     Args:
-        name_or_path: a folder with config.json and weights, or a Hub name. Remote code is never run.
+        name_or_path: a folder with config.json and weights, a folder with a PEFT adapter (merged into its base), or a Hub name.
+            Remote code is never run.
         dtype: "auto" (as saved), "float32" or "bfloat16".
         device: where the model goes.
 
@@ -28,6 +31,8 @@ def load_causal_lm(name_or_path: str, *, dtype: str = "auto", device: torch.devi
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_causal_lm: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if (Path(name_or_path) / "adapter_config.json").is_file() and not (Path(name_or_path) / "config.json").is_file():
+        return _load_merged(name_or_path, dtype, device)
     where = _source("load_causal_lm", name_or_path, "config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False, **where)
@@ -38,6 +43,17 @@ def load_causal_lm(name_or_path: str, *, dtype: str = "auto", device: torch.devi
     disable_dropout(model)
     probe(model)
     return model
+
+
+def _load_merged(folder: str, dtype: str, device: torch.device | str) -> PreTrainedModel:
+    """An adapter saved in PEFT's format, merged into the base model that its configuration names."""
+    base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"load_causal_lm: {folder}/adapter_config.json names no base model; merge the adapter into its base with peft first"
+        )
+    model = load_causal_lm(base, dtype=dtype, device=device)
+    return load_adapter(model, folder).merge_and_unload()  # type: ignore[operator]
 
 
 def load_tokenizer(name_or_path: str, chat_template: str = "") -> PreTrainedTokenizerBase:

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_packs: dict[int, tuple[Tensor, Tensor]] | None = None  # while packing: id of a weight → (the weight, its packed form)
+_Packs = dict[int, tuple[Tensor, Tensor]]  # id of a weight → (the weight, its packed form)
+_packing: ContextVar[_Packs | None] = ContextVar("fastalign_packing", default=None)  # one a thread: engines may generate side by side
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake, a wrapper or a quantized tensor
 PACKED_ROWS = 64  # the row count that packed weights are laid out for; any count may use them
 
 
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes the oneDNN route for these operands."""
-    if not AVAILABLE or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `linear` takes the oneDNN route for these operands; anything unusual goes to torch, which says what is wrong with it."""
+    if not AVAILABLE or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.dtype == torch.float32 and bias.is_contiguous()):
         return False
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
     return plain and x.numel() > 0 and weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
@@ -29,7 +36,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N], as `torch.nn.functional.linear`."""
-    if not uses_onednn(x, weight):
+    if not uses_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)
@@ -38,10 +45,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same without autograd; inside `packed_weights` each weight is packed at its first use."""
-    if _packs is not None:
-        kept = _packs.get(id(weight))
+    packs = _packing.get()
+    if packs is not None:
+        kept = packs.get(id(weight))
         if kept is None:
-            kept = _packs[id(weight)] = (weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS))
+            kept = packs[id(weight)] = (weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS))
         weight = kept[1]
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
@@ -49,12 +57,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @contextmanager
 def packed_weights() -> Iterator[None]:
     """Inside, products without a gradient pack each weight once and keep that copy; no weight may change until the end."""
-    global _packs
-    outer, _packs = _packs, {} if _packs is None else _packs
+    packs = _packing.get()
+    token = _packing.set({} if packs is None else packs)
     try:
         yield
     finally:
-        _packs = outer
+        _packing.reset(token)
 
 
 class _Linear(torch.autograd.Function):

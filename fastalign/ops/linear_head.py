@@ -45,7 +45,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
     rows = hidden.shape[0]
     if rows < MIN_GEMM_ROWS:
         hidden = F.pad(hidden, (0, 0, 0, MIN_GEMM_ROWS - rows))
-    if uses_onednn(hidden, weight):
+    if uses_onednn(hidden, weight, bias):
         return product(hidden, weight, bias)[:rows]
     out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out[: hidden.shape[0]]
     if bias is None:

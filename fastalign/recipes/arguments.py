@@ -16,7 +16,7 @@ class ModelArguments:
         tokenizer_name_or_path: the tokenizer, when it is not beside the model.
         chat_template: a Jinja file that replaces the tokenizer's chat template.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        head_dtype: the dtype of the LM head's GEMMs: auto (the model's) or float32.
+        head_dtype: the dtype of the LM head's GEMMs: auto (the model's) or float32; give it again to each later command.
         use_peft: train LoRA adapters instead of the weights; the reference is then the model with the adapter off.
         lora_r: rank of the LoRA matrices.
         lora_alpha: LoRA scaling numerator (scaling = lora_alpha / lora_r).
@@ -81,7 +81,7 @@ class OptimArguments:
         adam_beta2: decay of the second moment.
         adam_epsilon: the term added to the root of the second moment.
         max_grad_norm: gradients are scaled down to this global norm; 0: no clipping.
-        max_steps: optimizer steps; -1: given by num_train_epochs.
+        max_steps: optimizer steps (grpo: rollouts, each with num_iterations updates); -1: given by num_train_epochs.
         num_train_epochs: passes over the data when max_steps is -1.
     """
 

@@ -23,6 +23,8 @@ def algorithm_of(args: Arguments) -> Algorithm:
     for name, value in (("epsilon", online.epsilon), ("epsilon_high", online.epsilon_high)):
         if value is not None:
             options.setdefault(name, value)
+    if online.epsilon is not None and online.epsilon_high is None:
+        options.setdefault("epsilon_high", None)  # one epsilon on both sides, whatever the row has above
     return resolve(
         online.algorithm,
         advantage=online.advantage,
@@ -37,11 +39,17 @@ def algorithm_of(args: Arguments) -> Algorithm:
 def prompts_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Prompt]:
     """The data set as tokenized prompts with the columns that the rewards read."""
     data = args.data
+    room = data.max_length - args.sampling.max_completion_length
+    if room < 1:
+        raise ValueError(
+            f"--max_completion_length {args.sampling.max_completion_length} leaves no room for a prompt in --max_length {data.max_length};"
+            " raise --max_length"
+        )
     records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
     return prompt_examples(
         records,
         loaded.tokenizer,
-        max_prompt_length=data.max_prompt_length or max(1, data.max_length - args.sampling.max_completion_length),
+        max_prompt_length=min(data.max_prompt_length or room, room),
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,
         vocab_size=head_of(loaded.model).weight.shape[0],
@@ -131,7 +139,7 @@ def evaluate(args: Arguments) -> dict[str, float]:
 
 def run(args: Arguments) -> dict[str, Any]:
     """Trains, and returns the summary (the plan under --dry_run)."""
-    resume = check_output(args.run)
+    resume = check_output(args.run, args.data.eval_dataset_name)
     algorithm, num_prompts, _ = algorithm_of(args), num_prompts_of(args), sampling_of(args)
     if not args.online.reward:
         raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), module:function or path.py:function")

@@ -111,7 +111,7 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
         loss = row.function(logp, old, advantages, cu_targets, **algorithm.loss_options)
         sums = {}
         if clip_range is not None:
-            ratio = (logp.detach() - old).exp()
+            ratio = _ratio(logp.detach() - old, cu_targets, row.unit)
             sums["clip_low"] = ((ratio < clip_range[0]) & (advantages < 0)).float().sum()
             sums["clip_high"] = ((ratio > clip_range[1]) & (advantages > 0)).float().sum()
         if chunk.ref_logp is not None:
@@ -121,6 +121,16 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
         return (weights * loss).sum(), sums
 
     return MicroBatch(chunk.packed, objective, units)
+
+
+def _ratio(log_ratio: Tensor, cu_targets: Tensor, unit: str) -> Tensor:
+    """The importance ratio that the loss clips: each token's own, or its sequence's (exp of the mean log-ratio)."""
+    if unit == "token":
+        return log_ratio.exp()
+    lengths = cu_targets.diff().long().to(log_ratio.device)
+    index = torch.repeat_interleave(torch.arange(lengths.numel(), device=log_ratio.device), lengths)
+    total = log_ratio.new_zeros(lengths.numel()).index_add(0, index, log_ratio)
+    return (total / lengths.clamp(min=1)).exp()[index]
 
 
 def _local_offsets(cu_targets: Tensor, span: slice) -> Tensor:

@@ -20,6 +20,7 @@ from ..training.checkpoint import latest_checkpoint
 from ..training.loop import StopAt
 from ..training.optimizer import build_optimizer, build_schedule
 from ..training.step import LogitOptions, Updater
+from ..training.trackers import check_trackers
 from .arguments import Arguments, ModelArguments, OptimArguments, RunArguments
 
 log = logging.getLogger("fastalign")
@@ -90,18 +91,24 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_output(run: RunArguments) -> Path | None:
+def check_output(run: RunArguments, eval_dataset_name: str) -> Path | None:
     """The checkpoint to resume from, or None; refuses to write over another run.
 
     Raises:
         FileExistsError: output_dir holds a run and neither resuming nor overwriting was asked for.
     """
     output_dir = Path(run.output_dir)
-    StopAt.parse(run.stop_at)
+    check_trackers(run.report_to)
+    if StopAt.parse(run.stop_at) is not None and not eval_dataset_name:
+        raise ValueError(f"--stop_at {run.stop_at} needs held-out data: give --eval_dataset_name")
     if run.resume_from_checkpoint:
         if run.resume_from_checkpoint not in ("latest", "true", "True"):
             return Path(run.resume_from_checkpoint)
         found = latest_checkpoint(output_dir)
+        if found is None and (output_dir / "summary.json").exists() and not run.overwrite_output_dir:
+            raise FileExistsError(
+                f"--output_dir {output_dir} holds a finished run without checkpoints: there is nothing to resume; name another"
+            )
         if found is None:
             log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
         return found

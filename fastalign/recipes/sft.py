@@ -47,7 +47,7 @@ def shown_prompts(segments: list[Segment], tokenizer: Any) -> list[tuple[str, li
 
 def run(args: Arguments) -> dict[str, Any]:
     """Trains, and returns the summary (the plan under --dry_run)."""
-    resume = check_output(args.run)
+    resume = check_output(args.run, args.data.eval_dataset_name)
     seed_everything(args.run.seed)
     loaded = load(args.model)
     segments = examples(args, loaded, args.data.dataset_name, args.data.max_samples)

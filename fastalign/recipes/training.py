@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from ..training.checkpoint import Checkpoint, load_checkpoint, restore_rng, save_checkpoint
 from ..training.files import write_atomic
 from ..training.interrupt import interruptible
@@ -55,12 +57,22 @@ def restore(job: Job, metrics: Metrics) -> int:
     saved: Checkpoint = load_checkpoint(job.resume)
     updater = job.task.updater
     restore_weights(job.loaded.model, saved.path)
+    given = optimizer_options(updater.optimizer)
     updater.optimizer.load_state_dict(saved.optimizer_state)
+    for name, value in optimizer_options(updater.optimizer).items():
+        if value != given[name]:
+            raise ValueError(f"a resumed run goes on as it was: {name} was {value}, now it is {given[name]}; start a new run to change it")
     updater.schedule.load_state_dict(saved.scheduler_state)
     job.task.load_state_dict(saved.data_state)
     metrics.resume(saved.step, saved.extra["metrics"])
     restore_rng(saved.rng)
     return saved.step
+
+
+def optimizer_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the flags set: peak learning rate, betas, eps, weight decay."""
+    options = optimizer.param_groups[0]
+    return {"learning_rate": options["initial_lr"], **{name: options[name] for name in ("betas", "eps", "weight_decay")}}
 
 
 def execute(job: Job) -> dict[str, Any]:

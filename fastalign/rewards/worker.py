@@ -41,7 +41,7 @@ def number(value: Any) -> float | dict[str, str] | None:
         result = float(value)
     except OverflowError:
         result = math.inf
-    if math.isinf(result):
+    if abs(result) > 3e38:  # infinite, or infinite once it is fp32
         return {"bad": f"expected a finite number or None, got {value if isinstance(value, float) else 'a number over the float range'}"}
     return None if math.isnan(result) else result
 

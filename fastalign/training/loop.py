@@ -42,7 +42,7 @@ class StopAt:
         if not text:
             return None
         match = re.fullmatch(r"\s*(eval/[^\s<>=]+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", text)
-        if match is None:
+        if match is None or not _is_number(match[3]):
             raise ValueError(f"--stop_at: expected a held-out metric, one of < <= > >=, and a number, as in eval/loss<0.5; got {text!r}")
         return cls(match[1], match[2], float(match[3]))
 
@@ -57,6 +57,14 @@ class StopAt:
                 f"--stop_at: no metric {self.metric!r} in the held-out evaluation, which has {', '.join(sorted(values)) or 'nothing'}"
             )
         return COMPARISONS[self.comparison](values[self.metric], self.value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -93,7 +101,9 @@ def run(
     interrupt leaves the last checkpoint in place and goes on up.
     """
     if start == 0:
-        evaluate(task, metrics, 0)
+        values = evaluate(task, metrics, 0)
+        if cadence.stop_at is not None:
+            cadence.stop_at.holds(values)  # a metric that is not there is told before anything is trained
     for index in range(start, cadence.max_steps):
         record(metrics, task.step(index))
         done = index + 1
@@ -104,6 +114,8 @@ def run(
         if last or (cadence.eval_steps and done % cadence.eval_steps == 0):
             values = evaluate(task, metrics, done)
             if cadence.stop_at is not None and cadence.stop_at.holds(values):
+                if row is None and not last:
+                    metrics.flush(done)
                 return True
         if interrupt.requested and not last:
             save(done)

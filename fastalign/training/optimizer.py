@@ -136,7 +136,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, warmup_steps:
     """A transformers schedule by name; warmup_steps below 1 is a fraction of max_steps."""
     from transformers import SchedulerType, get_scheduler
 
-    known = [member.value for member in SchedulerType]
+    known = [member.value for member in SchedulerType if member.value != "reduce_lr_on_plateau"]  # wants a metric at every step
     if name not in known:
         raise ValueError(f"--lr_scheduler_type: expected one of {', '.join(known)}; got {name!r}")
     warmup = math.ceil(warmup_steps * max_steps) if 0 < warmup_steps < 1 else int(warmup_steps)

@@ -69,6 +69,15 @@ class Trackio:
 _KINDS: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
+def check_trackers(report_to: str) -> list[str]:
+    """The names in `report_to` (comma-separated, or "none"); raises ValueError at one that there is not."""
+    names = [part.strip() for part in report_to.split(",") if part.strip() not in ("", "none")]
+    for name in names:
+        if name not in _KINDS:
+            raise ValueError(f"--report_to: {nearest(name, TRACKERS)}")
+    return names
+
+
 def open_trackers(report_to: str, output_dir: Path, run_name: str, config: dict[str, Any]) -> list[Tracker]:
     """The trackers named in `report_to` (comma-separated, or "none").
 
@@ -76,9 +85,7 @@ def open_trackers(report_to: str, output_dir: Path, run_name: str, config: dict[
         ValueError: an unknown name, or a tracker whose package is not installed.
     """
     trackers: list[Tracker] = []
-    for name in [part.strip() for part in report_to.split(",") if part.strip() not in ("", "none")]:
-        if name not in _KINDS:
-            raise ValueError(f"--report_to: {nearest(name, TRACKERS)}")
+    for name in check_trackers(report_to):
         try:
             trackers.append(_KINDS[name](output_dir, run_name, config))
         except ImportError as error:
