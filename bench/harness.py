@@ -1,23 +1,28 @@
-"""Timing and memory of benches: runs interleaved so that every side sees the same machine, the best of several is kept."""
+"""Timing and memory of benches: the sides of a case run in turn, so that each sees the same machine, and ratios come from one run."""
 
 from __future__ import annotations
 
+import datetime
 import gc
+import json
 import resource
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-COLUMNS = ("op", "shape", "dtype", "backend", "ms", "GFLOP/s", "peak MiB", "x torch", "x floor")
-WIDTHS = (34, 26, 9, 10, 9, 8, 9, 8, 8)
+COLUMNS = ("op", "shape", "dtype", "side", "ms", "rate", "peak MiB", "x torch", "x floor")
+WIDTHS = (28, 30, 9, 26, 10, 12, 9, 8, 8)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line: time of the best run in ms, GEMM work in FLOP, peak memory above the start in MiB."""
+    """One side of one case: median time in ms, the op's work (FLOP or bytes), peak memory above the start in MiB, peers of the same run."""
 
     op: str
     shape: str
@@ -28,19 +33,94 @@ class Result:
     peak_mib: float | None = None
     torch_ms: float | None = None
     floor_ms: float | None = None
+    bytes: float = 0.0
+
+    @classmethod
+    def table(
+        cls,
+        op: str,
+        shape: str,
+        dtype: str,
+        times: Mapping[str, Sequence[float]],
+        peaks: Mapping[str, float | None],
+        *,
+        flop: float = 0.0,
+        bytes: float = 0.0,
+    ) -> dict[str, Result]:
+        """A result a side from the times of all rounds; ratios against the sides named "torch" and "floor"."""
+        ms = {name: statistics.median(values) for name, values in times.items()}
+        return {
+            name: cls(op, shape, dtype, name, ms[name], flop, peaks.get(name), ms.get("torch"), ms.get("floor"), bytes) for name in times
+        }
 
     def line(self) -> str:
         """The columns of `header`; `x torch` is how many times faster than torch, `x floor` how many times the floor's time."""
-        rate = f"{self.flop / self.ms / 1e6:.0f}" if self.flop else "-"
+        rate = f"{self.flop / self.ms / 1e6:.0f} GFLOP/s" if self.flop else f"{self.bytes / self.ms / 1e6:.1f} GB/s" if self.bytes else "-"
         peak = "-" if self.peak_mib is None else f"{self.peak_mib:.0f}"
         faster = "-" if self.torch_ms is None else f"{self.torch_ms / self.ms:.2f}"
         slower = "-" if self.floor_ms is None else f"{self.ms / self.floor_ms:.2f}"
-        return _columns((self.op, self.shape, self.dtype, self.backend, f"{self.ms:.1f}", rate, peak, faster, slower))
+        time_ms = f"{self.ms:.1f}" if self.ms >= 10 else f"{self.ms:.3f}"
+        return _columns((self.op, self.shape, self.dtype, self.backend, time_ms, rate, peak, faster, slower))
 
 
 def header() -> str:
     """Names of the columns."""
     return _columns(COLUMNS)
+
+
+def run_file(path: str) -> None:
+    """`python bench/bench_<op>.py [options]`: that file under pytest with the options of bench/conftest.py."""
+    import pytest
+
+    here = Path(__file__).parent
+    sys.exit(pytest.main(["-c", str(here / "pytest.ini"), "--rootdir", str(here), path, *sys.argv[1:]]))
+
+
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of one call."""
+    _synchronize()
+    start = clock()
+    run()
+    _synchronize()
+    return 1e3 * (clock() - start)
+
+
+_FLUSH_BYTES = 128 << 20  # more than the last-level cache
+_flush: list[torch.Tensor] = []
+
+
+def flush_caches() -> None:
+    """Overwrites a buffer larger than the caches, so that the next call reads its inputs from memory."""
+    if not _flush:
+        _flush.append(torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu"))
+    _flush[0].fill_(0)
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Everything measured, with the device, date and commit, to one JSON file."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    record = {
+        "device": device,
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "commit": commit(),
+        "torch": torch.__version__,
+        "results": [asdict(result) for result in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def commit() -> str:
+    """The short commit, with + behind it when the tree has changes; empty outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return name + ("+" if changed else "")
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:

@@ -4,7 +4,7 @@
 
 #include "cpu/linear_logp.h"
 #include "tensor.h"
-#ifdef HAS_CUDA
+#ifdef HAS_CUDA_linear_logp
 #include "cuda/linear_logp.h"
 #endif
 
@@ -92,7 +92,7 @@ void grad_rows(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
   logits.dtype == DType::f32 ? run(float{}) : run(uint16_t{});
 }
 
-#ifdef HAS_CUDA
+#ifdef HAS_CUDA_linear_logp
 void logp_rows_cuda(const Tensor& logits, const Tensor& targets, float inv_temperature, float softcap, const Tensor& logp,
                     const Tensor& lse, const Tensor& entropy, const Tensor& correct, uintptr_t stream) {
   check_logits("logp_rows", logits, targets);
@@ -119,7 +119,7 @@ void bind_linear_logp(py::module_& m) {
         py::arg("lse"), py::arg("entropy"), py::arg("correct"));
   m.def("grad_rows", &grad_rows, py::arg("logits"), py::arg("targets"), py::arg("lse"), py::arg("entropy"), py::arg("g_logp"),
         py::arg("g_entropy"), py::arg("inv_temperature"), py::arg("softcap"));
-#ifdef HAS_CUDA
+#ifdef HAS_CUDA_linear_logp
   m.def("logp_rows_cuda", &logp_rows_cuda);
   m.def("grad_rows_cuda", &grad_rows_cuda);
 #endif

@@ -10,10 +10,13 @@ namespace py = pybind11;
 
 namespace fa {
 void bind_linear_logp(py::module_& m);
+void bind_linear_kl(py::module_& m);
 void bind_scan(py::module_& m);
-void bind_adamw(py::module_& m);
+void bind_preference(py::module_& m);
+void bind_policy(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_sample(py::module_& m);
+void bind_adamw(py::module_& m);
 
 namespace {
 
@@ -57,13 +60,21 @@ PYBIND11_MODULE(_C, m) {
   fa::bind_linear_logp(m);
   ops.append("linear_logp");
 #endif
+#ifdef HAS_linear_kl
+  fa::bind_linear_kl(m);
+  ops.append("linear_kl");
+#endif
 #ifdef HAS_scan
   fa::bind_scan(m);
   ops.append("scan");
 #endif
-#ifdef HAS_adamw
-  fa::bind_adamw(m);
-  ops.append("adamw");
+#ifdef HAS_preference
+  fa::bind_preference(m);
+  ops.append("preference");
+#endif
+#ifdef HAS_policy
+  fa::bind_policy(m);
+  ops.append("policy");
 #endif
 #ifdef HAS_attention
   fa::bind_attention(m);
@@ -73,8 +84,35 @@ PYBIND11_MODULE(_C, m) {
   fa::bind_sample(m);
   ops.append("sample");
 #endif
-#ifdef HAS_CUDA
+#ifdef HAS_adamw
+  fa::bind_adamw(m);
+  ops.append("adamw");
+#endif
+#ifdef HAS_CUDA_linear_logp
   cuda_ops.append("linear_logp");
+#endif
+#ifdef HAS_CUDA_linear_kl
+  cuda_ops.append("linear_kl");
+#endif
+#ifdef HAS_CUDA_scan
+  cuda_ops.append("scan");
+#endif
+#ifdef HAS_CUDA_preference
+  cuda_ops.append("preference");
+#endif
+#ifdef HAS_CUDA_policy
+  cuda_ops.append("policy");
+#endif
+#ifdef HAS_CUDA_attention
+  cuda_ops.append("attention");
+#endif
+#ifdef HAS_CUDA_sample
+  cuda_ops.append("sample");
+#endif
+#ifdef HAS_CUDA_adamw
+  cuda_ops.append("adamw");
+#endif
+#ifdef HAS_CUDA
   m.attr("cuda_architectures") = FA_CUDA_ARCHITECTURES;
 #else
   m.attr("cuda_architectures") = "";

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +17,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before any Triton kernel is imported: they then run interpreted, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fastalign.ops.backend import load_native, use_backend
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,3 +66,36 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this machine has no {request.param}")
     yield request.param
     module.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def cuda_twin(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Every CUDA kernel compiled by the C++ compiler over the host twin of its block primitives (csrc/cuda/host_block.h)."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    pybind11 = pytest.importorskip("pybind11")
+    if not compiler or shutil.which(compiler.split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("twin")
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    (folder / "ops.inc").write_text("".join(f"FA_OP({path.stem})\n" for path in kernels))
+    bindings = [ROOT / f"tests/cuda_twin/{name}.cpp" for name in ("module", *(path.stem for path in kernels))]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", folder, pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c"]
+    objects = []
+    for number, source in enumerate((*kernels, *bindings)):
+        objects.append(str(folder / f"{number}.o"))
+        _compile([*compiler.split(), *flags, *includes, str(source), "-o", objects[-1]])
+    _compile([*compiler.split(), "-shared", *objects, "-o", str(folder / "cuda_twin.so")])
+    spec = importlib.util.spec_from_file_location("cuda_twin", folder / "cuda_twin.so")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0 and not done.stderr:
+        pytest.skip(f"the compiler {command[0]} does not work")
+    assert done.returncode == 0, done.stderr

@@ -1,42 +1,11 @@
-"""The CUDA kernels' logic without a GPU: compiled by the C++ compiler over the host twin of their block primitives."""
+"""linear_logp's CUDA row kernels without a GPU, over the host twin of their block primitives (fixture `cuda_twin`)."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    pybind11 = pytest.importorskip("pybind11")
-    if not compiler or shutil.which(compiler.split()[0]) is None:
-        pytest.skip("no C++ compiler")
-    output = tmp_path_factory.mktemp("twin") / "cuda_twin.so"
-    includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
-    sources = ["-x", "c++", str(ROOT / "csrc/cuda/linear_logp.cu"), str(ROOT / "tests/cuda_twin.cpp")]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-    done = subprocess.run([*compiler.split(), *flags, *includes, *sources, "-o", str(output)], capture_output=True, text=True)
-    if done.returncode != 0 and not done.stderr:
-        pytest.skip(f"the compiler {compiler} does not work")
-    assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location("cuda_twin", output)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def oracle(logits, targets, g_logp, g_entropy, temperature, softcap):
@@ -52,7 +21,7 @@ def oracle(logits, targets, g_logp, g_entropy, temperature, softcap):
 @pytest.mark.parametrize("vocab", [1, 7, 1001, 16384 + 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 5.0)])
-def test_cuda_rows_match_fp64_on_the_host_twin(twin, vocab, dtype, temperature, softcap):
+def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, temperature, softcap):
     suffix, num_rows = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], 2
     buffer = torch.full((num_rows, vocab + 9), math.nan, dtype=dtype)  # rows that start off a 16-byte boundary, among poison
     logits = buffer[:, 3 : 3 + vocab]
@@ -66,9 +35,9 @@ def test_cuda_rows_match_fp64_on_the_host_twin(twin, vocab, dtype, temperature, 
     g_logp, g_entropy = torch.randn(num_rows), torch.randn(num_rows)
     rows = (logits.data_ptr(), num_rows, vocab, logits.stride(0), targets.data_ptr())
     results = [tensor.data_ptr() for tensor in (logp, lse, entropy, correct)]
-    getattr(twin, f"logp_rows_{suffix}")(*rows, 1 / temperature, softcap, *results)
+    getattr(cuda_twin, f"logp_rows_{suffix}")(*rows, 1 / temperature, softcap, *results)
     upstream = [tensor.data_ptr() for tensor in (lse, entropy, g_logp, g_entropy)]
-    getattr(twin, f"grad_rows_{suffix}")(*rows, *upstream, 1 / temperature, softcap)
+    getattr(cuda_twin, f"grad_rows_{suffix}")(*rows, *upstream, 1 / temperature, softcap)
     want_logp, want_entropy, want = oracle(before, targets, g_logp, g_entropy, temperature, softcap)
     torch.testing.assert_close(logp.double(), want_logp, rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-6, atol=3e-6)

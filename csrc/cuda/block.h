@@ -8,12 +8,22 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#define FA_DYNAMIC_SHARED(type, name)                       \
+  extern __shared__ __align__(16) unsigned char fa_shared[]; \
+  type* name = reinterpret_cast<type*>(fa_shared)
+
 namespace fa::cuda {
 
 template <typename... Parameters>
-void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, uintptr_t stream, const Parameters&... arguments) {
-  kernel<<<grid, threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
+void launch_shared(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, uintptr_t stream,
+                   const Parameters&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+    error = cudaGetLastError();
+  }
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": CUDA launch failed: " + cudaGetErrorString(error));
 }
 
@@ -21,3 +31,13 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int thre
 #else
 #include "host_block.h"
 #endif
+
+namespace fa::cuda {
+
+// Grid of blocks of `threads`, on the stream; throws std::runtime_error when the launch fails.
+template <typename... Parameters>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, uintptr_t stream, const Parameters&... arguments) {
+  launch_shared(what, kernel, grid, threads, 0, stream, arguments...);
+}
+
+}  // namespace fa::cuda

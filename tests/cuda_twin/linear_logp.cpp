@@ -1,4 +1,4 @@
-// The CUDA kernels as a host module, for tests/test_cuda_twin.py: pointers as integers, no checks.
+// linear_logp's CUDA kernels in the twin module: pointers as integers, no checks.
 #include <pybind11/pybind11.h>
 
 #include "cuda/linear_logp.h"
@@ -26,7 +26,7 @@ void grad_rows(uintptr_t logits, int64_t n, int64_t vocab, int64_t stride, uintp
 
 }  // namespace
 
-PYBIND11_MODULE(cuda_twin, m) {
+void bind_linear_logp(pybind11::module_& m) {
   m.def("logp_rows_f32", &logp_rows<float>);
   m.def("logp_rows_bf16", &logp_rows<uint16_t>);
   m.def("grad_rows_f32", &grad_rows<float>);
