@@ -48,12 +48,13 @@ def test_generate_writes_one_object_a_prompt(folder, data, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 4])
-def test_generate_goes_on_where_it_stopped(folder, data, tmp_path, kept):
+def test_generate_goes_on_where_it_stopped(folder, data, tmp_path, kept, capsys):
     whole = run(folder, data, tmp_path / "whole.jsonl")
     broken = tmp_path / "broken.jsonl"
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     broken.write_text("".join(lines[:kept]) + '{"prompt": "tw')
     assert run(folder, data, broken) == whole
+    assert (f"{kept} of 4 prompts are in" in capsys.readouterr().err) == (kept > 0)
 
 
 def test_generate_to_standard_output(folder, capsys):

@@ -215,6 +215,7 @@ def test_run_refuses_to_write_over_another(task, tmp_path):
     ("changes", "words"),
     [
         ({"online": {"num_generations": 3}}, "multiple of --num_generations 3"),
+        ({"online": {"num_generations": 1}}, "of a group of 1 is 0"),
         ({"sampling": {"temperature": 0.0}}, "--temperature must be > 0"),
         ({"online": {"algorithm": "gprpo"}}, "did you mean"),
         ({"online": {"reward": []}}, "--reward is required"),

@@ -31,7 +31,11 @@ def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments,
     params = sampling_params(sampling, generate)
     done = completed_prompts(Path(generate.output_file)) if generate.output_file else Counter()
     loaded = load(model)
-    prompts = list(not_done(read_prompts(data, generate, loaded), done))
+    wanted = read_prompts(data, generate, loaded)
+    prompts = list(not_done(wanted, done))
+    if len(prompts) < len(wanted):
+        kept = f"{len(wanted) - len(prompts)} of {len(wanted)} prompts are in {generate.output_file} already and stay as they are"
+        print(f"{kept}, whatever the flags of this run; name another --output_file to sample them again", file=sys.stderr)
     options = {"kv_cache_tokens": sampling.kv_cache_tokens or None, "max_num_seqs": sampling.max_num_seqs}
     engine = Engine(loaded.model, loaded.tokenizer, **options)  # type: ignore[arg-type]
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)

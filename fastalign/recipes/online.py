@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from ..advantages import ADVANTAGES
 from ..algorithms import Algorithm, resolve
 from ..data import DataOrder, Prompt, load_records, parse_dataset_map, prompt_examples
 from ..generation import Engine, SamplingParams
@@ -25,7 +28,7 @@ def algorithm_of(args: Arguments) -> Algorithm:
             options.setdefault(name, value)
     if online.epsilon is not None and online.epsilon_high is None:
         options.setdefault("epsilon_high", None)  # one epsilon on both sides, whatever the row has above
-    return resolve(
+    algorithm = resolve(
         online.algorithm,
         advantage=online.advantage,
         loss=online.loss,
@@ -34,6 +37,8 @@ def algorithm_of(args: Arguments) -> Algorithm:
         advantage_options=args.advantage_options,
         loss_options=options,
     )
+    check_group_size(algorithm, online.num_generations)
+    return algorithm
 
 
 def prompts_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Prompt]:
@@ -54,6 +59,16 @@ def prompts_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> 
         system_prompt=data.system_prompt,
         vocab_size=head_of(loaded.model).weight.shape[0],
     )
+
+
+def check_group_size(algorithm: Algorithm, size: int) -> None:
+    """Refuses a group so small that its advantages are 0 whatever the rewards: nothing would be learned."""
+    rewards, cu_groups = torch.arange(2.0 * size), torch.tensor([0, size, 2 * size], dtype=torch.int32)
+    if size >= 1 and not ADVANTAGES[algorithm.advantage](rewards, cu_groups, **algorithm.advantage_options).any():
+        raise ValueError(
+            f"--num_generations {size}: the advantage {algorithm.advantage!r} of a group of {size} is 0 whatever the rewards, so nothing"
+            " would be learned; give 2 or more, or an advantage that needs no group (--advantage reinforce)"
+        )
 
 
 def num_prompts_of(args: Arguments) -> int:
