@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from bench.peers.machine import processor
+
 COLUMNS = ("op", "shape", "dtype", "side", "ms", "rate", "peak MiB", "x torch", "x floor")
 WIDTHS = (28, 30, 9, 26, 10, 12, 9, 8, 8)
 
@@ -97,15 +99,15 @@ def flush_caches() -> None:
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
-    """Everything measured, with the device, date and commit, to one JSON file."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    record = {
-        "device": device,
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        "commit": commit(),
-        "torch": torch.__version__,
-        "results": [asdict(result) for result in results],
-    }
+    """Everything measured to one JSON file."""
+    write_record(path, {"results": [asdict(result) for result in results]})
+
+
+def write_record(path: Path, found: Mapping[str, object]) -> None:
+    """What was found, with the device, date, commit and torch it was found on, as JSON; written whole or not at all."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {torch.get_num_threads()} threads"
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    record = {"device": name, "date": today, "commit": commit(), "torch": torch.__version__, **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

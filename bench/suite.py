@@ -34,15 +34,11 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG plots here (default: beside the JSON file)")
     options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "results.json"
+        results = options.json or Path(folder) / "results.json"
+        before = results.stat().st_mtime if results.exists() else 0.0
         status = run([*(["--quick"] if options.quick else []), *rest], results)
-        if results.exists():
+        if results.exists() and results.stat().st_mtime > before:
             record = json.loads(results.read_text(encoding="utf-8"))
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                temporary = options.json.with_suffix(".tmp")
-                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(options.json)
             plots = options.plots or (options.json.parent if options.json else None)
             if plots:
                 from bench.plots import draw  # matplotlib only when something is drawn

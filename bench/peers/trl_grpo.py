@@ -16,12 +16,13 @@ faster. fastalign's reward runs in a worker process of its own, whose memory is 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from bench.harness import write_record
 
 from . import grpo_in_fastalign, grpo_in_trl, inputs
 from .machine import describe, pick_device
@@ -142,13 +143,13 @@ def main() -> None:
         machine = describe("trl", "transformers", "torch", "fastalign")
         print(f"{machine}\n{workload(options)}", flush=True)
         found = measure(options)
-    found |= {"machine": machine, "options": vars(args)}
+    found |= {"machine": machine, "options": {name: value for name, value in vars(args).items() if name != "json"}}
     lines = rows(found, options)
     print(table(lines, list(found["turns"])))
     print("* states: weights, gradients, two AdamW moments" + (", the reference's weights" if args.beta > 0 else ""))
     if args.json:
         found["rows"] = [asdict(line) | {"ratio": line.ratio} for line in lines]
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_record(Path(args.json), found)
 
 
 def workload(options: dict[str, Any]) -> str:

@@ -12,11 +12,12 @@ The first step is the warm-up: it is trained on and compared, not timed.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from bench.harness import write_record
 
 from . import inputs, sft_in_fastalign, sft_in_trl
 from .machine import describe, pick_device
@@ -121,13 +122,17 @@ def main() -> None:
             print(f"{args.data} not found: synthetic text of GSM8K's lengths")
         print(f"{machine}\nSFT, {args.batch_size} sequences a step, {args.dtype}, {args.steps} measured step(s)", flush=True)
         found = measure(options)
-    found |= {"machine": machine, "options": vars(args), "check": check(found, args.dtype)}
+    found |= {
+        "machine": machine,
+        "options": {name: value for name, value in vars(args).items() if name != "json"},
+        "check": check(found, args.dtype),
+    }
     lines = rows(found)
     print(table(lines, list(found["turns"])))
     print(f"* states: weights, gradients, two AdamW moments\n{found['check']}")
     if args.json:
         found["rows"] = [asdict(line) | {"ratio": line.ratio} for line in lines]
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_record(Path(args.json), found)
 
 
 if __name__ == "__main__":
