@@ -6,18 +6,33 @@
 #include "scan.h"
 
 #include "../math/gae.h"
+#include "simd.h"
 
 namespace fa::FA_ISA {
 namespace {
 
-constexpr int kBlock = 256, kLook = 8;
+constexpr int kBlock = 256, kLook = 8, kWidth = kLanes / 2;  // kWidth doubles a register
+
+typedef double vd __attribute__((vector_size(kWidth * 8), aligned(8), may_alias));
+
+FA_SIMD vd& lanes(double* x) { return *reinterpret_cast<vd*>(x); }
 
 // What a block hands to the block before it.
 struct Carry {
   double x, advantage;
 };
 
-// Tokens begin .. begin + size - 1, none of them a hole. Without values (discounted returns): value 0.
+// x[i] holds the shift of token i, x[size] what follows the block; then x[i] is what token i hands on.
+FA_SIMD void chain(double* x, int size, double scale) {
+  for (int i = size + 1; i < size + 3 * kLook; ++i) x[i] = 0.0;
+  for (int distance = 1; distance < kLook; distance *= 2, scale *= scale)
+    for (int i = 0; i <= size; i += kWidth) lanes(x + i) += scale * lanes(x + i + distance);
+  vd after[kLook / kWidth]{};
+  for (int i = size / kLook * kLook; i >= 0; i -= kLook)
+    for (int j = 0; j < kLook / kWidth; ++j) lanes(x + i + j * kWidth) = after[j] = lanes(x + i + j * kWidth) + scale * after[j];
+}
+
+// Tokens begin .. begin + size - 1. Without values (discounted returns): value 0.
 template <bool kValues, typename T>
 Carry block_without_holes(const GaeScan<T>& scan, int64_t begin, int size, double lam, Carry carry) {
   const T* __restrict rewards = scan.rewards + begin;
@@ -32,17 +47,8 @@ Carry block_without_holes(const GaeScan<T>& scan, int64_t begin, int size, doubl
     surplus[i] = static_cast<double>(rewards[i]) - value;
     x[i] = math::gae_map(surplus[i], value, gamma, lam).shift;
   }
-  x[size] = carry.x;  // as the shift of one more token, behind which there is nothing
-  for (int i = size + 1; i < size + 3 * kLook; ++i) x[i] = 0.0;
-  double scale = gamma * lam;
-  for (int distance = 1; distance < kLook; distance *= 2, scale *= scale)
-    for (int i = 0; i <= size; i += kLook) {
-      double further[kLook];
-      for (int j = 0; j < kLook; ++j) further[j] = x[i + distance + j];
-      for (int j = 0; j < kLook; ++j) x[i + j] += scale * further[j];
-    }
-  for (int i = size / kLook * kLook; i >= 0; i -= kLook)
-    for (int j = 0; j < kLook; ++j) x[i + j] += scale * x[i + kLook + j];
+  x[size] = carry.x;
+  chain(x, size, gamma * lam);
 #pragma omp simd
   for (int i = 0; i < size; ++i) {
     const double advantage = math::gae_advantage(surplus[i], gamma, x[i + 1]);

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .backend import backend_for, load_native
 
+_NONE = torch.empty(0)  # stands for an optional tensor in a native call
+
 
 @torch.no_grad()
 def gae(
@@ -59,11 +61,9 @@ def gae(
         return _reference_gae(rewards, values, _on_host("gae", cu_seqlens, num_tokens), gamma, lams, mask, bootstrap)
     contiguous = torch.contiguous_format
     advantages, returns = torch.empty_like(rewards, memory_format=contiguous), torch.empty_like(rewards, memory_format=contiguous)
-    masked = rewards.new_empty(0, dtype=torch.bool) if mask is None else mask.contiguous()
-    ends = rewards.new_empty(0) if bootstrap is None else bootstrap.contiguous()
-    per_sequence = isinstance(lam, Tensor)
-    lams = lam.to(torch.float64).contiguous() if isinstance(lam, Tensor) else rewards.new_empty(0, dtype=torch.float64)
-    constant = 0.0 if per_sequence else float(lam)
+    masked = _NONE if mask is None else mask.contiguous()
+    ends = _NONE if bootstrap is None else bootstrap.contiguous()
+    lams, constant = (lam.to(torch.float64).contiguous(), 0.0) if isinstance(lam, Tensor) else (_NONE, float(lam))
     options = (_beside("gae", rewards, cu_seqlens), masked, ends, lams, constant, gamma)
     _call("gae", rewards.contiguous(), values.contiguous(), *options, advantages, returns)
     return advantages, returns
