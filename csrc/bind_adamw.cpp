@@ -23,7 +23,7 @@ void with_step(const Tensor& param, const Tensor& tail, const Tensor& grad, cons
   exp_avg_sq.check("adamw: exp_avg_sq", DType::f32, param.shape).contiguous("adamw: exp_avg_sq");
   grad.check("adamw: grad", grad.dtype == DType::bf16 ? DType::bf16 : DType::f32, param.shape).contiguous("adamw: grad");
   if (scale.numel()) scale.check("adamw: grad_scale", DType::f32, std::vector<int64_t>(scale.shape.size(), 1));
-  const math::AdamW options{o.at(0), o.at(1), o.at(2), o.at(3), o.at(4), o.at(5), o.at(6), o.at(7)};
+  const math::AdamW options{o.at(0), o.at(1), o.at(2), o.at(3), o.at(4), o.at(5), o.at(6)};
   auto arguments = [&]<typename Grad>(Grad) {
     run(AdamWStep<Grad>{split ? nullptr : param.ptr<float>(), split ? param.ptr<uint16_t>() : nullptr,
                         split ? tail.ptr<int16_t>() : nullptr, grad.ptr<Grad>(), exp_avg.ptr<float>(), exp_avg_sq.ptr<float>(),

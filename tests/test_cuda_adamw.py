@@ -10,7 +10,7 @@ import torch
 from fastalign.ops.adamw import split_master
 from fastalign.ops.backend import load_native
 
-OPTIONS = [1 - 3e-4, 1 - 0.9, 0.95, 1 - 0.95, 3e-3 / 0.1, math.sqrt(0.05), 1e-8, 1.0]
+OPTIONS = [1 - 3e-4, 1 - 0.9, 0.95, 1 - 0.95, 3e-3 / 0.1 * math.sqrt(0.05), 1e-8 * math.sqrt(0.05), 1.0]
 
 
 def address(tensor):

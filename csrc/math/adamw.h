@@ -1,4 +1,4 @@
-// One element of AdamW (Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2, as torch.optim.AdamW orders it), and the fp32 master
+// One element of AdamW (Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2, with one division), and the fp32 master
 // weight kept as a bf16 weight plus 16 signed bits: master_bits = (bf16_bits << 16) + tail.
 //
 // The bf16 weight is the nearest one to the master, so the model computes with the best bf16 weights there are; ties go away from
@@ -15,9 +15,8 @@ struct AdamW {
   float keep;          // 1 - lr * weight_decay
   float one_minus_b1;  // 1 - beta1
   float beta2, one_minus_b2;
-  float step_size;         // lr / (1 - beta1^step)
-  float sqrt_correction2;  // sqrt(1 - beta2^step)
-  float eps;
+  float step_size;  // lr c / (1 - beta1^step), c = sqrt(1 - beta2^step)
+  float eps;        // times c: m / (sqrt(v) / c + eps) with one division
   float grad_scale;
 };
 
@@ -34,8 +33,7 @@ FA_MATH float adamw(float master, float grad, float& exp_avg, float& exp_avg_sq,
   grad = product(grad, a.grad_scale);
   exp_avg += product(grad - exp_avg, a.one_minus_b1);
   exp_avg_sq = product(exp_avg_sq, a.beta2) + product(product(grad, grad), a.one_minus_b2);
-  const float scale = sqrtf(exp_avg_sq) / a.sqrt_correction2 + a.eps;
-  return product(master, a.keep) - product(a.step_size, exp_avg / scale);
+  return product(master, a.keep) - product(a.step_size, exp_avg / (sqrtf(exp_avg_sq) + a.eps));
 }
 
 FA_MATH float join_master(uint16_t weight, int16_t tail) {

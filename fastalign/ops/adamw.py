@@ -63,7 +63,7 @@ def adamw_step_(
     grad_scale: float | Tensor = 1.0,
     tail: Tensor | None = None,
 ) -> Tensor:
-    """AdamW (arXiv:1711.05101, Algorithm 2), in place, with the arithmetic and order of `torch.optim.AdamW`.
+    """AdamW (arXiv:1711.05101, Algorithm 2), in place, with the arithmetic of `torch.optim.AdamW`.
 
     Args:
         param: fp32, or bf16 with `tail`; any shape, contiguous.
@@ -85,13 +85,15 @@ def adamw_step_(
     scale = grad_scale if isinstance(grad_scale, Tensor) else None
     _check(param, grad, exp_avg, exp_avg_sq, step, tail, scale)
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    options = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / correction1, correction2, eps]
-    options.append(1.0 if isinstance(grad_scale, Tensor) else grad_scale)
+    rate, constant = lr / correction1, 1.0 if isinstance(grad_scale, Tensor) else grad_scale
+    moments = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2]
     if backend_for("adamw", param.device) != "native":
+        options = [*moments, rate, correction2, eps, constant]
         _reference(param, grad if scale is None else grad.float() * scale, exp_avg, exp_avg_sq, options, tail)
         return param
     module, _ = load_native()
     assert module is not None
+    options = [*moments, rate * correction2, eps * correction2, constant]
     tensors = (param, param if tail is None else tail, grad, exp_avg, exp_avg_sq, _NONE if scale is None else scale)
     if param.is_cuda:
         with torch.cuda.device(param.device):

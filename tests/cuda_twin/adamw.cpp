@@ -15,7 +15,7 @@ void adamw_step(uintptr_t param, uintptr_t weight, uintptr_t tail, uintptr_t gra
       fa::AdamWStep<Grad>{reinterpret_cast<float*>(param), reinterpret_cast<uint16_t*>(weight), reinterpret_cast<int16_t*>(tail),
                           reinterpret_cast<const Grad*>(grad), reinterpret_cast<float*>(exp_avg), reinterpret_cast<float*>(exp_avg_sq),
                           size, reinterpret_cast<const float*>(grad_scale),
-                          {o.at(0), o.at(1), o.at(2), o.at(3), o.at(4), o.at(5), o.at(6), o.at(7)}},
+                          {o.at(0), o.at(1), o.at(2), o.at(3), o.at(4), o.at(5), o.at(6)}},
       0);
 }
 
