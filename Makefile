@@ -59,10 +59,10 @@ format: setup
 bench: setup
 	$(OFFLINE) $(PY) -m bench.suite
 
-# Everything that needs a GPU, on a machine that has one: native build, gpu tests, benches; leaves one JSON file in bench/results/.
-gpu: setup
-	$(OFFLINE) $(PY) -m pytest -q -m gpu
-	$(OFFLINE) $(PY) -m bench.suite --json bench/results/gpu-$(shell date +%Y-%m-%d).json
+# Everything that needs a GPU, on a machine that has one, with its own Python as it is (no venv, nothing downloaded): native build,
+# gpu tests, benches in at most 9 minutes; leaves bench/results/gpu-<device>-<date>.json. WHEELS=folder: wheels of peers.
+gpu:
+	$(PYTHON) -m bench.gpu $(if $(WHEELS),--wheels $(WHEELS)) $(OPTIONS)
 
 # Compiles every CUDA kernel for sm_80 and sm_90 (SASS and PTX) with warnings as errors; needs nvcc, no GPU.
 cuda-check: setup

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,8 +19,9 @@ from bench.harness import run_file
 from fastalign.ops.scan import gae
 
 
-def bench_gae(versus, device, quick):
-    sequences, length = (16, 512) if quick else (64, 2048)
+@pytest.mark.parametrize("sequences, length", [(64, 2048), (1, 32768)])
+def bench_gae(versus, device, quick, sequences, length):
+    length //= 4 if quick else 1
     rewards, values = torch.randn(2, sequences, length, device=device)
     cu_seqlens = torch.arange(0, sequences * length + 1, length, dtype=torch.int32)
     flat_rewards, flat_values = rewards.reshape(-1), values.reshape(-1)

@@ -28,8 +28,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", metavar="FILE.json", help="write every line with device, date and commit")
 
 
+class Rounds:
+    """What `versus` needs of pytest-benchmark, where that is not installed."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, run: Callable[[], object], *, setup: Callable[[], object], rounds: int, iterations: int) -> None:
+        for _ in range(rounds):
+            setup()
+            for _ in range(iterations):
+                run()
+
+
+class WithoutPlugin:
+    @pytest.fixture
+    def benchmark(self) -> Rounds:
+        return Rounds()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = []
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(WithoutPlugin())
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 
@@ -49,8 +70,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{torch.get_num_threads()} threads, {config.getoption('--clock')} time, torch {torch.__version__}")
     for line in (header(), *(result.line() for result in results)):
         terminalreporter.write_line(line)
-    if config.getoption("--results"):
-        write_results(Path(config.getoption("--results")), results)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +131,8 @@ def versus(benchmark: Any, pytestconfig: pytest.Config, quick: bool) -> Versus:
         results = Result.table(op, shape, str(dtype).removeprefix("torch."), times, peaks, flop=flop, bytes=bytes)
         benchmark.extra_info.update({name: result.ms for name, result in results.items()})
         pytestconfig.stash[RESULTS].extend(results.values())
+        if pytestconfig.getoption("--results"):  # after every case: a run that is cut short leaves what it has measured
+            write_results(Path(pytestconfig.getoption("--results")), pytestconfig.stash[RESULTS])
         return results
 
     return measure

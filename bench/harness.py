@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -75,7 +77,9 @@ def run_file(path: str) -> None:
     import pytest
 
     here = Path(__file__).parent
-    sys.exit(pytest.main(["-c", str(here / "pytest.ini"), "--rootdir", str(here), path, *sys.argv[1:]]))
+    bare = importlib.util.find_spec("pytest_benchmark") is None or "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ
+    plain = ["-o", "addopts=-q -p no:cacheprovider"] if bare else []  # the file's own options are pytest-benchmark's
+    sys.exit(pytest.main(["-c", str(here / "pytest.ini"), "--rootdir", str(here), *plain, path, *sys.argv[1:]]))
 
 
 def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:

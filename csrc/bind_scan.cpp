@@ -1,8 +1,11 @@
-// Checks and dispatch of the scans.
+// Checks and dispatch of the scans. An empty mask, bootstrap or lams tensor stands for none.
 #include <string>
 
 #include "cpu/scan.h"
 #include "tensor.h"
+#ifdef HAS_CUDA_scan
+#include "cuda/scan.h"
+#endif
 
 namespace py = pybind11;
 
@@ -19,30 +22,49 @@ T* typed(const char* what, const Tensor& t, int64_t n) {
   return t.check(what, dtype_of<T>(), {n}).contiguous(what).template ptr<T>();
 }
 
-const int32_t* offsets(const Tensor& cu_seqlens, int64_t num_tokens) {
+// Offsets in host memory are checked; reading them from a device would wait for it.
+const int32_t* offsets(const std::string& what, const Tensor& cu_seqlens, int64_t num_tokens) {
   cu_seqlens.check("cu_seqlens", DType::i32, {-1}).contiguous("cu_seqlens");
   const int32_t* cu = cu_seqlens.ptr<int32_t>();
-  const int64_t last = cu_seqlens.size(0) - 1;
-  bool ok = last >= 0 && cu[0] == 0 && cu[last] == num_tokens;
-  for (int64_t s = 0; ok && s < last; ++s) ok = cu[s] <= cu[s + 1];
-  if (!ok) throw std::invalid_argument("cu_seqlens: expected offsets that rise from 0 to " + std::to_string(num_tokens));
-  return cu;
+  const int64_t count = cu_seqlens.size(0);
+  if (count == 0) throw std::invalid_argument(what + ": cu_seqlens: expected offsets [S+1], got []");
+  if (cu_seqlens.cuda) return cu;
+  bool ok = cu[0] == 0 && cu[count - 1] == num_tokens;
+  for (int64_t s = 1; s < count; ++s) ok &= cu[s - 1] <= cu[s];
+  if (ok) return cu;
+  std::string got;
+  for (int64_t s = 0; s < count && s < 16; ++s) got += (s ? ", " : "") + std::to_string(cu[s]);
+  throw std::invalid_argument(what + ": cu_seqlens must rise from 0 to the " + std::to_string(num_tokens) + " tokens, got [" + got + "]");
+}
+
+template <typename T>
+GaeScan<T> gae_arguments(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const Tensor& mask, const Tensor& bootstrap,
+                         const Tensor& lams, double lam, double gamma, const Tensor& advantages, const Tensor& returns) {
+  const int64_t n = rewards.numel(), sequences = cu_seqlens.numel() - 1;
+  return {typed<T>("gae: rewards", rewards, n),
+          typed<T>("gae: values", values, n),
+          offsets("gae", cu_seqlens, n),
+          sequences,
+          mask.numel() ? mask.check("gae: mask", DType::boolean, {n}).contiguous("gae: mask").ptr<bool>() : nullptr,
+          bootstrap.numel() ? typed<T>("gae: bootstrap", bootstrap, sequences) : nullptr,
+          lams.numel() ? lams.check("gae: lam", DType::f64, {sequences}).contiguous("gae: lam").ptr<double>() : nullptr,
+          lam,
+          gamma,
+          typed<T>("gae: advantages", advantages, n),
+          typed<T>("gae: returns", returns, n)};
+}
+
+template <typename T>
+DiscountedScan<T> discounted_arguments(const Tensor& rewards, const Tensor& cu_seqlens, double gamma, const Tensor& returns) {
+  const int64_t n = rewards.numel();
+  return {typed<T>("discounted_returns: rewards", rewards, n), offsets("discounted_returns", cu_seqlens, n), cu_seqlens.numel() - 1, gamma,
+          typed<T>("discounted_returns: returns", returns, n)};
 }
 
 void gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const Tensor& mask, const Tensor& bootstrap,
-         const Tensor& lam, double gamma, const Tensor& advantages, const Tensor& returns) {
+         const Tensor& lams, double lam, double gamma, const Tensor& advantages, const Tensor& returns) {
   auto run = [&]<typename T>(T) {
-    const int64_t n = rewards.numel(), sequences = cu_seqlens.numel() - 1;
-    GaeScan<T> scan{typed<T>("gae: rewards", rewards, n),
-                    typed<T>("gae: values", values, n),
-                    offsets(cu_seqlens, n),
-                    sequences,
-                    mask.numel() ? mask.check("gae: mask", DType::boolean, {n}).contiguous("gae: mask").ptr<bool>() : nullptr,
-                    bootstrap.numel() ? typed<T>("gae: bootstrap", bootstrap, sequences) : nullptr,
-                    lam.check("gae: lam", DType::f64, {sequences}).contiguous("gae: lam").ptr<double>(),
-                    gamma,
-                    typed<T>("gae: advantages", advantages, n),
-                    typed<T>("gae: returns", returns, n)};
+    const auto scan = gae_arguments<T>(rewards, values, cu_seqlens, mask, bootstrap, lams, lam, gamma, advantages, returns);
     py::gil_scoped_release release;
     FA_CALL(gae, scan);
   };
@@ -51,21 +73,49 @@ void gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, 
 
 void discounted_returns(const Tensor& rewards, const Tensor& cu_seqlens, double gamma, const Tensor& returns) {
   auto run = [&]<typename T>(T) {
-    const int64_t n = rewards.numel();
-    DiscountedScan<T> scan{typed<T>("discounted_returns: rewards", rewards, n), offsets(cu_seqlens, n), cu_seqlens.numel() - 1, gamma,
-                           typed<T>("discounted_returns: returns", returns, n)};
+    const auto scan = discounted_arguments<T>(rewards, cu_seqlens, gamma, returns);
     py::gil_scoped_release release;
     FA_CALL(discounted_returns, scan);
   };
   rewards.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
+#ifdef HAS_CUDA_scan
+double* checked_workspace(const Tensor& workspace, int64_t num_tokens) {
+  return workspace.check("scan: workspace", DType::f64, {cuda::scan_workspace(num_tokens)}).ptr<double>();
+}
+
+void gae_cuda(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const Tensor& mask, const Tensor& bootstrap,
+              const Tensor& lams, double lam, double gamma, const Tensor& advantages, const Tensor& returns, const Tensor& workspace,
+              uintptr_t stream) {
+  auto run = [&]<typename T>(T) {
+    const auto scan = gae_arguments<T>(rewards, values, cu_seqlens, mask, bootstrap, lams, lam, gamma, advantages, returns);
+    cuda::gae(scan, rewards.numel(), checked_workspace(workspace, rewards.numel()), stream);
+  };
+  rewards.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+void discounted_returns_cuda(const Tensor& rewards, const Tensor& cu_seqlens, double gamma, const Tensor& returns, const Tensor& workspace,
+                             uintptr_t stream) {
+  auto run = [&]<typename T>(T) {
+    const auto scan = discounted_arguments<T>(rewards, cu_seqlens, gamma, returns);
+    cuda::discounted_returns(scan, rewards.numel(), checked_workspace(workspace, rewards.numel()), stream);
+  };
+  rewards.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+#endif
+
 }  // namespace
 
 void bind_scan(py::module_& m) {
-  m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("cu_seqlens"), py::arg("mask"), py::arg("bootstrap"), py::arg("lam"),
-        py::arg("gamma"), py::arg("advantages"), py::arg("returns"));
+  m.def("gae", &gae, py::arg("rewards"), py::arg("values"), py::arg("cu_seqlens"), py::arg("mask"), py::arg("bootstrap"), py::arg("lams"),
+        py::arg("lam"), py::arg("gamma"), py::arg("advantages"), py::arg("returns"));
   m.def("discounted_returns", &discounted_returns, py::arg("rewards"), py::arg("cu_seqlens"), py::arg("gamma"), py::arg("returns"));
+#ifdef HAS_CUDA_scan
+  m.def("gae_cuda", &gae_cuda);
+  m.def("discounted_returns_cuda", &discounted_returns_cuda);
+  m.def("scan_workspace", &cuda::scan_workspace, py::arg("num_tokens"), "How many doubles of device memory a scan needs.");
+#endif
 }
 
 }  // namespace fa

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastalign.ops.adamw import adamw_step_, join_master, split_master
+from fastalign.ops.backend import load_native, use_backend
 
 OPTIONS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -70,6 +71,29 @@ def test_adamw_grad_scale_scales_the_gradient(backend):
     assert torch.equal(scaled, plain)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_adamw_grad_scale_may_be_a_tensor(backend, shape):
+    weight, grad = torch.randn(100), torch.randn(100)
+    scaled, plain, factor = weight.clone(), weight.clone(), torch.rand(shape)
+    adamw_step_(scaled, grad, *moments_of(weight), step=1, grad_scale=factor, **OPTIONS)
+    adamw_step_(plain, grad, *moments_of(weight), step=1, grad_scale=float(factor), **OPTIONS)
+    assert torch.equal(scaled, plain)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_adamw_gives_the_same_bits_on_every_instruction_set(isa, grad_dtype):
+    master, grads = torch.randn(1003), [torch.randn(1003).to(grad_dtype) for _ in range(3)]
+    results = []
+    for chosen in (isa, "baseline"):
+        load_native()[0].set_isa(chosen)
+        (weight, tail), (exp_avg, exp_avg_sq) = split_master(master), moments_of(master)
+        for step, grad in enumerate(grads, 1):
+            adamw_step_(weight, grad, exp_avg, exp_avg_sq, step=step, grad_scale=0.7, tail=tail, **OPTIONS)
+        results.append((join_master(weight, tail), exp_avg, exp_avg_sq))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_adamw_matches_between_instruction_sets(isa):
     weight, grads = torch.randn(999), [torch.randn(999) for _ in range(3)]
     oracle = torch_adamw(weight, grads, **OPTIONS)
@@ -116,7 +140,49 @@ def test_adamw_says_what_is_wrong(backend):
         adamw_step_(weight, weight, *moments, step=0, lr=0.1)
     with pytest.raises(ValueError, match="contiguous"):
         adamw_step_(weight, torch.zeros(8)[::2], *moments, step=1, lr=0.1)
+    with pytest.raises(ValueError, match="grad_scale: expected a number or one float32"):
+        adamw_step_(weight, weight, *moments, step=1, lr=0.1, grad_scale=torch.ones(2))
+    with pytest.raises(ValueError, match="grad_scale: expected a number or one float32"):
+        adamw_step_(weight, weight, *moments, step=1, lr=0.1, grad_scale=torch.ones((), dtype=torch.float64))
+    with pytest.raises(ValueError, match="grad: expected a tensor on cpu, where param is, got one on meta"):
+        adamw_step_(weight, torch.zeros(4, device="meta"), *moments, step=1, lr=0.1)
     with pytest.raises(TypeError, match="float32"):
         split_master(weight.double())
     with pytest.raises(ValueError, match="tails of shape"):
         join_master(weight.bfloat16(), torch.zeros(3, dtype=torch.int16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 7, 2048, 100_003])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split", [False, True])
+def test_adamw_on_cuda_gives_the_bits_of_the_cpu(size, grad_dtype, split):
+    module, _ = load_native()
+    if module is None or "adamw" not in module.cuda_ops:
+        pytest.skip("built without CUDA kernels")
+    master, factor = torch.randn(size), torch.tensor(0.3)
+    grads = [torch.randn(size).to(grad_dtype) for _ in range(3)]
+    results = []
+    for device in ("cpu", "cuda"):
+        weight, tail = split_master(master) if split else (master.clone(), None)
+        weight, tail = weight.to(device), None if tail is None else tail.to(device)
+        exp_avg, exp_avg_sq = (moment.to(device) for moment in moments_of(master))
+        with use_backend("native"):
+            for step, grad in enumerate(grads, 1):
+                arguments = (weight, grad.to(device), exp_avg, exp_avg_sq)
+                adamw_step_(*arguments, step=step, grad_scale=factor.to(device), tail=tail, **OPTIONS)
+        results.append([tensor.cpu() for tensor in (weight, exp_avg, exp_avg_sq, *([] if tail is None else [tail]))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_adamw_on_cuda_takes_views_off_their_alignment_and_names_a_wrong_device():
+    weight, grad = torch.randn(5001, device="cuda")[1:], torch.randn(5001, device="cuda")[1:]
+    ours, (exp_avg, exp_avg_sq) = weight.clone(), (torch.zeros_like(weight), torch.zeros_like(weight))
+    adamw_step_(ours, grad, exp_avg, exp_avg_sq, step=1, **OPTIONS)
+    expected = weight.cpu()
+    adamw_step_(expected, grad.cpu(), *moments_of(expected), step=1, **OPTIONS)
+    torch.testing.assert_close(ours.cpu(), expected, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="grad: expected a tensor on cuda:0, where param is, got one on cpu"):
+        adamw_step_(ours, grad.cpu(), exp_avg, exp_avg_sq, step=2, **OPTIONS)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from fastalign.ops.backend import load_native, use_backend
 from fastalign.ops.scan import discounted_returns, gae
 
 
@@ -126,3 +127,49 @@ def test_scan_rejects_wrong_shapes_and_dtypes(backend):
         gae(torch.randn(5), torch.randn(5), cu, bootstrap=torch.zeros(2))
     with pytest.raises(ValueError, match="lam"):
         gae(torch.randn(5), torch.randn(5), cu, lam=torch.zeros(3))
+    with pytest.raises(ValueError, match="values: expected a tensor on cpu, where the rewards are, got one on meta"):
+        gae(torch.randn(5), torch.empty(5, device="meta"), cu)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected offsets \[S\+1\], got \[0\]"):
+        discounted_returns(torch.randn(5), cu[:0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [*LENGTHS, [131_072], [1] * 5000, [3000, 0, 5000, 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("holes", [False, True])
+def test_cuda_gae_and_returns_match_the_fp64_loop(lengths, dtype, holes):
+    module, _ = load_native()
+    if module is None or "scan" not in module.cuda_ops:
+        pytest.skip("built without CUDA kernels")
+    cu, total, num = offsets_of(lengths), sum(lengths), len(lengths)
+    rewards, values = torch.randn(total, dtype=dtype), torch.randn(total, dtype=dtype)
+    lams, bootstrap = torch.rand(num), torch.randn(num, dtype=dtype)
+    mask = torch.rand(total) > 0.4 if holes else torch.ones(total, dtype=torch.bool)
+    expected = loop_gae(rewards, values, cu, 0.97, lams, mask, bootstrap)
+    summed, _ = loop_gae(rewards, torch.zeros_like(rewards), cu, 0.97, [1.0] * num, [True] * total, [0.0] * num)
+    on = [tensor.cuda() for tensor in (rewards, values, lams, mask, bootstrap)]
+    tolerance = 1e-12 if dtype == torch.float64 else 4e-7
+    with use_backend("native"):
+        for offsets in (cu, cu.cuda()):
+            got = gae(on[0], on[1], offsets, gamma=0.97, lam=on[2], mask=on[3] if holes else None, bootstrap=on[4])
+            for ours, oracle in zip((*got, discounted_returns(on[0], offsets, gamma=0.97)), (*expected, summed), strict=True):
+                assert ours.dtype == dtype
+                torch.testing.assert_close(ours.double().cpu(), oracle, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_cuda_scan_does_not_wait_for_the_device():
+    rewards, values = torch.randn(2, 5000, device="cuda")
+    cu = offsets_of([1000, 4000])
+    for offsets in (cu, cu.cuda()):
+        gae(rewards, values, offsets)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gae(rewards, values, offsets)
+            discounted_returns(rewards, offsets)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(ValueError, match="values: expected a tensor on cuda:0, where the rewards are, got one on cpu"):
+        gae(rewards, values.cpu(), cu)
+    with pytest.raises(ValueError, match="rise from 0 to the 5000"):
+        gae(rewards, values, offsets_of([1000]))

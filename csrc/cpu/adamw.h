@@ -16,6 +16,7 @@ struct AdamWStep {
   float* exp_avg;
   float* exp_avg_sq;
   int64_t size;
+  const float* grad_scale;  // one number in the memory of the device, times options.grad_scale; or null
   math::AdamW options;
 };
 

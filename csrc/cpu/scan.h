@@ -1,4 +1,4 @@
-// Backward scans over packed sequences. Sums run in double whatever the dtype: the chain's latency hides it.
+// Backward scans over packed sequences. Sums run in double whatever the dtype.
 #pragma once
 #include <cstdint>
 
@@ -12,10 +12,10 @@ struct GaeScan {
   const T* values;            // [T]
   const int32_t* cu_seqlens;  // [S+1]
   int64_t num_sequences;
-  const bool* mask;      // [T] or null; false: a hole
-  const T* bootstrap;    // [S] or null (0): the value after the last token
-  const double* lam;     // [S]
-  double gamma;
+  const bool* mask;     // [T] or null; false: a hole
+  const T* bootstrap;   // [S] or null (0): the value after the last token
+  const double* lams;   // [S] or null: lam for every sequence
+  double lam, gamma;
   T* advantages;  // [T]
   T* returns;     // [T]
 };
@@ -28,6 +28,12 @@ struct DiscountedScan {
   double gamma;
   T* returns;
 };
+
+// Discounted returns are advantages without values at lam 1.
+template <typename T>
+GaeScan<T> as_gae(const DiscountedScan<T>& scan) {
+  return {scan.rewards, nullptr, scan.cu_seqlens, scan.num_sequences, nullptr, nullptr, nullptr, 1.0, scan.gamma, scan.returns, nullptr};
+}
 
 }  // namespace fa
 

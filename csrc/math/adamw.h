@@ -1,8 +1,11 @@
-// One element of AdamW (Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2, as torch.optim.AdamW orders it), and the fp32 master
+// One element of AdamW (Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2, with one division), and the fp32 master
 // weight kept as a bf16 weight plus 16 signed bits: master_bits = (bf16_bits << 16) + tail.
 //
 // The bf16 weight is the nearest one to the master, so the model computes with the best bf16 weights there are; ties go away from
 // zero (to even, both neighbours of a tie would need the same tail). A NaN master keeps being NaN, its payload is not kept.
+//
+// Every product is rounded before it is added: no fused multiply-add, so that every instruction set and the GPU give the same bits
+// (nvcc would fuse a * b + c; csrc/cpu/adamw.cpp is compiled with -ffp-contract=off). The step is bound by memory; it costs nothing.
 #pragma once
 #include "exp.h"
 
@@ -12,18 +15,25 @@ struct AdamW {
   float keep;          // 1 - lr * weight_decay
   float one_minus_b1;  // 1 - beta1
   float beta2, one_minus_b2;
-  float step_size;         // lr / (1 - beta1^step)
-  float sqrt_correction2;  // sqrt(1 - beta2^step)
-  float eps;
+  float step_size;  // lr c / (1 - beta1^step), c = sqrt(1 - beta2^step)
+  float eps;        // times c: m / (sqrt(v) / c + eps) with one division
   float grad_scale;
 };
 
+// x y, as a number of its own.
+FA_MATH float product(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(x, y);
+#else
+  return x * y;
+#endif
+}
+
 FA_MATH float adamw(float master, float grad, float& exp_avg, float& exp_avg_sq, const AdamW& a) {
-  grad *= a.grad_scale;
-  exp_avg += (grad - exp_avg) * a.one_minus_b1;
-  exp_avg_sq = exp_avg_sq * a.beta2 + grad * grad * a.one_minus_b2;
-  const float scale = sqrtf(exp_avg_sq) / a.sqrt_correction2 + a.eps;
-  return master * a.keep - a.step_size * (exp_avg / scale);
+  grad = product(grad, a.grad_scale);
+  exp_avg += product(grad - exp_avg, a.one_minus_b1);
+  exp_avg_sq = product(exp_avg_sq, a.beta2) + product(product(grad, grad), a.one_minus_b2);
+  return product(master, a.keep) - product(a.step_size, exp_avg / (sqrtf(exp_avg_sq) + a.eps));
 }
 
 FA_MATH float join_master(uint16_t weight, int16_t tail) {

@@ -7,9 +7,14 @@ namespace fa::math {
 
 template <typename Real>
 struct Affine {
-  Real scale = 1;
-  Real shift = 0;
+  Real scale;
+  Real shift;
 };
+
+template <typename Real>
+FA_MATH Affine<Real> identity() {
+  return {1, 0};
+}
 
 // first: applied to x first.
 template <typename Real>

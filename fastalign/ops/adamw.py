@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .backend import backend_for, load_native
 
+_NONE = torch.empty(0)  # stands for an optional tensor in a native call
+
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 master weights as (bf16 weights, int16 tails), both of the master's shape. Exact, NaN payloads aside.
@@ -58,10 +60,10 @@ def adamw_step_(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     tail: Tensor | None = None,
 ) -> Tensor:
-    """AdamW (arXiv:1711.05101, Algorithm 2), in place, with the arithmetic and order of `torch.optim.AdamW`.
+    """AdamW (arXiv:1711.05101, Algorithm 2), in place, with the arithmetic of `torch.optim.AdamW`.
 
     Args:
         param: fp32, or bf16 with `tail`; any shape, contiguous.
@@ -69,28 +71,39 @@ def adamw_step_(
         exp_avg, exp_avg_sq: fp32 moments of the same shape, zeros before the first step.
         step: 1 for the first step.
         lr, beta1, beta2, eps, weight_decay: as in `torch.optim.AdamW`.
-        grad_scale: multiplies the gradient (clipping, loss scaling) without a pass of its own.
+        grad_scale: multiplies the gradient (clipping, loss scaling) without a pass of its own; a number, or one fp32 element on the
+            parameter's device, so that a coefficient computed on a GPU is used there and nothing waits for it. (The norm that
+            clipping needs is a pass over the gradients before this one.)
         tail: int16, the low bits of a bf16 parameter's master: zeros at first, or from `split_master`.
 
     Returns:
         `param`.
 
     Raises:
-        ValueError: shapes, dtypes or step are wrong, a tensor has gaps, or a bf16 parameter comes without its tail.
+        ValueError: shapes, dtypes, devices or step are wrong, a tensor has gaps, or a bf16 parameter comes without its tail.
     """
-    _check(param, grad, exp_avg, exp_avg_sq, step, tail)
+    scale = grad_scale if isinstance(grad_scale, Tensor) else None
+    _check(param, grad, exp_avg, exp_avg_sq, step, tail, scale)
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    options = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / correction1, correction2, eps, grad_scale]
+    rate, constant = lr / correction1, 1.0 if isinstance(grad_scale, Tensor) else grad_scale
+    moments = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2]
     if backend_for("adamw", param.device) != "native":
-        _reference(param, grad, exp_avg, exp_avg_sq, options, tail)
+        options = [*moments, rate, correction2, eps, constant]
+        _reference(param, grad if scale is None else grad.float() * scale, exp_avg, exp_avg_sq, options, tail)
         return param
     module, _ = load_native()
     assert module is not None
-    module.adamw_step(param, param if tail is None else tail, grad, exp_avg, exp_avg_sq, options)
+    options = [*moments, rate * correction2, eps * correction2, constant]
+    tensors = (param, param if tail is None else tail, grad, exp_avg, exp_avg_sq, _NONE if scale is None else scale)
+    if param.is_cuda:
+        with torch.cuda.device(param.device):
+            module.adamw_step_cuda(*tensors, options, torch.cuda.current_stream().cuda_stream)
+    else:
+        module.adamw_step(*tensors, options)
     return param
 
 
-def _check(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, tail: Tensor | None) -> None:
+def _check(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, tail: Tensor | None, scale: Tensor | None) -> None:
     if step < 1:
         raise ValueError(f"adamw_step_: step counts from 1, got {step}")
     expected = torch.float32 if tail is None else torch.bfloat16
@@ -111,6 +124,11 @@ def _check(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ste
     for name, tensor in (("param", param), *((name, tensor) for name, (tensor, _) in allowed.items())):
         if not tensor.is_contiguous():
             raise ValueError(f"adamw_step_: {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        if tensor.device != param.device:
+            raise ValueError(f"adamw_step_: {name}: expected a tensor on {param.device}, where param is, got one on {tensor.device}")
+    if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != param.device):
+        got = f"{scale.dtype} {list(scale.shape)} on {scale.device}"
+        raise ValueError(f"adamw_step_: grad_scale: expected a number or one float32 element on {param.device}, got {got}")
 
 
 def _reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, options: list[float], tail: Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """Backward scans over packed sequences: generalized advantage estimation and discounted returns.
 
-Both are affine recurrences y_t = shift_t + scale_t * y_{t+1} inside each sequence. The native kernel walks each sequence
-backwards once; the reference composes the maps by doubling, in log2(longest) vectorized steps on any device.
+Both are affine recurrences y_t = shift_t + scale_t * y_{t+1} inside each sequence. The CPU kernel walks each sequence backwards
+once, the CUDA kernel scans all tokens at once; the reference composes the maps by doubling, in log2(longest) vectorized steps
+on any device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .backend import backend_for, load_native
+
+_NONE = torch.empty(0)  # stands for an optional tensor in a native call
 
 
 @torch.no_grad()
@@ -31,7 +34,8 @@ def gae(
     Args:
         rewards: [T] fp32 or fp64.
         values: [T], same dtype.
-        cu_seqlens: [S+1] int32 offsets from 0 to T; empty sequences are allowed.
+        cu_seqlens: [S+1] int32 offsets from 0 to T; empty sequences are allowed. Offsets in CUDA memory are not checked (that would
+            wait for the device): wrong ones do no harm but give NaN to tokens that no sequence holds.
         gamma: discount a token.
         lam: one number, or [S] one a sequence.
         mask: [T] bool, False for a hole (an environment's token): advantage and value go through it unchanged, its reward is not
@@ -42,27 +46,26 @@ def gae(
         advantages [T] and returns [T] = advantages + values, in the dtype of the rewards; no gradient flows through them.
 
     Raises:
-        ValueError: shapes, dtypes or offsets are wrong.
+        ValueError: shapes, dtypes, devices or offsets are wrong.
     """
-    num_tokens, cu = _check("gae", rewards, cu_seqlens)
-    num_sequences = len(cu) - 1
-    _expect("gae: values", values, rewards.dtype, num_tokens)
+    num_tokens, num_sequences = _check("gae", rewards, cu_seqlens)
+    _expect("gae: values", values, rewards, rewards.dtype, num_tokens)
     if mask is not None:
-        _expect("gae: mask", mask, torch.bool, num_tokens)
+        _expect("gae: mask", mask, rewards, torch.bool, num_tokens)
     if bootstrap is not None:
-        _expect("gae: bootstrap", bootstrap, rewards.dtype, num_sequences)
+        _expect("gae: bootstrap", bootstrap, rewards, rewards.dtype, num_sequences)
     if isinstance(lam, Tensor):
-        _expect("gae: lam", lam, lam.dtype, num_sequences)
-    lams = torch.as_tensor(lam, dtype=torch.float64, device=rewards.device).detach().expand(num_sequences).contiguous()
+        _expect("gae: lam", lam, rewards, lam.dtype, num_sequences)
     if backend_for("scan", rewards.device) != "native":
-        return _reference_gae(rewards, values, cu, gamma, lams, mask, bootstrap)
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    no_mask, no_bootstrap = torch.empty(0, dtype=torch.bool), rewards.new_empty(0)
-    masked = no_mask if mask is None else mask.contiguous()
-    ends = no_bootstrap if bootstrap is None else bootstrap.contiguous()
-    module, _ = load_native()
-    assert module is not None
-    module.gae(rewards.contiguous(), values.contiguous(), cu, masked, ends, lams, gamma, advantages, returns)
+        lams = torch.as_tensor(lam, dtype=torch.float64, device=rewards.device).expand(num_sequences)
+        return _reference_gae(rewards, values, _on_host("gae", cu_seqlens, num_tokens), gamma, lams, mask, bootstrap)
+    contiguous = torch.contiguous_format
+    advantages, returns = torch.empty_like(rewards, memory_format=contiguous), torch.empty_like(rewards, memory_format=contiguous)
+    masked = _NONE if mask is None else mask.contiguous()
+    ends = _NONE if bootstrap is None else bootstrap.contiguous()
+    lams, constant = (lam.to(torch.float64).contiguous(), 0.0) if isinstance(lam, Tensor) else (_NONE, float(lam))
+    options = (_beside("gae", rewards, cu_seqlens), masked, ends, lams, constant, gamma)
+    _call("gae", rewards.contiguous(), values.contiguous(), *options, advantages, returns)
     return advantages, returns
 
 
@@ -72,40 +75,65 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.
 
     Args:
         rewards: [T] fp32 or fp64.
-        cu_seqlens: [S+1] int32 offsets from 0 to T; empty sequences are allowed.
+        cu_seqlens: [S+1] int32 offsets from 0 to T; empty sequences are allowed. Offsets in CUDA memory are not checked (that would
+            wait for the device): wrong ones do no harm but give NaN to tokens that no sequence holds.
         gamma: discount a token.
 
     Returns:
         [T], in the dtype of the rewards; no gradient flows through it.
 
     Raises:
-        ValueError: shapes, dtypes or offsets are wrong.
+        ValueError: shapes, dtypes, devices or offsets are wrong.
     """
-    _, cu = _check("discounted_returns", rewards, cu_seqlens)
+    num_tokens, _ = _check("discounted_returns", rewards, cu_seqlens)
     if backend_for("scan", rewards.device) != "native":
         scale = torch.full_like(rewards, gamma, dtype=torch.float64)
-        return _reference_scan(scale, rewards.double(), cu).to(rewards.dtype)
+        return _reference_scan(scale, rewards.double(), _on_host("discounted_returns", cu_seqlens, num_tokens)).to(rewards.dtype)
     returns = torch.empty_like(rewards, memory_format=torch.contiguous_format)
-    module, _ = load_native()
-    assert module is not None
-    module.discounted_returns(rewards.contiguous(), cu, gamma, returns)
+    _call("discounted_returns", rewards.contiguous(), _beside("discounted_returns", rewards, cu_seqlens), gamma, returns)
     return returns
 
 
-def _expect(what: str, tensor: Tensor, dtype: torch.dtype, size: int) -> None:
+def _call(name: str, rewards: Tensor, *arguments: object) -> None:
+    module, _ = load_native()
+    assert module is not None
+    if rewards.is_cuda:
+        workspace = rewards.new_empty(module.scan_workspace(len(rewards)), dtype=torch.float64)
+        with torch.cuda.device(rewards.device):
+            getattr(module, name + "_cuda")(rewards, *arguments, workspace, torch.cuda.current_stream().cuda_stream)
+    else:
+        getattr(module, name)(rewards, *arguments)
+
+
+def _beside(what: str, rewards: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The offsets as int32 where the rewards are, checked when they are on the CPU; a copy to a GPU is queued, nothing waits for it."""
+    if rewards.is_cuda and not cu_seqlens.is_cuda:
+        cu_seqlens = _on_host(what, cu_seqlens, len(rewards))
+    return cu_seqlens.to(rewards.device, torch.int32, non_blocking=rewards.is_cuda).contiguous()
+
+
+def _expect(what: str, tensor: Tensor, rewards: Tensor, dtype: torch.dtype, size: int) -> None:
     if tensor.dtype != dtype or tensor.shape != (size,):
         raise ValueError(f"{what}: expected {dtype} [{size}], got {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device != rewards.device:
+        raise ValueError(f"{what}: expected a tensor on {rewards.device}, where the rewards are, got one on {tensor.device}")
 
 
-def _check(what: str, rewards: Tensor, cu_seqlens: Tensor) -> tuple[int, Tensor]:
-    """The number of tokens, and the offsets as int32 on the CPU."""
+def _check(what: str, rewards: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
+    """The number of tokens and of sequences."""
     if rewards.dim() != 1 or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{what}: rewards: expected float32 or float64 [T], got {rewards.dtype} {list(rewards.shape)}")
-    cu = cu_seqlens.to("cpu", torch.int32).contiguous()
-    rises = cu.dim() == 1 and len(cu) > 0 and int(cu[0]) == 0 and int(cu[-1]) == len(rewards) and bool((cu[1:] >= cu[:-1]).all())
-    if not rises:
-        raise ValueError(f"{what}: cu_seqlens must rise from 0 to the {len(rewards)} tokens, got {cu_seqlens.flatten().tolist()[:16]}")
-    return len(rewards), cu
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"{what}: cu_seqlens: expected offsets [S+1], got {list(cu_seqlens.shape)}")
+    return len(rewards), len(cu_seqlens) - 1
+
+
+def _on_host(what: str, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The offsets as int32 on the CPU, checked as the native module does."""
+    cu = cu_seqlens.to("cpu", torch.int32)
+    if not (int(cu[0]) == 0 and int(cu[-1]) == num_tokens and bool((cu[1:] >= cu[:-1]).all())):
+        raise ValueError(f"{what}: cu_seqlens must rise from 0 to the {num_tokens} tokens, got {cu.tolist()[:16]}")
+    return cu
 
 
 def _reference_gae(
