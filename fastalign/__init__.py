@@ -12,6 +12,10 @@ _HOME = {
     "linear_logp": "ops.linear_logp",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "linear_loss": "ops.linear_loss",
+    "vocab_parallel_linear_logp": "ops.linear_parallel",
+    "FusedLinearCrossEntropy": "modules",
+    "FusedLinearDPO": "modules",
+    "FusedLinearGRPO": "modules",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
     "use_backend": "ops.backend",
@@ -38,10 +42,14 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .generation.engine import Engine as Engine
     from .generation.params import RequestOutput as RequestOutput
     from .generation.params import SamplingParams as SamplingParams
+    from .modules import FusedLinearCrossEntropy as FusedLinearCrossEntropy
+    from .modules import FusedLinearDPO as FusedLinearDPO
+    from .modules import FusedLinearGRPO as FusedLinearGRPO
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_logp import linear_logp as linear_logp
     from .ops.linear_loss import linear_loss as linear_loss
+    from .ops.linear_parallel import vocab_parallel_linear_logp as vocab_parallel_linear_logp
     from .ops.scan import discounted_returns as discounted_returns
     from .ops.scan import gae as gae
     from .packing import Packed as Packed

@@ -22,7 +22,7 @@ FLOORS = {
     "_C": 0, "kernels": 0, "catalogue": 0,
     "ops": 1, "packing": 1, "rollout": 1,
     "losses": 2, "advantages": 2, "rewards": 2, "data": 2, "models": 2, "environment": 2,
-    "algorithms": 3, "generation": 3, "training": 3,
+    "algorithms": 3, "generation": 3, "training": 3, "modules": 3,
     "judges": 4, "environments": 4, "search": 4, "evaluation": 4, "serving": 4,
     "recipes": 5, "integrations": 5,
     "cli": 6, "__init__": 7, "__main__": 7,
