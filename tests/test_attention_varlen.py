@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from fastalign import environment
 from fastalign.ops import attention_reference as reference
 from fastalign.ops import attention_routes as routes
 from fastalign.ops import attention_varlen
@@ -118,15 +119,17 @@ def route(request, monkeypatch):
     return request.param
 
 
-def skip_what_the_route_has_not(route, options):
-    if ("softcap" in options and "torch" in route) or ("window" in options and route == "torch 2.10"):
-        pytest.skip("route_of never sends this call there")
+CASES = [  # what route_of sends where
+    pytest.param(route, options, id=f"{route}-{name}")
+    for route in FUNCTIONS
+    for name, options in OPTIONS.items()
+    if not ("softcap" in options and "torch" in route) and not ("window" in options and route == "torch 2.10")
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_tree_attention_varlen_equals_the_reference(tree, options, route):
-    skip_what_the_route_has_not(route, options)
+@pytest.mark.parametrize("route, options", CASES, indirect=["route"])
+def test_tree_attention_varlen_equals_the_reference(route, options, tree):
     layout, rows = tree_of(*tree), sum(tree[0]) + 3  # padding
     options = {"window": None, "softcap": None, "scale": 0.3, **options}
     tensors, grad = inputs(rows), torch.randn(rows, 4, 8, dtype=torch.float64)
@@ -144,6 +147,19 @@ def test_tree_attention_varlen_gradcheck_of_a_deep_tree(route):
     assert torch.autograd.gradcheck(lambda *x: attention_varlen.tree_attention(*x, *layout, **options), tensors)
 
 
+def test_tree_attention_varlen_keeps_nan_in_padding_rows_out(route):
+    layout = tree_of(*TREES["group"])
+    clean = inputs(23)
+    poisoned = [torch.cat([x, torch.full((5, *x.shape[1:]), torch.nan, dtype=x.dtype)]) for x in clean]
+    grad = torch.randn(28, 4, 8, dtype=torch.float64)
+    options = {"scale": 0.3, "window": None, "softcap": None} | ({} if route != "torch 2.10" else {"scale": 8**-0.5})
+    want = gradients(lambda *x: attention_varlen.tree_attention(*x, *layout, **options), clean, grad[:23])
+    got = gradients(lambda *x: attention_varlen.tree_attention(*x, *layout, **options), poisoned, grad)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[:23], b)
+        assert not a[23:].any()
+
+
 def test_tree_attention_varlen_refuses_a_second_derivative(route):
     q, k, v = (x.requires_grad_() for x in inputs(5))
     out = attention_varlen.tree_attention(q, k, v, *tree_of([3, 2], [-1, 0]), scale=1.0, window=None, softcap=None)
@@ -152,9 +168,8 @@ def test_tree_attention_varlen_refuses_a_second_derivative(route):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("route, options", CASES, indirect=["route"])
 def test_tree_attention_varlen_compiles_whole(route, options):
-    skip_what_the_route_has_not(route, options)
     layout = tree_of(*TREES["depth 3"])
     options = {"window": None, "softcap": None, "scale": 0.3, **options}
     tensors, grad = inputs(28), torch.randn(28, 4, 8, dtype=torch.float64)
@@ -209,6 +224,12 @@ def test_the_route_is_the_fastest_that_can_run_the_call(monkeypatch):
         assert routes.route_of(call(head_dim=36), None, None) == "sdpa by segment"
     monkeypatch.setattr(routes, "_is_ampere", lambda _: False)
     assert routes.route_of(call(torch.float16), None, None) == "sdpa by segment"
+
+
+def test_env_names_the_routes_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(environment, "_devices", lambda: {"cpu": "a processor", "cuda:0": "a GPU"})
+    monkeypatch.setattr(routes, "_flash_function", lambda: None)
+    assert environment.env()["attention on cuda"].startswith("trees and prefill: torch varlen, sdpa by segment (the first")
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ A prefix's gradient is the sum over its readers, in fp32 (fp64 for fp64); on CUD
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -125,14 +126,23 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_layout: Tensor | float) -> Tensor:
     return q.new_empty(q.shape)
 
 
+def _autograd_in_an_op() -> AbstractContextManager[Any]:
+    """The body of a custom op is below autograd; inside this it records again."""
+    core = torch._C
+    excluded = core._dispatch_tls_local_exclude_set()
+    for key in (core.DispatchKey.AutogradFunctionality, core.DispatchKey.AutogradOther):
+        excluded = excluded - core.DispatchKeySet(key)
+    return core._ForceDispatchKeyGuard(core._dispatch_tls_local_include_set(), excluded)
+
+
 @torch.library.custom_op("fastalign::tree_attention_varlen_backward", mutates_args=())
 def _traced_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_in_an_op():
         out = _tree(leaves[0], leaves[1], leaves[2], cu_seqlens, parent, scale, window or None, softcap or None)
-    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+        dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
