@@ -48,6 +48,8 @@ class TreeLayout:
 class PagedLayout:
     """One step of generation: S live sequences, each with its new tokens of this step (a prefill chunk or one token).
 
+    Lengths and tables live on the CPU, where a step is planned; slots and caches on the device.
+
     Attributes:
         cu_seqlens: [S+1] int32; the new tokens of sequence s are rows cu_seqlens[s]:cu_seqlens[s+1].
         context_lens: [S] int32; keys visible once this step's tokens are stored, the new tokens included.
@@ -55,6 +57,7 @@ class PagedLayout:
         slots: [T] int64; block * block_size + offset where each new token is stored; -1: a padding row, nothing stored.
         k_cache: one [num_blocks, kv_heads, block_size, head_dim] a layer.
         v_cache: likewise.
+        plans: what a GPU backend works out once a step, for every layer.
     """
 
     cu_seqlens: Tensor
@@ -63,7 +66,7 @@ class PagedLayout:
     slots: Tensor
     k_cache: list[Tensor] = field(repr=False)
     v_cache: list[Tensor] = field(repr=False)
-    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # of the step on a GPU, for every layer
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def tree_attention(
@@ -72,7 +75,7 @@ def tree_attention(
     """Causal attention over a packed token tree, differentiable in q, k and v.
 
     Args:
-        q: [T, Hq, D] fp32, bf16 or fp64.
+        q: [T, Hq, D] fp32, bf16, fp16 or fp64.
         k: [T, Hkv, D]; Hq is a multiple of Hkv.
         v: [T, Hkv, D].
         layout: the tree. T may exceed its cu_seqlens[-1]: trailing rows are padding, with zero output and gradient.

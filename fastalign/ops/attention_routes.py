@@ -53,12 +53,12 @@ class Segments:
         cu_q, cu_k = (b.to(device, torch.int32) for b in bounds)
         return Segments(q, k, cu_q, cu_k, None if keys is None else keys.to(device))
 
-    @property
+    @functools.cached_property
     def max_q(self) -> int:
         """The most queries of a segment."""
         return max((b - a for a, b in zip(self.bounds_q, self.bounds_q[1:], strict=False)), default=0)
 
-    @property
+    @functools.cached_property
     def max_k(self) -> int:
         """The most keys of a segment."""
         return max((b - a for a, b in zip(self.bounds_k, self.bounds_k[1:], strict=False)), default=0)
@@ -70,6 +70,7 @@ def varlen_attention(
     """Queries [Tq, Hq, D] of the segments against their gathered keys and values [K, Hkv, D] → [Tq, Hq, D]."""
     if len(segments.bounds_q) == 1:
         return q * 1  # no rows, but a place in the graph
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     run = {"flash-attn": _flash, "torch varlen": _torch_varlen, "sdpa by segment": _by_segment}[route]
     return run(q, k, v, segments, scale, window, softcap)
 
