@@ -189,6 +189,8 @@ def test_tree_segments_join_only_children_and_skip_empty_segments():
     assert attention_varlen.tree_segments(*tree_of(*TREES["empty segments"])) == [(0, 4, -1)]
     with pytest.raises(ValueError, match="segment 0 must continue an earlier one or -1, got 1"):
         attention_varlen.tree_segments(*tree_of([1, 1], [1, -1]))
+    with pytest.raises(ValueError, match=r"offsets that start at 0 and do not fall, got \[0, 3, 1\]"):
+        attention_varlen.tree_segments(*tree_of([3, -2], [-1, -1]))
 
 
 def test_a_prefix_gradient_is_summed_in_fp32():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -66,7 +67,12 @@ def check(twin, q, k, v, layout, **options):
     assert torch.equal(layout.k_cache[0].nan_to_num(9.0), other.k_cache[0].nan_to_num(9.0))
     assert torch.equal(layout.v_cache[0].nan_to_num(9.0), other.v_cache[0].nan_to_num(9.0))
     rtol = 2**-8 if q.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=2e-6)
+    ((_, gather),) = layout.plans.values()
+    chunks = torch.zeros(len(q), dtype=torch.bool)
+    if gather is not None:  # torch's SDPA, which rounds bf16 probabilities
+        chunks[gather.rows] = True
+        torch.testing.assert_close(got[chunks].double(), want[chunks], rtol=4 * rtol, atol=1e-2 if q.dtype == torch.bfloat16 else 2e-6)
+    torch.testing.assert_close(got[~chunks].double(), want[~chunks], rtol=rtol, atol=2e-6)
     assert not got[int(layout.cu_seqlens[-1]) :].any()
 
 
@@ -96,6 +102,22 @@ def test_cuda_paged_attention_of_a_shared_prefix(cuda_twin, block_size):
     together = 272 // block_size * block_size // 128  # splits that are read once for all
     assert [int((items[:, 0] == split).sum()) for split in range(3)] == [1 if split < together else 5 for split in range(3)]
     assert int(items[:, 3].sum()) == kernel.cells * 2  # rows of two heads a key head
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cuda_paged_attention_of_random_steps(cuda_twin, seed):
+    """Any mixture of decode, short chunks and prefill, prefixes shared or not."""
+    choose = random.Random(seed)
+    block_size = choose.choice([1, 8, 16, 32, 40])
+    shared = choose.choice([0, 100, 260]) // block_size
+    sequences = []
+    for _ in range(choose.randint(1, 12)):
+        fresh = choose.choice([0, 1, 1, 1, 2, 8, 9, 30])
+        sequences.append((shared * block_size + fresh + choose.randint(0 if fresh else 1, 150), fresh))
+    kv_heads, group = choose.choice([1, 2, 3]), choose.choice([1, 3, 4, 9])
+    shape = (kv_heads * group, kv_heads, choose.choice([8, 32, 72]), choose.choice([torch.float32, torch.bfloat16]))
+    options = {"window": choose.choice([None, 1, 100, 1000]), "softcap": choose.choice([None, 3.0])}
+    check(cuda_twin, *step_of(sequences, shared, block_size, *shape, padding=choose.randint(0, 3)), **options)
 
 
 def test_cuda_paged_attention_bits_do_not_depend_on_the_batch(cuda_twin):

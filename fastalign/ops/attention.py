@@ -160,11 +160,11 @@ def _runs_native(q: Tensor) -> bool:
 
 
 def _runs_varlen(q: Tensor) -> bool:
-    return q.device.type == "cuda" and forced_backend() in (None, "native")
+    return q.device.type != "cpu" and forced_backend() in (None, "native")
 
 
 def _has_cuda_kernel(q: Tensor) -> bool:
-    fits = q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    fits = q.is_cuda and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     return fits and backend_for("attention", "cuda") == "native"
 
 

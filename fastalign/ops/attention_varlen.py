@@ -33,6 +33,8 @@ def tree_segments(cu_seqlens: Tensor, parent: Tensor) -> list[tuple[int, int, in
     An empty segment is its parent; an only child whose rows follow its parent's is one segment with it.
     """
     bounds, parents = cu_seqlens.tolist(), parent.tolist()
+    if bounds[0] != 0 or bounds != sorted(bounds):
+        raise ValueError(f"tree_attention: cu_seqlens: expected offsets that start at 0 and do not fall, got {bounds[:8]}")
     holder: list[int] = []  # the segment with tokens that s ends in, -1: none
     children = [0] * len(parents)
     for s, p in enumerate(parents):
