@@ -9,6 +9,11 @@
 
 #include "cpu/attention.h"
 #include "tensor.h"
+#ifdef HAS_CUDA_attention
+#include <pybind11/stl.h>
+
+#include "bind_attention_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -290,6 +295,9 @@ void bind_attention(py::module_& m) {
         py::arg("out"), "Stores k and v by slot, then attends over the blocks of each sequence.");
   m.def("store_kv", &store_kv, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"),
         "Copies rows into cache slots; a negative slot is skipped.");
+#ifdef HAS_CUDA_attention
+  bind_attention_cuda(m);
+#endif
 }
 
 }  // namespace fa

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .ops.attention_routes import available_routes
 from .ops.backend import backend_for, forced_backend, load_native
 
 OPS = ("linear_logp", "scan", "attention", "adamw", "sample")
@@ -21,7 +22,8 @@ def env() -> dict[str, Any]:
 
     Returns:
         python, platform, threads and native (text or number each); `packages` (name -> version or "not installed"), `devices`
-        (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is).
+        (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is); with a
+        GPU also "attention on cuda", which routes it takes.
     """
     devices = _devices()
     return {
@@ -33,7 +35,13 @@ def env() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
         "backends": {op: _backends(op, has_cuda=len(devices) > 1) for op in OPS},
+        **({"attention on cuda": _cuda_attention()} if len(devices) > 1 else {}),
     }
+
+
+def _cuda_attention() -> str:
+    decode = "its own kernel" if backend_for("attention", "cuda") == "native" else "gathered keys"
+    return f"trees and prefill: {available_routes()} (the first that can run a call); decode: {decode}"
 
 
 def _version(name: str) -> str:

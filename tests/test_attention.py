@@ -95,6 +95,9 @@ def test_tree_attention_any_shape(heads, kv_heads, head_dim, isa):
 
 
 def test_tree_attention_reference_gradcheck_and_extreme_scores(backend):
+    deep = layout_of([2, 1, 2, 0, 2, 1], [-1, 0, 1, 2, 3, 1])
+    tensors = [x.double().requires_grad_() for x in inputs(8, 2, 1, 3)]
+    assert torch.autograd.gradcheck(lambda *x: tree_attention(*x, deep, scale=0.5, window=3, softcap=1.5), tensors)
     layout = layout_of([3, 2, 2], [-1, 0, 0])
     tensors = [x.double().requires_grad_() for x in inputs(7, 2, 1, 3)]
     assert torch.autograd.gradcheck(lambda *x: tree_attention(*x, layout, scale=0.5, window=3, softcap=1.5), tensors)

@@ -59,6 +59,17 @@ def test_engine_greedy_is_model_generate(family):
         assert out.outputs[0].logprobs == out.outputs[0].raw_logprobs
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_on_the_gpu_is_model_generate(family):
+    built = ready(FAMILIES[family]()).cuda()
+    outs = Engine(built).generate(prompts_of(3, 17, 33, 120), SamplingParams(n=2, temperature=0.0, max_tokens=24))
+    for out in outs:
+        ids = torch.tensor([out.prompt_token_ids], device="cuda")
+        wanted = built.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        assert [sample.token_ids for sample in out.outputs] == [wanted.tolist()] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_logprobs_are_the_trainers(family, dtype):

@@ -6,6 +6,7 @@
 #include <string>
 
 #if defined(__CUDACC__)
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #define FA_DYNAMIC_SHARED(type, name)                       \

@@ -44,6 +44,7 @@ struct Block {
   std::vector<Fiber> states;
   std::vector<std::array<char, 16>> exchanged;
   std::vector<char> dynamic;
+  std::vector<std::vector<std::function<void()>>> copies;  // asynchronous ones, of each thread: made when it waits
   std::function<void()> body;
   ucontext_t scheduler;
   std::mt19937 random{1};
@@ -71,6 +72,7 @@ inline void Block::enter() {
 inline void Block::run(int threads, const char* what) {
   contexts.resize(threads);
   exchanged.resize(threads);
+  copies.assign(threads, {});
   states.assign(threads, Fiber::ready);
   while (static_cast<int>(stacks.size()) < threads) stacks.push_back(std::make_unique<char[]>(kStack));
   std::vector<int> order(threads);
@@ -149,6 +151,20 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return fa::cuda::exchange(value, fa::cuda::block.current / 32 * 32 + lane % 32);
+}
+
+// cp.async: what was copied is not there before the thread has waited for it.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
+  fa::cuda::block.copies[fa::cuda::block.current].push_back([=] {
+    std::memcpy(to, from, bytes - zeros);
+    std::memset(static_cast<char*>(to) + bytes - zeros, 0, zeros);
+  });
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {  // waits for all
+  auto& copies = fa::cuda::block.copies[fa::cuda::block.current];
+  for (auto& copy : copies) copy();
+  copies.clear();
 }
 
 template <typename T>

@@ -3,12 +3,13 @@
 Both run one kernel core with a fixed order of reduction: keys are taken in blocks of 64 logical positions counted from
 the start of the sequence, each (query, head) row keeps its own online softmax, and no row's arithmetic depends on how
 rows are tiled or batched or on the cache's block size. So the tree forward, prefill and decode agree to the bit.
+
+That is the CPU. On CUDA trees and prefill are variable-length attention (ops/attention_varlen.py) and decode is a kernel of its own
+(csrc/cuda/attention.cu), whose bits do not depend on the batch but are not those of the tree.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops import attention_paged, attention_varlen
 from fastalign.ops import attention_reference as reference
-from fastalign.ops.backend import backend_for, native
+from fastalign.ops.backend import backend_for, forced_backend, native
 from fastalign.ops.once import once
 
 
@@ -46,6 +48,8 @@ class TreeLayout:
 class PagedLayout:
     """One step of generation: S live sequences, each with its new tokens of this step (a prefill chunk or one token).
 
+    Lengths and tables live on the CPU, where a step is planned; slots and caches on the device.
+
     Attributes:
         cu_seqlens: [S+1] int32; the new tokens of sequence s are rows cu_seqlens[s]:cu_seqlens[s+1].
         context_lens: [S] int32; keys visible once this step's tokens are stored, the new tokens included.
@@ -53,6 +57,7 @@ class PagedLayout:
         slots: [T] int64; block * block_size + offset where each new token is stored; -1: a padding row, nothing stored.
         k_cache: one [num_blocks, kv_heads, block_size, head_dim] a layer.
         v_cache: likewise.
+        plans: what a GPU backend works out once a step, for every layer.
     """
 
     cu_seqlens: Tensor
@@ -61,6 +66,7 @@ class PagedLayout:
     slots: Tensor
     k_cache: list[Tensor] = field(repr=False)
     v_cache: list[Tensor] = field(repr=False)
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def tree_attention(
@@ -69,7 +75,7 @@ def tree_attention(
     """Causal attention over a packed token tree, differentiable in q, k and v.
 
     Args:
-        q: [T, Hq, D] fp32, bf16 or fp64.
+        q: [T, Hq, D] fp32, bf16, fp16 or fp64.
         k: [T, Hkv, D]; Hq is a multiple of Hkv.
         v: [T, Hkv, D].
         layout: the tree. T may exceed its cu_seqlens[-1]: trailing rows are padding, with zero output and gradient.
@@ -86,6 +92,8 @@ def tree_attention(
     _check_heads("tree_attention", q, k, v, window, softcap)
     if not torch.compiler.is_compiling() and int(layout.cu_seqlens[-1]) > q.shape[0]:
         raise ValueError(f"tree_attention: the layout holds {int(layout.cu_seqlens[-1])} tokens, q has only {q.shape[0]} rows")
+    if _runs_varlen(q):
+        return attention_varlen.tree_attention(q, k, v, layout.cu_seqlens, layout.parent, scale=scale, window=window, softcap=softcap)
     if not _runs_native(q):
         return reference.tree_attention(q, k, v, layout.cu_seqlens, layout.parent, scale=scale, window=window, softcap=softcap)
     arguments = (q, k, v, layout.cu_seqlens, layout.parent, float(scale), window or 0, softcap or 0.0)
@@ -132,6 +140,9 @@ def paged_attention(
         steps = (layout.slots, layout.cu_seqlens, layout.context_lens, layout.block_tables)
         _module().paged_attention(q, k, v, k_cache, v_cache, *steps, float(scale), window or 0, softcap or 0.0, out)
         return out
+    if _runs_varlen(q):
+        module = _module() if _has_cuda_kernel(q) else None
+        return attention_paged.paged_attention(module, q, k, v, layout, layer, scale=scale, window=window, softcap=softcap)
     rows = layout.slots.shape[0]
     reference.store_kv(k[:rows], v[:rows], k_cache, v_cache, layout.slots)
     return reference.paged_attention(
@@ -145,15 +156,16 @@ def _has_native() -> bool:
 
 
 def _runs_native(q: Tensor) -> bool:
-    if q.device.type != "cpu":
-        _announce_reference(q.device.type)
-        return False
-    return q.dtype in (torch.float32, torch.bfloat16) and _has_native()
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and _has_native()
 
 
-@functools.cache
-def _announce_reference(device: str) -> None:
-    warnings.warn(f"fastalign: attention has no kernel for {device}; it runs on its slower torch reference.", stacklevel=4)
+def _runs_varlen(q: Tensor) -> bool:
+    return q.device.type != "cpu" and forced_backend() in (None, "native")
+
+
+def _has_cuda_kernel(q: Tensor) -> bool:
+    fits = q.is_cuda and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return fits and backend_for("attention", "cuda") == "native"
 
 
 def _module() -> ModuleType:

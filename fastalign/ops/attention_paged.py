@@ -1,0 +1,121 @@
+"""Paged attention on a GPU: the CUDA kernel for decode and short chunks, variable-length attention over gathered keys for the rest.
+
+The plan of a step (who reads which split of keys, whose prefix is shared) is made on the host once and serves every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import attention_reference as reference
+from .attention_routes import Segments, route_of, varlen_attention
+
+if TYPE_CHECKING:
+    from .attention import PagedLayout
+
+MAX_FRESH = 8  # a sequence with more new tokens gathers its keys
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """What the CUDA kernel reads: see PagedAttention in csrc/cuda/attention.h."""
+
+    numbers: Tensor
+    tables: Tensor
+    tokens: int
+    cells: int
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """Sequences that gather their keys: rows of q, blocks and offsets of the keys in the cache, segments."""
+
+    rows: Tensor
+    blocks: Tensor
+    offsets: Tensor
+    segments: Segments
+
+
+def paged_attention(
+    module: ModuleType | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PagedLayout,
+    layer: int,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`ops.attention.paged_attention`; `module` has the CUDA kernels, or is None where there are none for this call."""
+    k_cache, v_cache = layout.k_cache[layer], layout.v_cache[layer]
+    rows = layout.slots.shape[0]
+    if module is None:
+        reference.store_kv(k[:rows], v[:rows], k_cache, v_cache, layout.slots)
+    else:
+        module.store_kv_cuda(k, v, k_cache, v_cache, layout.slots, _stream(q))
+    key = (module is not None, q.shape[1], k.shape[1], window)
+    if key not in layout.plans:
+        layout.plans[key] = _plan(module, q, layout, k_cache, window)
+    kernel, gather = layout.plans[key]
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    if kernel is not None and module is not None:
+        partial_out = torch.empty(kernel.cells, *q.shape[1:], dtype=torch.float32, device=q.device)
+        partial_sum = torch.empty(kernel.cells, q.shape[1], 2, dtype=torch.float32, device=q.device)
+        plan = (kernel.tables, kernel.numbers, kernel.tokens, kernel.items)
+        results = (partial_out, partial_sum, out, _stream(q))
+        module.paged_attention_cuda(q, k_cache, v_cache, *plan, scale, window or 0, softcap or 0.0, *results)
+    if gather is not None:
+        keys, values = (cache[gather.blocks, :, gather.offsets] for cache in (k_cache, v_cache))
+        fresh = q.index_select(0, gather.rows)
+        route = route_of(q, window, softcap)
+        part = varlen_attention(route, fresh, keys, values, gather.segments, scale=scale, window=window, softcap=softcap)
+        out.index_copy_(0, gather.rows, part)
+    return out
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _plan(
+    module: ModuleType | None, q: Tensor, layout: PagedLayout, k_cache: Tensor, window: int | None
+) -> tuple[KernelPlan | None, GatherPlan | None]:
+    kernel, longest = None, 0
+    if module is not None:
+        longest, group = MAX_FRESH, q.shape[1] // k_cache.shape[1]
+        steps = (layout.cu_seqlens, layout.context_lens, layout.block_tables)
+        shape = (k_cache.shape[2], k_cache.shape[0])
+        numbers, tokens, cells, items = module.paged_plan(*steps, *shape, group, window or 0, longest)
+        if tokens:
+            on_device = torch.frombuffer(bytearray(numbers), dtype=torch.int32).to(q.device)
+            kernel = KernelPlan(on_device, layout.block_tables.to(q.device).contiguous(), tokens, cells, items)
+    return kernel, _gather_plan(layout, k_cache.shape[2], window, longest, q.device)
+
+
+def _gather_plan(layout: PagedLayout, block_size: int, window: int | None, longest: int, device: torch.device) -> GatherPlan | None:
+    """Of the sequences with more than `longest` new tokens."""
+    bounds, contexts = layout.cu_seqlens.tolist(), layout.context_lens.tolist()
+    rows, blocks, offsets, counts_q, counts_k = [], [], [], [], []
+    for s, context in enumerate(contexts):
+        fresh = bounds[s + 1] - bounds[s]
+        if fresh <= longest:
+            continue
+        first = 0 if window is None else max(0, context - fresh - window + 1)
+        keys = torch.arange(first, context)
+        rows.append(torch.arange(bounds[s], bounds[s + 1]))
+        blocks.append(layout.block_tables[s].long()[keys // block_size])
+        offsets.append(keys % block_size)
+        counts_q.append(fresh)
+        counts_k.append(context - first)
+    if not rows:
+        return None
+    at = [torch.cat(part).to(device) for part in (rows, blocks, offsets)]
+    return GatherPlan(at[0], at[1], at[2], Segments.of(counts_q, counts_k, device))
