@@ -12,6 +12,7 @@ _HOME = {
     "linear_logp": "ops.linear_logp",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "linear_loss": "ops.linear_loss",
+    "linear_kl": "ops.linear_kl",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
     "use_backend": "ops.backend",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .generation.params import SamplingParams as SamplingParams
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .ops.linear_kl import linear_kl as linear_kl
     from .ops.linear_logp import linear_logp as linear_logp
     from .ops.linear_loss import linear_loss as linear_loss
     from .ops.scan import discounted_returns as discounted_returns
