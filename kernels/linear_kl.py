@@ -1,9 +1,9 @@
 """linear_kl's row kernel: divergence of a student's row of logits from a teacher's, and its gradient in the student's place.
 
 Formula: csrc/math/divergence.h (the same terms, which are never negative, and the same series where the two are close).
-Layout: student, teacher [N, V] fp32, bf16 or fp16, rows contiguous, any row stride; state [N, 5] fp32 (student's raw maximum and
-log-sum, teacher's, center of the gradient). Grid: one program a row, which loops over blocks of the vocabulary, so that a
-row's result does not depend on the others.
+Layout: student, teacher [N, V] fp32, bf16 or fp16, rows contiguous, any row stride; state [N, 5] fp32 (student's raw maximum
+and sum of e^((x - maximum) / temperature), teacher's, center of the gradient).
+Grid: one program a row, which loops over blocks of the vocabulary, so that a row's result does not depend on the others.
 Bytes a row of V elements: each side is read twice for the divergence, once more for the gradient, which is written once; after
 the first read a row is in the L2 cache.
 Numerics: fp32; every lane of the block has its own sums, added in a fixed tree at the end. No atomics: the same bits each run.
@@ -74,8 +74,8 @@ def _load(row, at, vocab):
 
 
 @triton.jit
-def _row_log_sum(row, vocab, inv_temperature, BLOCK: tl.constexpr):
-    """(raw maximum, log of the sum of e^((x - maximum) / temperature)) of a row."""
+def _row_sum(row, vocab, inv_temperature, BLOCK: tl.constexpr):
+    """(raw maximum, sum of e^((x - maximum) / temperature)) of a row."""
     lanes = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -87,18 +87,18 @@ def _row_log_sum(row, vocab, inv_temperature, BLOCK: tl.constexpr):
         top = higher
     highest = tl.max(top, 0)
     base = tl.where(highest == -float("inf"), 0.0, highest)
-    total = tl.sum(total * tl.exp((top - base) * inv_temperature), 0)
-    return highest, tl.log(total)
+    return highest, tl.sum(total * tl.exp((top - base) * inv_temperature), 0)
 
 
 @triton.jit
-def _element(student, teacher, at, vocab, inv_temperature, s_max, s_log, t_max, t_log):
+def _element(student, teacher, at, vocab, inv_temperature, s_max, s_sum, t_max, t_sum):
     """p_s, p_t and d = t - s; beyond the row, as where both logits are -inf, both probabilities are 0 and d is NaN."""
     x, y = _load(student, at, vocab), _load(teacher, at, vocab)
-    s, t = (x - s_max) * inv_temperature - s_log, (y - t_max) * inv_temperature - t_log
-    shift = (t_max - s_max) * inv_temperature + (t_log - s_log)
-    d = tl.where(tl.abs(shift) < 8.0, (y - x) * inv_temperature - shift, t - s)
-    return tl.exp(s), tl.exp(t), d
+    s, t = (x - s_max) * inv_temperature, (y - t_max) * inv_temperature
+    ratio = tl.log(tl.div_rn(t_sum, s_sum))
+    shift = (t_max - s_max) * inv_temperature + ratio
+    d = tl.where(tl.abs(shift) < 8.0, (y - x) * inv_temperature - shift, (t - s) - ratio)
+    return tl.exp(s) * tl.div_rn(1.0, s_sum), tl.exp(t) * tl.div_rn(1.0, t_sum), d
 
 
 @triton.jit
@@ -124,14 +124,14 @@ def kl_rows_kernel(
     state += index * 5
     lanes = tl.arange(0, BLOCK)
     if KNOWN:
-        s_max, s_log, t_max, t_log = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
+        s_max, s_sum, t_max, t_sum = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
         center = tl.load(state + 4)
     else:
-        s_max, s_log = _row_log_sum(student, vocab, inv_temperature, BLOCK)
-        t_max, t_log = _row_log_sum(teacher, vocab, inv_temperature, BLOCK)
+        s_max, s_sum = _row_sum(student, vocab, inv_temperature, BLOCK)
+        t_max, t_sum = _row_sum(teacher, vocab, inv_temperature, BLOCK)
         values, centers = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for begin in range(0, vocab, BLOCK):
-            p_s, p_t, d = _element(student, teacher, begin + lanes, vocab, inv_temperature, s_max, s_log, t_max, t_log)
+            p_s, p_t, d = _element(student, teacher, begin + lanes, vocab, inv_temperature, s_max, s_sum, t_max, t_sum)
             if KIND == FORWARD:
                 values += _kl_term(p_t, p_s, d)
             elif KIND == REVERSE:
@@ -144,15 +144,15 @@ def kl_rows_kernel(
         center = tl.sum(centers, 0)
         tl.store(found + index, tl.sum(values, 0))
         tl.store(state, s_max)
-        tl.store(state + 1, s_log)
+        tl.store(state + 1, s_sum)
         tl.store(state + 2, t_max)
-        tl.store(state + 3, t_log)
+        tl.store(state + 3, t_sum)
         tl.store(state + 4, center)
     if GRADIENT:
         upstream = tl.load(g + index)
         for begin in range(0, vocab, BLOCK):
             at = begin + lanes
-            p_s, p_t, d = _element(student, teacher, at, vocab, inv_temperature, s_max, s_log, t_max, t_log)
+            p_s, p_t, d = _element(student, teacher, at, vocab, inv_temperature, s_max, s_sum, t_max, t_sum)
             slope = _slope(p_s, p_t, d, center, beta, rest, KIND) * (upstream * inv_temperature)
             slope = tl.where(upstream == 0.0, 0.0, slope)
             tl.store(student + at, slope.to(student.dtype.element_ty), mask=at < vocab)

@@ -1,4 +1,4 @@
-// kl_rows: a thread takes a row through all its passes while it lies in the cache: both log-sum-exps, the divergence, the gradient in
+// kl_rows: a thread takes a row through all its passes while it lies in the cache: both sums of e^x, the divergence, the gradient in
 // place of the student's logits. Sums are fp32 within a block, double across blocks.
 #include "linear_kl.h"
 
@@ -40,9 +40,9 @@ float block_sum(const T* x, int64_t n, float m, float inv_temperature) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// out[0]: the raw maximum, out[1]: log of the sum of e^((x - maximum) / temperature).
+// out[0]: the raw maximum, out[1]: the sum of e^((x - maximum) / temperature).
 template <typename T>
-void log_sum_of_row(const T* x, int64_t vocab, float inv_temperature, float* out) {
+void sum_of_row(const T* x, int64_t vocab, float inv_temperature, float* out) {
   math::Online<double> online;
   float best = -INFINITY;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -56,7 +56,7 @@ void log_sum_of_row(const T* x, int64_t vocab, float inv_temperature, float* out
     best = raw > best ? raw : best;
   }
   out[0] = best;
-  out[1] = static_cast<float>(math::log_sum(online));
+  out[1] = static_cast<float>(online.sum);
 }
 
 template <Divergence kKind, typename S, typename T>
@@ -108,8 +108,8 @@ void all_rows(const KlRows<S, T>& rows) {
     const T* teacher = rows.teacher + row * rows.teacher_stride;
     float* state = rows.state + row * kKlState;
     if (rows.divergence) {
-      log_sum_of_row(student, rows.vocab, rows.inv_temperature, state);
-      log_sum_of_row(teacher, rows.vocab, rows.inv_temperature, state + 2);
+      sum_of_row(student, rows.vocab, rows.inv_temperature, state);
+      sum_of_row(teacher, rows.vocab, rows.inv_temperature, state + 2);
     }
     const math::RowPair pair = math::row_pair(rows.inv_temperature, state, rows.beta);
     if (rows.divergence) divergence_of_row<kKind>(student, teacher, rows.vocab, pair, rows.divergence + row, state + 4);

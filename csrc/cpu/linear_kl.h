@@ -8,7 +8,7 @@
 
 namespace fa {
 
-// A row's numbers [5]: student's raw maximum and log-sum, teacher's, and the center of the gradient (math/divergence.h).
+// A row's numbers [5]: student's raw maximum and sum of e^((x - maximum) / temperature), teacher's, and the center of the gradient (math/divergence.h).
 constexpr int kKlState = 5;
 
 template <typename S, typename T>

@@ -3,7 +3,7 @@
 //   reverse  KL(S || T) = sum p_s (s - t)              d/dz_s = p_s ((s - t) - sum p_s (s - t))
 //   jsd      beta KL(T || M) + (1 - beta) KL(S || M)   d/dz_s = (1 - beta) p_s ((s - m) - sum p_s (s - m)),  M = beta p_t + (1 - beta) p_s
 // Summed as terms that are never negative: p_t (t - s) - p_t + p_s, and so on; the added parts sum to zero over the vocabulary. Near
-// S = T the plain terms cancel to their last bits, and an error of a log-sum-exp shifts their sum; here it is of second order.
+// S = T the plain terms cancel to their last bits, and an error of a normalizer shifts their sum; here it is of second order.
 // The gradient's sums ("center") stay plain: they must carry the same shift as the element they are subtracted from.
 #pragma once
 #include "exp.h"
@@ -17,21 +17,30 @@ FA_MATH F magnitude(F x) {
   return x < 0.0f ? -x : x;
 }
 
-// What is the same for every element of a row. x: raw logits of student and teacher.
+// What is the same for every element of a row. Sums are kept and not their logarithms, whose last bit is 5e-7 of a probability. x: raw logits of student and teacher.
 struct RowPair {
   float inv_temperature;
-  float student_max, student_log_sum;  // raw maximum; log of the sum of e^((x - max) / temperature)
-  float teacher_max, teacher_log_sum;
+  float student_max, student_scale;  // raw maximum; 1 / the sum of e^((x - max) / temperature)
+  float teacher_max, teacher_scale;
+  float log_ratio;            // of the teacher's sum to the student's
   float shift;                // t - s = (x_t - x_s) / temperature - shift
-  bool far;                   // shift is so large that this loses digits; t and s are subtracted instead
+  bool far;                   // shift is so large that this loses digits: both are taken from their maxima then
   float beta, one_less_beta;  // the weights of teacher and student in M
 };
 
+// state: the student's raw maximum and sum, then the teacher's.
 FA_MATH RowPair row_pair(float inv_temperature, const float* state, double beta) {
   const double maxima = (static_cast<double>(state[2]) - state[0]) * inv_temperature;
-  const float shift = static_cast<float>(maxima + (static_cast<double>(state[3]) - state[1]));
-  return {inv_temperature, state[0], state[1], state[2], state[3], shift, !(magnitude(shift) < 8.0f), static_cast<float>(beta),
-          static_cast<float>(1.0 - beta)};
+  const double log_ratio = ::log(static_cast<double>(state[3]) / state[1]);
+  RowPair out;
+  out.inv_temperature = inv_temperature;
+  out.student_max = state[0], out.student_scale = static_cast<float>(1.0 / state[1]);
+  out.teacher_max = state[2], out.teacher_scale = static_cast<float>(1.0 / state[3]);
+  out.log_ratio = static_cast<float>(log_ratio);
+  out.shift = static_cast<float>(maxima + log_ratio);
+  out.far = !(magnitude(out.shift) < 8.0f);
+  out.beta = static_cast<float>(beta), out.one_less_beta = static_cast<float>(1.0 - beta);
+  return out;
 }
 
 // p_s, p_t and d = t - s of an element. d is NaN where both logits are -inf; then both probabilities are 0.
@@ -41,12 +50,11 @@ struct Element {
 };
 template <typename U, typename F>
 FA_MATH Element<F> element(F x_student, F x_teacher, const RowPair& r) {
-  const F s = (x_student - r.student_max) * r.inv_temperature - r.student_log_sum;
-  const F t = (x_teacher - r.teacher_max) * r.inv_temperature - r.teacher_log_sum;
+  const F s = (x_student - r.student_max) * r.inv_temperature, t = (x_teacher - r.teacher_max) * r.inv_temperature;
   Element<F> e;
-  e.student = exp<U, F>(s);
-  e.teacher = exp<U, F>(t);
-  e.gap = r.far ? t - s : (x_teacher - x_student) * r.inv_temperature - r.shift;
+  e.student = exp<U, F>(s) * r.student_scale;
+  e.teacher = exp<U, F>(t) * r.teacher_scale;
+  e.gap = r.far ? (t - s) - r.log_ratio : (x_teacher - x_student) * r.inv_temperature - r.shift;
   return e;
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .backend import backend_for, load_native
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-STATE = 5  # numbers kept a row: student's raw maximum and log-sum, teacher's, and the center of the gradient
+STATE = 5  # numbers kept a row: student's raw maximum and sum of e^(z − maximum), teacher's, and the center of the gradient
 
 
 class Divergence(NamedTuple):
@@ -103,9 +103,8 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _log_probs(student: Tensor, teacher: Tensor, divergence: Divergence, state: Tensor) -> tuple[Tensor, Tensor]:
     """s and t [N, V]; -inf where the probability is zero."""
-    s, t = (
-        (_wide(logits) - state[:, i, None]) / divergence.temperature - state[:, i + 1, None] for logits, i in ((student, 0), (teacher, 2))
-    )
+    sides = ((_wide(logits) - state[:, i, None], state[:, i + 1, None].log()) for logits, i in ((student, 0), (teacher, 2)))
+    s, t = (down / divergence.temperature - log_sum for down, log_sum in sides)
     return s, t
 
 
@@ -115,7 +114,7 @@ def _reference_rows(student: Tensor, teacher: Tensor, divergence: Divergence) ->
     state = torch.empty(student.shape[0], STATE, dtype=wide, device=student.device)
     for logits, i in ((student, 0), (teacher, 2)):
         state[:, i] = _wide(logits).amax(1)
-        state[:, i + 1] = torch.logsumexp((_wide(logits) - state[:, i, None].to(_wide(logits).dtype)) / divergence.temperature, 1)
+        state[:, i + 1] = ((_wide(logits) - state[:, i, None]) / divergence.temperature).exp().sum(1)
     s, t = _log_probs(student, teacher, divergence, state)
     value, center = divergence_terms(s, t, DIVERGENCES[divergence.kind], divergence.beta)
     state[:, 4] = center
