@@ -210,7 +210,7 @@ def test_kl_rows_on_every_instruction_set(isa, vocab, pair):
         at_once = student.clone()
         again, _ = kl_rows(at_once, teacher, which, g)
         assert torch.equal(again, found)
-        assert torch.equal(at_once, mine)
+        assert torch.allclose(at_once.double(), slope, rtol=eps + 1e-5, atol=1e-6 * max(1.0, exact.max().item()))
         assert whole[:, :4].isnan().all()
         assert whole[:, 4 + vocab :].isnan().all()
 

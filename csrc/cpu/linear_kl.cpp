@@ -1,9 +1,10 @@
 // kl_rows: a thread takes a row through all its passes while it lies in the cache: both sums of e^x, the divergence, the gradient in
-// place of the student's logits. Sums are fp32 within a block, double across blocks.
+// place of the student's logits. The divergence's pass leaves the gradient's dearest part in a row of fp32 a thread. Sums are fp32 within a block, double across blocks.
 #include "linear_kl.h"
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "../math/softmax.h"
 #include "simd.h"
@@ -59,8 +60,10 @@ void sum_of_row(const T* x, int64_t vocab, float inv_temperature, float* out) {
   out[1] = static_cast<float>(online.sum);
 }
 
-template <Divergence kKind, typename S, typename T>
-void divergence_of_row(const S* student, const T* teacher, int64_t vocab, const math::RowPair& pair, float* value_out, float* center_out) {
+// raw: the part of the gradient that is known before the center is, kept for gradient_of_row.
+template <Divergence kKind, bool kKeep, typename S, typename T>
+void divergence_of_row(const S* student, const T* teacher, int64_t vocab, const math::RowPair& pair, float* value_out, float* center_out,
+                       float* raw) {
   double value = 0.0, center = 0.0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t end = vocab - begin < kBlock ? vocab : begin + kBlock;
@@ -69,13 +72,15 @@ void divergence_of_row(const S* student, const T* teacher, int64_t vocab, const 
     for (; i + 2 * kLanes <= end; i += 2 * kLanes)
       for (int c = 0; c < 2; ++c) {
         const int64_t at = i + c * kLanes;
-        math::add_element<kKind, vu>(math::element<vu, vf>(load(student + at), load(teacher + at), pair), pair, values[c], centers[c]);
+        const auto e = math::element<vu, vf>(load(student + at), load(teacher + at), pair);
+        const vf slope = math::add_element<kKind, vu>(e, pair, values[c], centers[c]);
+        if (kKeep) store(raw + at, slope);
       }
     for (; i < end; i += kLanes) {  // beyond the row both probabilities are 0 and add nothing
-      const bool part = end - i < kLanes;
-      const vf x = part ? load_part(student + i, end - i, -INFINITY) : load(student + i);
-      const vf y = part ? load_part(teacher + i, end - i, -INFINITY) : load(teacher + i);
-      math::add_element<kKind, vu>(math::element<vu, vf>(x, y, pair), pair, values[0], centers[0]);
+      const int64_t n = end - i < kLanes ? end - i : kLanes;
+      const auto e = math::element<vu, vf>(load_part(student + i, n, -INFINITY), load_part(teacher + i, n, -INFINITY), pair);
+      const vf slope = math::add_element<kKind, vu>(e, pair, values[0], centers[0]);
+      if (kKeep) store_part(raw + i, slope, n);
     }
     value += sum(values[0] + values[1]);
     center += sum(centers[0] + centers[1]);
@@ -84,36 +89,56 @@ void divergence_of_row(const S* student, const T* teacher, int64_t vocab, const 
   *center_out = static_cast<float>(center);
 }
 
-template <Divergence kKind, typename S, typename T>
-void gradient_of_row(S* student, const T* teacher, int64_t vocab, const math::RowPair& pair, float center, float g) {
+template <Divergence kKind, bool kKept>
+FA_SIMD vf slope_lanes(vf x, vf y, const math::RowPair& pair, float center, vf raw) {
+  const auto e = math::element<vu, vf>(x, y, pair);  // with the raw slope kept, only the student's probability is taken from it
+  return math::slope<kKind>(e.student, kKept ? raw : math::raw_slope<kKind, vu>(e, pair), pair, center);
+}
+
+template <Divergence kKind, bool kKept, typename S, typename T>
+void gradient_of_row(S* student, const T* teacher, int64_t vocab, const math::RowPair& pair, float center, float g, const float* raw) {
   if (g == 0.0f) {
     std::memset(student, 0, sizeof(S) * vocab);
     return;
   }
   const float scale = g * pair.inv_temperature;
   int64_t i = 0;
-  for (; i + kLanes <= vocab; i += kLanes)
-    store(student + i, math::slope<kKind, vu>(math::element<vu, vf>(load(student + i), load(teacher + i), pair), pair, center) * scale);
-  if (i < vocab) {
-    const vf x = load_part(student + i, vocab - i, -INFINITY), y = load_part(teacher + i, vocab - i, -INFINITY);
-    store_part(student + i, math::slope<kKind, vu>(math::element<vu, vf>(x, y, pair), pair, center) * scale, vocab - i);
+  for (; i + kLanes <= vocab; i += kLanes) {
+    const vf kept = kKept ? load(raw + i) : vf{};
+    store(student + i, slope_lanes<kKind, kKept>(load(student + i), load(teacher + i), pair, center, kept) * scale);
+  }
+  if (const int64_t n = vocab - i) {
+    const vf x = load_part(student + i, n, -INFINITY), y = load_part(teacher + i, n, -INFINITY);
+    const vf kept = kKept ? load_part(raw + i, n, 0.0f) : vf{};
+    store_part(student + i, slope_lanes<kKind, kKept>(x, y, pair, center, kept) * scale, n);
   }
 }
 
 template <Divergence kKind, typename S, typename T>
-void all_rows(const KlRows<S, T>& rows) {
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
-    S* student = rows.student + row * rows.student_stride;
-    const T* teacher = rows.teacher + row * rows.teacher_stride;
-    float* state = rows.state + row * kKlState;
-    if (rows.divergence) {
-      sum_of_row(student, rows.vocab, rows.inv_temperature, state);
-      sum_of_row(teacher, rows.vocab, rows.inv_temperature, state + 2);
-    }
+void one_row(const KlRows<S, T>& rows, int64_t row, float* raw) {
+  S* student = rows.student + row * rows.student_stride;
+  const T* teacher = rows.teacher + row * rows.teacher_stride;
+  float* state = rows.state + row * kKlState;
+  if (!rows.divergence) {
     const math::RowPair pair = math::row_pair(rows.inv_temperature, state, rows.beta);
-    if (rows.divergence) divergence_of_row<kKind>(student, teacher, rows.vocab, pair, rows.divergence + row, state + 4);
-    if (rows.g) gradient_of_row<kKind>(student, teacher, rows.vocab, pair, state[4], rows.g[row]);
+    return gradient_of_row<kKind, false>(student, teacher, rows.vocab, pair, state[4], rows.g[row], nullptr);
+  }
+  sum_of_row(student, rows.vocab, rows.inv_temperature, state);
+  sum_of_row(teacher, rows.vocab, rows.inv_temperature, state + 2);
+  const math::RowPair pair = math::row_pair(rows.inv_temperature, state, rows.beta);
+  float* value = rows.divergence + row;
+  if (!rows.g) return divergence_of_row<kKind, false>(student, teacher, rows.vocab, pair, value, state + 4, nullptr);
+  divergence_of_row<kKind, true>(student, teacher, rows.vocab, pair, value, state + 4, raw);
+  gradient_of_row<kKind, true>(student, teacher, rows.vocab, pair, state[4], rows.g[row], raw);
+}
+
+template <Divergence kKind, typename S, typename T>
+void all_rows(const KlRows<S, T>& rows) {
+#pragma omp parallel
+  {
+    const std::unique_ptr<float[]> raw(rows.divergence && rows.g ? new float[rows.vocab] : nullptr);  // [V] a thread
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows.num_rows; ++row) one_row<kKind>(rows, row, raw.get());
   }
 }
 

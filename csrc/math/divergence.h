@@ -131,31 +131,40 @@ FA_MATH Mixed<F> mixed(const Element<F>& e, const RowPair& r) {
   return out;
 }
 
-// Adds an element to the divergence and to the center of its gradient.
+// The element's part of the gradient that does not need the row's center: of the forward KL all of it.
 template <Divergence kKind, typename U, typename F>
-FA_MATH void add_element(const Element<F>& e, const RowPair& r, F& value, F& center) {
-  if constexpr (kKind == Divergence::forward_kl) {
-    value += kl_term(e.teacher, e.student, e.gap);
-  } else if constexpr (kKind == Divergence::reverse_kl) {
-    value += kl_term(e.student, e.teacher, -e.gap);
-    center += e.student == 0.0f ? F{} : e.student * -e.gap;
-  } else {
-    const Mixed<F> m = mixed<U, F>(e, r);
-    value += m.term;
-    center += e.student * m.to_mixture;
-  }
+FA_MATH F raw_slope(const Element<F>& e, const RowPair& r) {
+  if constexpr (kKind == Divergence::forward_kl)
+    return magnitude(e.gap) < kNear ? e.teacher * (bregman(e.gap) - e.gap) : e.student - e.teacher;
+  else if constexpr (kKind == Divergence::reverse_kl)
+    return e.student == 0.0f ? F{} : -e.gap;
+  else
+    return mixed<U, F>(e, r).to_mixture;
 }
 
 // d divergence / d z_s of an element.
+template <Divergence kKind, typename F>
+FA_MATH F slope(F student, F raw, const RowPair& r, float center) {
+  if constexpr (kKind == Divergence::forward_kl) return raw;
+  if constexpr (kKind == Divergence::reverse_kl) return student * (raw - center);
+  return (student * r.one_less_beta) * (raw - center);
+}
+
+// Adds an element to the divergence and to the center of its gradient; returns its raw slope.
 template <Divergence kKind, typename U, typename F>
-FA_MATH F slope(const Element<F>& e, const RowPair& r, float center) {
-  if constexpr (kKind == Divergence::forward_kl) {
-    return magnitude(e.gap) < kNear ? e.teacher * (bregman(e.gap) - e.gap) : e.student - e.teacher;
-  } else if constexpr (kKind == Divergence::reverse_kl) {
-    return e.student == 0.0f ? F{} : e.student * (-e.gap - center);
+FA_MATH F add_element(const Element<F>& e, const RowPair& r, F& value, F& center) {
+  F raw;
+  if constexpr (kKind == Divergence::jsd) {
+    const Mixed<F> m = mixed<U, F>(e, r);
+    value += m.term;
+    raw = m.to_mixture;
   } else {
-    return (e.student * r.one_less_beta) * (mixed<U, F>(e, r).to_mixture - center);
+    const bool forward = kKind == Divergence::forward_kl;
+    value += forward ? kl_term(e.teacher, e.student, e.gap) : kl_term(e.student, e.teacher, -e.gap);
+    raw = raw_slope<kKind, U, F>(e, r);
   }
+  if constexpr (kKind != Divergence::forward_kl) center += e.student * raw;
+  return raw;
 }
 
 }  // namespace fa::math

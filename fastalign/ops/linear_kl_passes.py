@@ -5,7 +5,7 @@ Each is a plain function and, for torch.compile, a custom op with a fake impleme
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -54,18 +54,24 @@ class Heads:
         itemsize = max(self.student.weight.element_size(), self.teacher.weight.element_size())
         return even_chunks(0, len(self.hidden), chunk_rows(len(self.student.weight), itemsize, None)[0])
 
-    def logits(self, chunks: list[slice], loan: Loan | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each chunk with the logits of student and teacher, in memory that the next chunk reuses. 4nVH a chunk."""
+    def each(self, chunks: list[slice], work: Callable[[slice, Tensor, Tensor], None], loan: Loan | None = None) -> None:
+        """work(chunk, student's logits, teacher's logits) for each chunk, in memory that the next one reuses. 4TVH.
+
+        A call and not an iterator: a loop's variables would keep the last chunk's logits alive beside the next one's.
+        """
         if not chunks:
             return
-        rows, vocab_size = chunks[0].stop - chunks[0].start, len(self.student.weight)
-        own: AbstractContextManager[Tensor] = borrowed(rows, vocab_size, self.student.weight)
+        (student, teacher), rows, vocab_size = (self.student, self.teacher), chunks[0].stop - chunks[0].start, len(self.student.weight)
+        own: AbstractContextManager[Tensor] = borrowed(rows, vocab_size, student.weight)
         if loan is not None and loan.for_factors:  # this chunk's logits live on until the backward
             own = nullcontext(loan.buffer())
-        with own as buffer, borrowed(rows, vocab_size, self.teacher.weight) as teacher_buffer:
+        with own as buffer, borrowed(rows, vocab_size, teacher.weight) as other:
             for s in chunks:
-                teacher = head_logits(self.teacher_hidden[s], self.teacher.weight, self.teacher.bias, out=teacher_buffer)
-                yield s, head_logits(self.hidden[s], self.student.weight, self.student.bias, out=buffer), teacher
+                work(
+                    s,
+                    head_logits(self.hidden[s], student.weight, student.bias, out=buffer),
+                    head_logits(self.teacher_hidden[s], teacher.weight, teacher.bias, out=other),
+                )
 
 
 def kl_forward(
@@ -81,11 +87,13 @@ def kl_forward(
 ) -> tuple[Tensor, Tensor]:
     """(divergence [N], state [N, 5]). 4TVH."""
     heads = Heads.of(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, Divergence(kind, beta, temperature))
-    out = _wide(hidden, teacher_hidden, len(hidden)), _wide(hidden, teacher_hidden, len(hidden), STATE)
-    for s, student, teacher in heads.logits(heads.chunks()):
-        for whole, part in zip(out, kl_rows(student, teacher, heads.which), strict=True):
-            whole[s] = part
-    return out
+    found, state = _wide(hidden, teacher_hidden, len(hidden)), _wide(hidden, teacher_hidden, len(hidden), STATE)
+
+    def work(s: slice, student: Tensor, teacher: Tensor) -> None:
+        found[s], state[s] = kl_rows(student, teacher, heads.which)
+
+    heads.each(heads.chunks(), work)
+    return found, state
 
 
 def kl_frozen(
@@ -103,9 +111,12 @@ def kl_frozen(
     heads = Heads.of(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, Divergence(kind, beta, temperature))
     found, slope = _wide(hidden, teacher_hidden, len(hidden)), torch.empty_like(hidden, memory_format=torch.contiguous_format)
     ones = torch.ones_like(found)
-    for s, student, teacher in heads.logits(heads.chunks()):
+
+    def work(s: slice, student: Tensor, teacher: Tensor) -> None:
         found[s] = kl_rows(student, teacher, heads.which, ones[s])[0]
         slope[s] = student @ heads.student.weight
+
+    heads.each(heads.chunks(), work)
     return found, slope
 
 
@@ -131,9 +142,12 @@ def kl_backward(
     heads, g, state = heads.only(kept), kept.of(g), kept.of(state)
     chunks = heads.chunks()
     into = Gradients.of(heads.student, len(g), (need_hidden, need_weight, need_bias), only_chunk=len(chunks) == 1)
-    for s, student, teacher in heads.logits(chunks):
+
+    def work(s: slice, student: Tensor, teacher: Tensor) -> None:
         kl_grad_rows_(student, teacher, heads.which, state[s], g[s])
         into.add(heads.student, student, heads.hidden[s], s)
+
+    heads.each(chunks, work)
     none, d_weight = weight.new_empty(0), into.head_gradient()
     return (
         none if into.hidden is None else kept.spread(into.hidden),
@@ -158,11 +172,14 @@ def kl_fused(
     loan = None if parameter is None else lend_for(parameter, heads.student.weight.dtype, single, op="linear_kl")
     into = Gradients.of(heads.student, len(g), wanted, loan=loan, only_chunk=may_narrow and single > 0)
     total = torch.zeros((), dtype=torch.float64, device=g.device)
-    for s, student, teacher in heads.logits(chunks, loan):
+
+    def work(s: slice, student: Tensor, teacher: Tensor) -> None:
         found, _ = kl_rows(student, teacher, heads.which, g[s] if any(wanted) else None)
-        total += (found.double() * g[s]).sum()
+        total.add_((found.double() * g[s]).sum())
         if any(wanted):
             into.add(heads.student, student, heads.hidden[s], s)
+
+    heads.each(chunks, work, loan)
     d_hidden = None if into.hidden is None else kept.spread(into.hidden)
     return total.to(g.dtype), (d_hidden, into.head_gradient(), into.bias), loan
 
