@@ -1,5 +1,6 @@
 // kl_rows: a thread takes a row through all its passes while it lies in the cache: both sums of e^x, the divergence, the gradient in
-// place of the student's logits. The divergence's pass leaves the gradient's dearest part in a row of fp32 a thread. Sums are fp32 within a block, double across blocks.
+// place of the student's logits. The divergence's pass leaves the gradient's dearest part in a row of fp32 a thread.
+// Sums are fp32 within a block, double across blocks.
 #include "linear_kl.h"
 
 #include <cmath>
@@ -60,8 +61,9 @@ void sum_of_row(const T* x, int64_t vocab, float inv_temperature, float* out) {
   out[1] = static_cast<float>(online.sum);
 }
 
-// raw: the part of the gradient that is known before the center is, kept for gradient_of_row.
-template <Divergence kKind, bool kKeep, typename S, typename T>
+// raw: the part of the gradient that is known before the center is, kept for gradient_of_row. Written even where no gradient is
+// wanted: it is cheap, and one instantiation gives a row the same bits with and without its gradient.
+template <Divergence kKind, typename S, typename T>
 void divergence_of_row(const S* student, const T* teacher, int64_t vocab, const math::RowPair& pair, float* value_out, float* center_out,
                        float* raw) {
   double value = 0.0, center = 0.0;
@@ -73,14 +75,12 @@ void divergence_of_row(const S* student, const T* teacher, int64_t vocab, const 
       for (int c = 0; c < 2; ++c) {
         const int64_t at = i + c * kLanes;
         const auto e = math::element<vu, vf>(load(student + at), load(teacher + at), pair);
-        const vf slope = math::add_element<kKind, vu>(e, pair, values[c], centers[c]);
-        if (kKeep) store(raw + at, slope);
+        store(raw + at, math::add_element<kKind, vu>(e, pair, values[c], centers[c]));
       }
     for (; i < end; i += kLanes) {  // beyond the row both probabilities are 0 and add nothing
       const int64_t n = end - i < kLanes ? end - i : kLanes;
       const auto e = math::element<vu, vf>(load_part(student + i, n, -INFINITY), load_part(teacher + i, n, -INFINITY), pair);
-      const vf slope = math::add_element<kKind, vu>(e, pair, values[0], centers[0]);
-      if (kKeep) store_part(raw + i, slope, n);
+      store_part(raw + i, math::add_element<kKind, vu>(e, pair, values[0], centers[0]), n);
     }
     value += sum(values[0] + values[1]);
     center += sum(centers[0] + centers[1]);
@@ -126,17 +126,15 @@ void one_row(const KlRows<S, T>& rows, int64_t row, float* raw) {
   sum_of_row(student, rows.vocab, rows.inv_temperature, state);
   sum_of_row(teacher, rows.vocab, rows.inv_temperature, state + 2);
   const math::RowPair pair = math::row_pair(rows.inv_temperature, state, rows.beta);
-  float* value = rows.divergence + row;
-  if (!rows.g) return divergence_of_row<kKind, false>(student, teacher, rows.vocab, pair, value, state + 4, nullptr);
-  divergence_of_row<kKind, true>(student, teacher, rows.vocab, pair, value, state + 4, raw);
-  gradient_of_row<kKind, true>(student, teacher, rows.vocab, pair, state[4], rows.g[row], raw);
+  divergence_of_row<kKind>(student, teacher, rows.vocab, pair, rows.divergence + row, state + 4, raw);
+  if (rows.g) gradient_of_row<kKind, true>(student, teacher, rows.vocab, pair, state[4], rows.g[row], raw);
 }
 
 template <Divergence kKind, typename S, typename T>
 void all_rows(const KlRows<S, T>& rows) {
 #pragma omp parallel
   {
-    const std::unique_ptr<float[]> raw(rows.divergence && rows.g ? new float[rows.vocab] : nullptr);  // [V] a thread
+    const std::unique_ptr<float[]> raw(rows.divergence ? new float[rows.vocab] : nullptr);  // [V] a thread
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.num_rows; ++row) one_row<kKind>(rows, row, raw.get());
   }

@@ -17,7 +17,8 @@ FA_MATH F magnitude(F x) {
   return x < 0.0f ? -x : x;
 }
 
-// What is the same for every element of a row. Sums are kept and not their logarithms, whose last bit is 5e-7 of a probability. x: raw logits of student and teacher.
+// What is the same for every element of a row. Sums are kept and not their logarithms, whose last bit is 5e-7
+// of a probability. x: raw logits of student and teacher.
 struct RowPair {
   float inv_temperature;
   float student_max, student_scale;  // raw maximum; 1 / the sum of e^((x - max) / temperature)
