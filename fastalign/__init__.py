@@ -16,6 +16,7 @@ _HOME = {
     "FusedLinearCrossEntropy": "modules",
     "FusedLinearDPO": "modules",
     "FusedLinearGRPO": "modules",
+    "linear_kl": "ops.linear_kl",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
     "use_backend": "ops.backend",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .modules import FusedLinearGRPO as FusedLinearGRPO
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .ops.linear_kl import linear_kl as linear_kl
     from .ops.linear_logp import linear_logp as linear_logp
     from .ops.linear_loss import linear_loss as linear_loss
     from .ops.linear_parallel import vocab_parallel_linear_logp as vocab_parallel_linear_logp

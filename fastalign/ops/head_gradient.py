@@ -71,7 +71,7 @@ class Loan:
         self.give_back()
 
 
-def lend_for(weight: Tensor, dtype: torch.dtype, only_chunk: int) -> Loan | None:
+def lend_for(weight: Tensor, dtype: torch.dtype, only_chunk: int, *, op: str = "linear_loss") -> Loan | None:
     """Memory for the gradient of a weight [V, H] that has a `main_grad`; None for one that has not.
 
     Args:
@@ -84,10 +84,10 @@ def lend_for(weight: Tensor, dtype: torch.dtype, only_chunk: int) -> Loan | None
     if main_grad is None:
         return None
     if torch.compiler.is_compiling():
-        raise ValueError("linear_loss: weight.main_grad is not available under torch.compile; remove the attribute or do not compile")
+        raise ValueError(f"{op}: weight.main_grad is not available under torch.compile; remove the attribute or do not compile")
     if main_grad.shape != weight.shape or main_grad.dtype != torch.float32 or main_grad.device != weight.device:
         raise ValueError(
-            f"linear_loss: weight.main_grad must be float32 {list(weight.shape)} on {weight.device},"
+            f"{op}: weight.main_grad must be float32 {list(weight.shape)} on {weight.device},"
             f" got {main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
         )
     if only_chunk:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign.ops.divergence import divergence_terms
+
 
 def scaled_logits(logits: Tensor, temperature: float = 1.0, logit_softcap: float | None = None) -> Tensor:
     """logits [N, V] of any float dtype → soft-capped, divided by the temperature, fp32 (fp64 stays fp64)."""
@@ -102,3 +104,26 @@ def linear_cross_entropy(
     if reduction == "sum" or not kept.any():
         return loss.sum()
     return loss.sum() / (kept.sum() if weight is None else weight[target[kept]].sum())
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    temperature: float = 1.0,
+    row_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> Tensor:
+    """What `fastalign.linear_kl` computes, through plain autograd."""
+    s = torch.log_softmax(scaled_logits(F.linear(hidden, weight, bias), temperature), -1)
+    with torch.no_grad():
+        t = torch.log_softmax(scaled_logits(F.linear(teacher_hidden, teacher_weight, teacher_bias), temperature), -1)
+    if divergence == "jsd" and jsd_beta in (0.0, 1.0):
+        divergence = "forward_kl" if jsd_beta == 0.0 else "reverse_kl"
+    found = divergence_terms(s, t, divergence, jsd_beta)[0]
+    return found if row_weight is None else (found * row_weight).sum()
