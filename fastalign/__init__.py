@@ -14,6 +14,8 @@ _HOME = {
     "linear_loss": "ops.linear_loss",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
+    "preference_loss": "losses.packed",
+    "unpaired_loss": "losses.packed",
     "use_backend": "ops.backend",
     "Packed": "packing",
     "Segment": "packing",
@@ -38,6 +40,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .generation.engine import Engine as Engine
     from .generation.params import RequestOutput as RequestOutput
     from .generation.params import SamplingParams as SamplingParams
+    from .losses.packed import preference_loss as preference_loss
+    from .losses.packed import unpaired_loss as unpaired_loss
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_logp import linear_logp as linear_logp
