@@ -35,7 +35,8 @@ constexpr DType dtype_of() {
 
 template <typename T>
 T* typed(const char* what, const Tensor& t, std::vector<int64_t> shape) {
-  return t.check(what, dtype_of<T>(), std::move(shape)).contiguous(what).template ptr<T>();
+  t.check(what, dtype_of<T>(), std::move(shape));
+  return t.numel() ? t.contiguous(what).template ptr<T>() : t.template ptr<T>();
 }
 template <typename T>
 T* optional(const char* what, const Tensor& t, int64_t n) {

@@ -153,7 +153,7 @@ def preference_objective(
     Returns:
         The objective, which returns its share of the mean and the sums of the metrics, and the offsets of the pairs [B+1].
     """
-    units = cu_targets[::2]
+    units = cu_targets[::2].contiguous()
     num_here = len(units) - 1
     ref, per_token = _reference("preference_objective", ref_logp, int(units[-1]), cu_targets, 2)
 

@@ -111,7 +111,8 @@ def apo_down(win: Side, lose: Side, *, beta: float = 0.1) -> Tensor:
 
 
 def discopop(win: Side, lose: Side, *, beta: float = 0.1, tau: float = 0.05) -> Tensor:
-    """DiscoPOP (arXiv:2406.08414, Eq. 5): m e^-z - (1 - m) log σ(z), z = β Δ, m = σ(z / τ). Losses > 0; for τ < 1 they stay finite.
+    """DiscoPOP (arXiv:2406.08414, Eq. 5): m e^-z - (1 - m) log σ(z), z = β Δ, m = σ(z / τ). Losses > 0, finite for τ < 1;
+    around z = 0 they rise with z.
 
     m e^-z is taken as one exponential: peers multiply 0 by infinity for a large negative z.
     """
