@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 
 #include "cpu/preference.h"
@@ -38,9 +39,11 @@ T* typed(const char* what, const Tensor& t, std::vector<int64_t> shape) {
   t.check(what, dtype_of<T>(), std::move(shape));
   return t.numel() ? t.contiguous(what).template ptr<T>() : t.template ptr<T>();
 }
+using Maybe = std::optional<Tensor>;
+
 template <typename T>
-T* optional(const char* what, const Tensor& t, int64_t n) {
-  return n && t.numel() ? typed<T>(what, t, {n}) : nullptr;
+T* optional(const char* what, const Maybe& t, int64_t n) {
+  return t ? typed<T>(what, *t, {n}) : nullptr;
 }
 
 // Offsets on the CPU are read here; on a GPU that would cost a synchronization.
@@ -56,7 +59,7 @@ const int32_t* offsets(const Tensor& cu_targets, int64_t num_tokens) {
 }
 
 template <typename T>
-Sequences<T> sequences_of(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets) {
+Sequences<T> sequences_of(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets) {
   const int64_t n = logp.numel(), sequences = cu_targets.numel() - 1;
   return {typed<T>("preference: logp", logp, {n}), optional<T>("preference: ref_logp", ref_logp, ref_per_token ? n : sequences), ref_per_token,
           offsets(cu_targets, n)};
@@ -64,8 +67,8 @@ Sequences<T> sequences_of(const Tensor& logp, const Tensor& ref_logp, bool ref_p
 
 // numbers: beta, first, second, target, nll, transform, power, per_token (see csrc/math/preference.h).
 template <typename T>
-Pairs<T> pair_arguments(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& margin,
-                        const Tensor& weight, const std::string& formula, const std::array<double, 8>& x, double tail,
+Pairs<T> pair_arguments(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Maybe& margin,
+                        const Maybe& weight, const std::string& formula, const std::array<double, 8>& x, double tail,
                         const Tensor& losses, const Tensor& metrics, const Tensor& slopes) {
   const int64_t pairs = (cu_targets.numel() - 1) / 2;
   if (cu_targets.numel() != 2 * pairs + 1) throw std::invalid_argument("preference: a pair has two sequences, got an odd number of them");
@@ -84,8 +87,8 @@ Pairs<T> pair_arguments(const Tensor& logp, const Tensor& ref_logp, bool ref_per
 
 // numbers: beta, first, second, target.
 template <typename T>
-Singles<T> single_arguments(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
-                            const Tensor& weight, const std::string& formula, const std::array<double, 4>& x, const Tensor& losses,
+Singles<T> single_arguments(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
+                            const Maybe& weight, const std::string& formula, const std::array<double, 4>& x, const Tensor& losses,
                             const Tensor& metrics, const Tensor& slopes) {
   const int64_t sequences = cu_targets.numel() - 1;
   return {sequences_of<T>(logp, ref_logp, ref_per_token, cu_targets),
@@ -120,8 +123,8 @@ void by_dtype(const Tensor& t, Run run) {
   t.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
-void pairs(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& margin,
-           const Tensor& weight, const std::string& formula, const std::array<double, 8>& numbers, double tail, const Tensor& losses,
+void pairs(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Maybe& margin,
+           const Maybe& weight, const std::string& formula, const std::array<double, 8>& numbers, double tail, const Tensor& losses,
            const Tensor& metrics, const Tensor& slopes) {
   by_dtype(logp, [&]<typename T>(T) {
     auto arguments =
@@ -131,8 +134,8 @@ void pairs(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const
   });
 }
 
-void singles(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
-             const Tensor& weight, const std::string& formula, const std::array<double, 4>& numbers, const Tensor& losses,
+void singles(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
+             const Maybe& weight, const std::string& formula, const std::array<double, 4>& numbers, const Tensor& losses,
              const Tensor& metrics, const Tensor& slopes) {
   by_dtype(logp, [&]<typename T>(T) {
     auto arguments =
@@ -151,8 +154,8 @@ void spread(const Tensor& upstream, const Tensor& slopes, const Tensor& cu_targe
 }
 
 #ifdef HAS_CUDA_preference
-void pairs_cuda(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& margin,
-                const Tensor& weight, const std::string& formula, const std::array<double, 8>& numbers, double tail, const Tensor& losses,
+void pairs_cuda(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Maybe& margin,
+                const Maybe& weight, const std::string& formula, const std::array<double, 8>& numbers, double tail, const Tensor& losses,
                 const Tensor& metrics, const Tensor& slopes, uintptr_t stream) {
   by_dtype(logp, [&]<typename T>(T) {
     cuda::preference_pairs(
@@ -161,8 +164,8 @@ void pairs_cuda(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, 
   });
 }
 
-void singles_cuda(const Tensor& logp, const Tensor& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
-                  const Tensor& weight, const std::string& formula, const std::array<double, 4>& numbers, const Tensor& losses,
+void singles_cuda(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
+                  const Maybe& weight, const std::string& formula, const std::array<double, 4>& numbers, const Tensor& losses,
                   const Tensor& metrics, const Tensor& slopes, uintptr_t stream) {
   by_dtype(logp, [&]<typename T>(T) {
     cuda::preference_singles(

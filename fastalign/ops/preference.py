@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import preference_reference as reference
 from .backend import backend_for
-from .preference_native import PairLosses, SingleLosses, pairs_op, singles_op
+from .preference_native import pairs, singles
 from .preference_reference import Side
 
 TRANSFORMS = ("identity", "power", "js")
@@ -54,8 +56,7 @@ class Formula:
         return [self.beta, self.first, self.second, self.target]
 
 
-@dataclass(frozen=True)
-class Sequences:
+class Sequences(NamedTuple):
     """What the losses read beside the log-probs. The tensors get no gradient.
 
     Attributes:
@@ -89,7 +90,7 @@ def pair_losses(logp: Tensor, sequences: Sequences, formula: Formula, equation: 
         log-probs of chosen and rejected. Sums and formulas in fp64, rounded to logp's dtype.
     """
     if formula.name == "torch" or not _runs_native(logp):
-        cu = sequences.cu_targets.to(logp.device)
+        cu = _offsets(sequences, logp, kernel=False)
         return reference.pair_losses(
             equation,
             logp,
@@ -105,16 +106,14 @@ def pair_losses(logp: Tensor, sequences: Sequences, formula: Formula, equation: 
     given = _like(logp, sequences.ref_logp, sequences.margin, sequences.weight)
     arguments = (
         logp.contiguous(),
-        _offsets(sequences, logp),
+        _offsets(sequences, logp, kernel=True),
         *given,
         sequences.ref_per_token,
         formula.name,
         formula.pair_numbers,
         sequences.tail,
     )
-    if torch.compiler.is_compiling():
-        return pairs_op(*arguments)[:2]
-    return PairLosses.apply(*arguments)
+    return pairs(*arguments)
 
 
 def single_losses(
@@ -126,23 +125,21 @@ def single_losses(
         [B] losses, differentiable in logp once, and [2, B] detached: rewards and log-probs.
     """
     if formula.name == "torch" or not _runs_native(logp):
-        cu = sequences.cu_targets.to(logp.device)
+        cu = _offsets(sequences, logp, kernel=False)
         return reference.single_losses(
             equation, logp, sequences.ref_logp, cu, labels, sequences.weight, ref_per_token=sequences.ref_per_token, beta=formula.beta
         )
     given = _like(logp, sequences.ref_logp, sequences.weight)
     arguments = (
         logp.contiguous(),
-        _offsets(sequences, logp),
+        _offsets(sequences, logp, kernel=True),
         labels.contiguous(),
         *given,
         sequences.ref_per_token,
         formula.name,
         formula.single_numbers,
     )
-    if torch.compiler.is_compiling():
-        return singles_op(*arguments)[:2]
-    return SingleLosses.apply(*arguments)
+    return singles(*arguments)
 
 
 @torch.compiler.assume_constant_result
@@ -155,8 +152,14 @@ def _runs_native(logp: Tensor) -> bool:
 
 
 def _like(logp: Tensor, *given: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.detach().to(logp).contiguous() for t in given]
+    return [None if t is None else t.to(logp).contiguous() for t in given]
 
 
-def _offsets(sequences: Sequences, logp: Tensor) -> Tensor:
-    return sequences.cu_targets.to(logp.device, torch.int32).contiguous()
+def _offsets(sequences: Sequences, logp: Tensor, *, kernel: bool) -> Tensor:
+    """The offsets where the log-probs are. On the CPU the kernel checks them itself; on the GPU they are taken as they are."""
+    cu = sequences.cu_targets
+    if cu.device.type == "cpu" and not torch.compiler.is_compiling() and not (kernel and logp.device.type == "cpu"):
+        offsets = cu.tolist()
+        if offsets[0] != 0 or offsets[-1] != logp.shape[0] or any(b < a for a, b in pairwise(offsets)):
+            raise ValueError(f"preference: cu_targets must rise from 0 to the {logp.shape[0]} log-probs, got {offsets[:16]}")
+    return cu.to(logp.device, torch.int32).contiguous()

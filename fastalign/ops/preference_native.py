@@ -1,4 +1,4 @@
-"""The native preference losses and their autograd: a Function outside torch.compile, custom ops inside it.
+"""The native preference losses and their autograd: a Function, whose passes are custom ops where torch.compile traces.
 
 A forward keeps one slope a sequence, dloss/dsum; a backward writes upstream * slope to the sequence's tokens.
 """
@@ -36,9 +36,7 @@ def _run_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_pairs = cu_targets.shape[0] // 2
     losses, metrics, slopes = logp.new_empty(num_pairs), logp.new_empty(6, num_pairs), logp.new_empty(2 * num_pairs)
-    none = logp.new_empty(0)
-    ref, margin, weight = (none if t is None else t for t in (ref_logp, margin, weight))
-    _call("preference_pairs", logp, logp, ref, ref_per_token, cu_targets, margin, weight, name, numbers, tail, losses, metrics, slopes)
+    _call("preference_pairs", logp, logp, ref_logp, ref_per_token, cu_targets, margin, weight, name, numbers, tail, losses, metrics, slopes)
     return losses, metrics, slopes
 
 
@@ -54,9 +52,7 @@ def _run_singles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num = cu_targets.shape[0] - 1
     losses, metrics, slopes = logp.new_empty(num), logp.new_empty(2, num), logp.new_empty(num)
-    none = logp.new_empty(0)
-    ref, weight = (none if t is None else t for t in (ref_logp, weight))
-    _call("preference_singles", logp, logp, ref, ref_per_token, cu_targets, labels, weight, name, numbers, losses, metrics, slopes)
+    _call("preference_singles", logp, logp, ref_logp, ref_per_token, cu_targets, labels, weight, name, numbers, losses, metrics, slopes)
     return losses, metrics, slopes
 
 
@@ -66,45 +62,86 @@ def _spread(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: in
     return gradient
 
 
-class PairLosses(torch.autograd.Function):
-    """(logp, cu_targets, ref_logp, margin, weight, ref_per_token, name, numbers, tail) → (losses, metrics)."""
+class _Pairs(torch.autograd.Function):
+    """(logp, cu_targets, ref_logp, margin, weight, ref_per_token, name, numbers, tail) → (losses, metrics, slopes)."""
 
     @staticmethod
-    def forward(ctx: Any, logp: Tensor, cu_targets: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        losses, metrics, slopes = _run_pairs(logp, cu_targets, *given)
-        ctx.save_for_backward(logp, slopes, cu_targets)
-        ctx.tail = given[-1]
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
-        return losses, metrics
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run_pairs(*inputs)
+        _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
+        return output
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _metrics: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 9
-        logp, slopes, cu_targets = ctx.saved_tensors
-        gradient = _spread(upstream, slopes, cu_targets, logp.shape[0], 2, ctx.tail)
-        return once("preference_loss", gradient, logp), *(None,) * 8
+    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), None, None, None, None, None, None, None, None
 
 
-class SingleLosses(torch.autograd.Function):
-    """(logp, cu_targets, labels, ref_logp, weight, ref_per_token, name, numbers) → (losses, metrics)."""
+class _Singles(torch.autograd.Function):
+    """(logp, cu_targets, labels, ref_logp, weight, ref_per_token, name, numbers) → (losses, metrics, slopes)."""
 
     @staticmethod
-    def forward(ctx: Any, logp: Tensor, cu_targets: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        losses, metrics, slopes = _run_singles(logp, cu_targets, *given)
-        ctx.save_for_backward(logp, slopes, cu_targets)
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
-        return losses, metrics
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run_singles(*inputs)
+        _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _metrics: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 8
-        logp, slopes, cu_targets = ctx.saved_tensors
-        gradient = _spread(upstream, slopes, cu_targets, logp.shape[0], 1, 1.0)
-        return once("unpaired_loss", gradient, logp), *(None,) * 7
+    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), None, None, None, None, None, None, None
+
+
+class _TracedPairs(_Pairs):
+    """As torch.func and torch.compile want it; outside them torch spends 20 us on binding the arguments of this form."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return pairs_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
+
+
+class _TracedSingles(_Singles):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return singles_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
+
+
+def pairs(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(losses, metrics) of the arguments of `_Pairs`; autograd only where there is something to differentiate."""
+    if torch.compiler.is_compiling():
+        return _TracedPairs.apply(*arguments)[:2]
+    differentiable = arguments[0].requires_grad and torch.is_grad_enabled()
+    return (_Pairs.apply if differentiable else _run_pairs)(*arguments)[:2]
+
+
+def singles(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(losses, metrics) of the arguments of `_Singles`."""
+    if torch.compiler.is_compiling():
+        return _TracedSingles.apply(*arguments)[:2]
+    differentiable = arguments[0].requires_grad and torch.is_grad_enabled()
+    return (_Singles.apply if differentiable else _run_singles)(*arguments)[:2]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], op: str, unit: int, tail: float) -> None:
+    _, metrics, slopes = output
+    ctx.save_for_backward(inputs[0], slopes, inputs[1])
+    ctx.mark_non_differentiable(metrics, slopes)
+    ctx.set_materialize_grads(False)
+    ctx.op, ctx.unit, ctx.tail = op, unit, tail
+
+
+def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
+    if upstream is None:
+        return None
+    logp, slopes, cu_targets = ctx.saved_tensors
+    run = _spread_op if torch.compiler.is_compiling() else _spread
+    return once(ctx.op, run(upstream, slopes, cu_targets, logp.shape[0], ctx.unit, ctx.tail), logp)
 
 
 @torch.library.custom_op("fastalign::preference_pairs", mutates_args=())
@@ -156,18 +193,3 @@ def _spread_op(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens:
 @_spread_op.register_fake
 def _(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: int, unit: int, tail: float) -> Tensor:
     return slopes.new_empty(num_tokens)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2], inputs[1])
-    ctx.num_tokens, ctx.inputs = inputs[0].shape[0], len(inputs)
-    ctx.unit, ctx.tail = (2, inputs[-1]) if isinstance(inputs[-1], float) else (1, 1.0)
-
-
-def _differentiate(ctx: Any, upstream: Tensor, _metrics: Tensor, _slopes: Tensor) -> tuple[Tensor | None, ...]:
-    slopes, cu_targets = ctx.saved_tensors
-    return (_spread_op(upstream, slopes, cu_targets, ctx.num_tokens, ctx.unit, ctx.tail), *(None,) * (ctx.inputs - 1))
-
-
-pairs_op.register_autograd(_differentiate, setup_context=_save)
-singles_op.register_autograd(_differentiate, setup_context=_save)
