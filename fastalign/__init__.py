@@ -19,6 +19,8 @@ _HOME = {
     "linear_kl": "ops.linear_kl",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
+    "preference_loss": "losses.packed",
+    "unpaired_loss": "losses.packed",
     "use_backend": "ops.backend",
     "Packed": "packing",
     "Segment": "packing",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .modules import FusedLinearCrossEntropy as FusedLinearCrossEntropy
     from .modules import FusedLinearDPO as FusedLinearDPO
     from .modules import FusedLinearGRPO as FusedLinearGRPO
+    from .losses.packed import preference_loss as preference_loss
+    from .losses.packed import unpaired_loss as unpaired_loss
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_kl import linear_kl as linear_kl

@@ -52,6 +52,45 @@ POLICY_LOSSES: dict[str, Entry] = {
     "cispo": Entry("-clip(ratio), detached, times A log p", "arXiv:2506.13585", ("epsilon", "epsilon_high")),
 }
 
+_SMOOTHED = ("beta", "label_smoothing")
+
+PREFERENCE_LOSSES: dict[str, Entry] = {
+    "dpo": Entry("-log sigmoid of the reward margin; label_smoothing makes it cDPO", "arXiv:2305.18290", _SMOOTHED),
+    "robust": Entry("DPO, unbiased when a share label_smoothing of the labels is flipped", "arXiv:2403.00409", _SMOOTHED),
+    "ipo": Entry("squared distance of the margin to 1 / (2 beta), whole completions", "arXiv:2310.12036", ("beta",)),
+    "ipo_avg": Entry("IPO of log-ratios a token, TRL's ipo", "arXiv:2310.12036", ("beta",)),
+    "hinge": Entry("hinge of the reward margin (RSO's hinge-norm)", "arXiv:2309.06657", ("beta",)),
+    "slic": Entry("hinge of log-probs without a reference, and NLL of the chosen", "arXiv:2305.10425", ("delta", "nll_coef")),
+    "rso": Entry("DPO's equation for pairs that come from rejection sampling", "arXiv:2309.06657", ("beta",)),
+    "spin": Entry("DPO's equation for ground truth against the previous model's samples", "arXiv:2401.01335", ("beta",)),
+    "dpo_norm": Entry("DPO of log-ratios a token", "arXiv:2411.15124", ("beta",)),
+    "exo_pair": Entry("reverse KL to the smoothed label", "arXiv:2402.00856", _SMOOTHED),
+    "nca_pair": Entry("noise contrastive: each reward on its own, against itself", "arXiv:2402.05369", ("beta",)),
+    "bco_pair": Entry("binary classifier of each completion, around a running reward shift", "arXiv:2404.04656", ("beta", "shift")),
+    "sppo_hard": Entry("self-play: log-ratios to plus and minus 1 / (2 beta)", "arXiv:2405.00675", ("beta",)),
+    "aot": Entry("sorted margins against the reference's sorted margins", "arXiv:2406.05882", (*_SMOOTHED, "matched")),
+    "aot_unpaired": Entry(
+        "sorted chosen against sorted rejected log-ratios", "arXiv:2406.05882", (*_SMOOTHED, "matched_win", "matched_lose")
+    ),
+    "apo_zero": Entry("raises the chosen, lowers the rejected", "arXiv:2408.06266", ("beta",)),
+    "apo_down": Entry("lowers both, the rejected more", "arXiv:2408.06266", ("beta",)),
+    "discopop": Entry("a discovered blend of the logistic and the exponential loss", "arXiv:2406.08414", ("beta", "tau")),
+    "simpo": Entry("log-probs a token with a target margin, no reference", "arXiv:2405.14734", ("beta", "gamma", "label_smoothing")),
+    "cpo": Entry("DPO without a reference, and NLL of the chosen", "arXiv:2401.08417", ("beta", "nll_coef", "label_smoothing")),
+    "cpo_simpo": Entry("SimPO, and NLL of the chosen", "arXiv:2401.08417", ("beta", "gamma", "nll_coef", "label_smoothing")),
+    "alphapo": Entry("SimPO with the reward's shape as a parameter", "arXiv:2501.03884", ("beta", "gamma", "alpha", "label_smoothing")),
+    "orpo": Entry("NLL of the chosen and the odds ratio, no reference", "arXiv:2403.07691", ("beta",)),
+    "sft": Entry("NLL of the chosen, for mixtures"),
+}
+
+_WEIGHTED = ("beta", "desirable_weight", "undesirable_weight")
+
+UNPAIRED_LOSSES: dict[str, Entry] = {
+    "kto": Entry("sigmoid of each reward against the KL to the reference", "arXiv:2402.01306", (*_WEIGHTED, "z_ref")),
+    "bco": Entry("binary classifier of each completion, around a running reward shift", "arXiv:2404.04656", (*_WEIGHTED, "shift")),
+    "apo_zero_unpaired": Entry("raises desirable completions, lowers the others", "arXiv:2408.06266", _WEIGHTED),
+}
+
 AGGREGATES: dict[str, Entry] = {
     "token": Entry("every token of the batch counts the same", "arXiv:2503.14476"),
     "sequence": Entry("every sequence of the batch counts the same", "arXiv:2402.03300"),

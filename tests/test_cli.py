@@ -252,13 +252,19 @@ def test_catalogue_agrees_with_the_tables():
     from fastalign import algorithms
     from fastalign.advantages import ADVANTAGES
     from fastalign.losses.policy import AGGREGATES, POLICY
+    from fastalign.losses.preference import PREFERENCE
+    from fastalign.losses.unpaired import UNPAIRED
 
     assert set(catalogue.ALGORITHMS) == set(algorithms.ALGORITHMS)
     assert set(catalogue.ADVANTAGES) == set(ADVANTAGES)
     assert set(catalogue.POLICY_LOSSES) == set(POLICY)
+    assert set(catalogue.PREFERENCE_LOSSES) == set(PREFERENCE)
+    assert set(catalogue.UNPAIRED_LOSSES) == set(UNPAIRED)
     assert set(catalogue.AGGREGATES) == set(AGGREGATES)
     functions = [(ADVANTAGES[name], entry) for name, entry in catalogue.ADVANTAGES.items()]
     functions += [(POLICY[name].function, entry) for name, entry in catalogue.POLICY_LOSSES.items()]
+    functions += [(PREFERENCE[name].function, entry) for name, entry in catalogue.PREFERENCE_LOSSES.items()]
+    functions += [(UNPAIRED[name].function, entry) for name, entry in catalogue.UNPAIRED_LOSSES.items()]
     for function, entry in functions:
         parameters = inspect.signature(function).parameters.values()
         assert entry.options == tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), function

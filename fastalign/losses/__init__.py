@@ -1,5 +1,5 @@
 """Losses: equations only, one file a family."""
 
-from . import policy, sft
+from . import policy, preference, sft, unpaired
 
-__all__ = ["policy", "sft"]
+__all__ = ["policy", "preference", "sft", "unpaired"]

@@ -1,0 +1,165 @@
+"""Preference losses over packed log-probs: segment sums, the formula of a pair or a completion, dL/dlogp; one launch each way.
+
+The forward keeps one slope a sequence (dloss/dsum); the backward writes upstream * slope to its tokens. The formulas are those of
+csrc/math/preference.h; an equation without one there runs as the plain torch function it is, on the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import preference_reference as reference
+from .backend import backend_for
+from .preference_native import pairs, singles
+from .preference_reference import Side
+
+TRANSFORMS = ("identity", "power", "js")
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A loss as csrc/math/preference.h knows it.
+
+    Attributes:
+        name: a formula of that file, or "torch": none, the equation is evaluated by torch.
+        beta: multiplies the scores.
+        first, second, target: what the formula calls so.
+        nll: weight of the chosen completion's negative log-likelihood a token.
+        per_token: scores are divided by the number of tokens.
+        transform: of the scores: "identity", "power" ((e^(power * x) - 1) / power) or "js".
+        power: its exponent.
+    """
+
+    name: str = "torch"
+    beta: float = 1.0
+    first: float = 1.0
+    second: float = 0.0
+    target: float = 0.0
+    nll: float = 0.0
+    per_token: bool = False
+    transform: str = "identity"
+    power: float = 0.0
+
+    @property
+    def pair_numbers(self) -> list[float]:
+        transform = float(TRANSFORMS.index(self.transform))
+        return [self.beta, self.first, self.second, self.target, self.nll, transform, self.power, float(self.per_token)]
+
+    @property
+    def single_numbers(self) -> list[float]:
+        return [self.beta, self.first, self.second, self.target]
+
+
+class Sequences(NamedTuple):
+    """What the losses read beside the log-probs. The tensors get no gradient.
+
+    Attributes:
+        cu_targets: [S+1] int32 offsets; checked when they are on the CPU.
+        ref_logp: [N] or, as sums, [S]; None: no reference.
+        ref_per_token: which of the two.
+        weight: [B] or None: 1.
+        margin: [B] or None: 0 (pairs).
+        tail: what a token past the length of its pair's shorter completion counts (pairs).
+    """
+
+    cu_targets: Tensor
+    ref_logp: Tensor | None = None
+    ref_per_token: bool = False
+    weight: Tensor | None = None
+    margin: Tensor | None = None
+    tail: float = 1.0
+
+
+def pair_losses(logp: Tensor, sequences: Sequences, formula: Formula, equation: Callable[[Side, Side], Tensor]) -> tuple[Tensor, Tensor]:
+    """Losses of pairs: sequences 2i (chosen) and 2i+1 (rejected) of packed log-probs.
+
+    Args:
+        logp: [N] fp32 or fp64, nats.
+        sequences: 2B of them.
+        formula: what the kernels evaluate.
+        equation: the same in torch, for the reference and where the formula is "torch".
+
+    Returns:
+        [B] losses, differentiable in logp once, and [6, B] detached: rewards of chosen and rejected, their margin, whether it is > 0,
+        log-probs of chosen and rejected. Sums and formulas in fp64, rounded to logp's dtype.
+    """
+    if formula.name == "torch" or not _runs_native(logp):
+        cu = _offsets(sequences, logp, kernel=False)
+        return reference.pair_losses(
+            equation,
+            logp,
+            sequences.ref_logp,
+            cu,
+            sequences.margin,
+            sequences.weight,
+            ref_per_token=sequences.ref_per_token,
+            beta=formula.beta,
+            per_token=formula.per_token,
+            tail=sequences.tail,
+        )
+    given = _like(logp, sequences.ref_logp, sequences.margin, sequences.weight)
+    arguments = (
+        logp.contiguous(),
+        _offsets(sequences, logp, kernel=True),
+        *given,
+        sequences.ref_per_token,
+        formula.name,
+        formula.pair_numbers,
+        sequences.tail,
+    )
+    return pairs(*arguments)
+
+
+def single_losses(
+    logp: Tensor, sequences: Sequences, labels: Tensor, formula: Formula, equation: Callable[[Side, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Losses of completions on their own. labels: [B] bool, whether a completion is desirable.
+
+    Returns:
+        [B] losses, differentiable in logp once, and [2, B] detached: rewards and log-probs.
+    """
+    if formula.name == "torch" or not _runs_native(logp):
+        cu = _offsets(sequences, logp, kernel=False)
+        return reference.single_losses(
+            equation, logp, sequences.ref_logp, cu, labels, sequences.weight, ref_per_token=sequences.ref_per_token, beta=formula.beta
+        )
+    given = _like(logp, sequences.ref_logp, sequences.weight)
+    arguments = (
+        logp.contiguous(),
+        _offsets(sequences, logp, kernel=True),
+        labels.contiguous(),
+        *given,
+        sequences.ref_per_token,
+        formula.name,
+        formula.single_numbers,
+    )
+    return singles(*arguments)
+
+
+@torch.compiler.assume_constant_result
+def _has_native(device: str) -> bool:
+    return backend_for("preference", device) == "native"
+
+
+def _runs_native(logp: Tensor) -> bool:
+    return _has_native(logp.device.type)
+
+
+def _like(logp: Tensor, *given: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(logp).contiguous() for t in given]
+
+
+def _offsets(sequences: Sequences, logp: Tensor, *, kernel: bool) -> Tensor:
+    """The offsets where the log-probs are. On the CPU the kernel checks them itself; on the GPU they are taken as they are."""
+    cu = sequences.cu_targets
+    if cu.device.type == "cpu" and not torch.compiler.is_compiling() and not (kernel and logp.device.type == "cpu"):
+        offsets = cu.tolist()
+        if offsets[0] != 0 or offsets[-1] != logp.shape[0] or any(b < a for a, b in pairwise(offsets)):
+            raise ValueError(f"preference: cu_targets must rise from 0 to the {logp.shape[0]} log-probs, got {offsets[:16]}")
+    return cu.to(logp.device, torch.int32).contiguous()

@@ -1,0 +1,195 @@
+"""The native preference losses and their autograd: a Function, whose passes are custom ops where torch.compile traces.
+
+A forward keeps one slope a sequence, dloss/dsum; a backward writes upstream * slope to the sequence's tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import load_native
+from .once import once
+
+
+def _call(name: str, like: Tensor, *arguments: Any) -> None:
+    module, _ = load_native()
+    if like.is_cuda:
+        with torch.cuda.device(like.device):
+            getattr(module, name + "_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        getattr(module, name)(*arguments)
+
+
+def _run_pairs(
+    logp: Tensor,
+    cu_targets: Tensor,
+    ref_logp: Tensor | None,
+    margin: Tensor | None,
+    weight: Tensor | None,
+    ref_per_token: bool,
+    name: str,
+    numbers: list[float],
+    tail: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_pairs = cu_targets.shape[0] // 2
+    losses, metrics, slopes = logp.new_empty(num_pairs), logp.new_empty(6, num_pairs), logp.new_empty(2 * num_pairs)
+    _call("preference_pairs", logp, logp, ref_logp, ref_per_token, cu_targets, margin, weight, name, numbers, tail, losses, metrics, slopes)
+    return losses, metrics, slopes
+
+
+def _run_singles(
+    logp: Tensor,
+    cu_targets: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    weight: Tensor | None,
+    ref_per_token: bool,
+    name: str,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    num = cu_targets.shape[0] - 1
+    losses, metrics, slopes = logp.new_empty(num), logp.new_empty(2, num), logp.new_empty(num)
+    _call("preference_singles", logp, logp, ref_logp, ref_per_token, cu_targets, labels, weight, name, numbers, losses, metrics, slopes)
+    return losses, metrics, slopes
+
+
+def _spread(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: int, unit: int, tail: float) -> Tensor:
+    gradient = slopes.new_empty(num_tokens)
+    _call("preference_spread", slopes, upstream, slopes, cu_targets, unit, tail, gradient)
+    return gradient
+
+
+class _Pairs(torch.autograd.Function):
+    """(logp, cu_targets, ref_logp, margin, weight, ref_per_token, name, numbers, tail) → (losses, metrics, slopes)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run_pairs(*inputs)
+        _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), None, None, None, None, None, None, None, None
+
+
+class _Singles(torch.autograd.Function):
+    """(logp, cu_targets, labels, ref_logp, weight, ref_per_token, name, numbers) → (losses, metrics, slopes)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _run_singles(*inputs)
+        _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), None, None, None, None, None, None, None
+
+
+class _TracedPairs(_Pairs):
+    """As torch.func and torch.compile want it; outside them torch spends 20 us on binding the arguments of this form."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return pairs_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
+
+
+class _TracedSingles(_Singles):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return singles_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
+
+
+def pairs(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(losses, metrics) of the arguments of `_Pairs`; autograd only where there is something to differentiate."""
+    if torch.compiler.is_compiling():
+        return _TracedPairs.apply(*arguments)[:2]
+    differentiable = arguments[0].requires_grad and torch.is_grad_enabled()
+    return (_Pairs.apply if differentiable else _run_pairs)(*arguments)[:2]
+
+
+def singles(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(losses, metrics) of the arguments of `_Singles`."""
+    if torch.compiler.is_compiling():
+        return _TracedSingles.apply(*arguments)[:2]
+    differentiable = arguments[0].requires_grad and torch.is_grad_enabled()
+    return (_Singles.apply if differentiable else _run_singles)(*arguments)[:2]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], op: str, unit: int, tail: float) -> None:
+    _, metrics, slopes = output
+    ctx.save_for_backward(inputs[0], slopes, inputs[1])
+    ctx.mark_non_differentiable(metrics, slopes)
+    ctx.set_materialize_grads(False)
+    ctx.op, ctx.unit, ctx.tail = op, unit, tail
+
+
+def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
+    if upstream is None:
+        return None
+    logp, slopes, cu_targets = ctx.saved_tensors
+    run = _spread_op if torch.compiler.is_compiling() else _spread
+    return once(ctx.op, run(upstream, slopes, cu_targets, logp.shape[0], ctx.unit, ctx.tail), logp)
+
+
+@torch.library.custom_op("fastalign::preference_pairs", mutates_args=())
+def pairs_op(
+    logp: Tensor,
+    cu_targets: Tensor,
+    ref_logp: Tensor | None,
+    margin: Tensor | None,
+    weight: Tensor | None,
+    ref_per_token: bool,
+    name: str,
+    numbers: list[float],
+    tail: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_pairs(logp, cu_targets, ref_logp, margin, weight, ref_per_token, name, numbers, tail)
+
+
+@pairs_op.register_fake
+def _(logp: Tensor, cu_targets: Tensor, *_given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_pairs = cu_targets.shape[0] // 2
+    return logp.new_empty(num_pairs), logp.new_empty(6, num_pairs), logp.new_empty(2 * num_pairs)
+
+
+@torch.library.custom_op("fastalign::preference_singles", mutates_args=())
+def singles_op(
+    logp: Tensor,
+    cu_targets: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None,
+    weight: Tensor | None,
+    ref_per_token: bool,
+    name: str,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_singles(logp, cu_targets, labels, ref_logp, weight, ref_per_token, name, numbers)
+
+
+@singles_op.register_fake
+def _(logp: Tensor, cu_targets: Tensor, *_given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num = cu_targets.shape[0] - 1
+    return logp.new_empty(num), logp.new_empty(2, num), logp.new_empty(num)
+
+
+@torch.library.custom_op("fastalign::preference_spread", mutates_args=())
+def _spread_op(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: int, unit: int, tail: float) -> Tensor:
+    return _spread(upstream, slopes, cu_targets, num_tokens, unit, tail)
+
+
+@_spread_op.register_fake
+def _(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: int, unit: int, tail: float) -> Tensor:
+    return slopes.new_empty(num_tokens)
