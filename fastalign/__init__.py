@@ -12,6 +12,8 @@ _HOME = {
     "linear_logp": "ops.linear_logp",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "linear_loss": "ops.linear_loss",
+    "policy_loss": "ops.policy",
+    "PolicyOptions": "ops.policy",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
     "use_backend": "ops.backend",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_logp import linear_logp as linear_logp
     from .ops.linear_loss import linear_loss as linear_loss
+    from .ops.policy import PolicyOptions as PolicyOptions
+    from .ops.policy import policy_loss as policy_loss
     from .ops.scan import discounted_returns as discounted_returns
     from .ops.scan import gae as gae
     from .packing import Packed as Packed

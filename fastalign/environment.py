@@ -12,7 +12,7 @@ import torch
 
 from .ops.backend import backend_for, forced_backend, load_native
 
-OPS = ("linear_logp", "scan", "attention", "adamw", "sample")
+OPS = ("linear_logp", "scan", "policy", "attention", "adamw", "sample")
 PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify")
 
 

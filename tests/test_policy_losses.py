@@ -57,7 +57,7 @@ def test_cispo_gradient_is_the_clipped_weight_times_the_advantage():
     torch.testing.assert_close(logp.grad, expected)
 
 
-@pytest.mark.parametrize("name", [n for n in POLICY if n != "cispo"])
+@pytest.mark.parametrize("name", [n for n in POLICY if n not in ("cispo", "gspo_token")])  # these two detach
 def test_policy_gradcheck(name):
     logp, old, adv, cu = off_policy(3)
     assert gradcheck(lambda x: POLICY[name].function(x, old, adv, cu), (logp.requires_grad_(),))

@@ -83,7 +83,7 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
     """The backend that runs `op` on `device`.
 
     Args:
-        op: the stem of its native source: "linear_logp", "scan", "adamw", "attention" or "sample".
+        op: the stem of its native source: "linear_logp", "scan", "policy", "adamw", "attention" or "sample".
         device: a torch device or its name.
 
     Returns:
