@@ -7,7 +7,6 @@ devices that no kernel reads, take the torch equations.
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,15 +94,13 @@ def policy_loss(
     """
     row = _row(loss)
     inputs = _checked(logp, old_logp, advantages, weights, ref_logp, sampler_logp, entropy, cu_targets, row, options)
-    items = tuple(sorted(loss_options.items()))
-    kernel = _kernel(loss, row, items)
+    compiling = torch.compiler.is_compiling()  # it does not look into caches
+    kernel = (_kernel.__wrapped__ if compiling else _kernel)(loss, row, tuple(sorted(loss_options.items())))
     if kernel is None or not _has_kernel(logp):
         return policy_reference(inputs, row, loss_options, kernel, options)
-    codes, numbers = _plan(kernel, options)
-    if torch.compiler.is_compiling():
-        scalar, _, sums = policy_op(*inputs, codes, numbers)
-    else:
-        scalar, sums = _Policy.apply(inputs.logp, inputs.entropy, inputs, codes, numbers)
+    codes, numbers = (_plan.__wrapped__ if compiling else _plan)(kernel, options)
+    run = _traced if compiling else _Policy.apply
+    scalar, sums = run(logp, entropy, inputs, codes, numbers)
     return scalar, _named(sums, inputs, options)
 
 
@@ -124,8 +121,7 @@ def _row(loss: str) -> PolicyLoss:
 @functools.lru_cache(maxsize=256)
 def _kernel(loss: str, row: PolicyLoss, items: tuple[tuple[str, Any], ...]) -> Kernel | None:
     """The row's form for kernels with its options and their defaults; unknown options raise."""
-    parameters = inspect.signature(row.function).parameters.values()
-    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = row.function.__kwdefaults__ or {}
     for name, _ in items:
         if name not in known:
             raise ValueError(f"policy_loss: {loss} has no option {name!r}; options: {', '.join(known) or 'none'}")
@@ -242,6 +238,20 @@ class _Policy(torch.autograd.Function):
         return once("policy_loss", _scaled(grad, g), *inputs), d_entropy, None, None, None
 
 
+def _traced(logp: Tensor, entropy: Tensor | None, inputs: PolicyInputs, codes: list[int], numbers: list[float]) -> tuple[Tensor, Tensor]:
+    """The same for torch.compile and torch.func: the op runs on detached inputs, a term of value 0 carries its gradient."""
+    scalar, grad, sums = policy_op(*(t if t is None else t.detach() for t in inputs), codes, numbers)
+    scalar = scalar + (grad * _nothing(logp)).sum()
+    if entropy is not None and numbers[7]:
+        scalar = scalar - numbers[7] * (inputs.weights * _nothing(entropy)).sum()
+    return scalar, sums
+
+
+def _nothing(x: Tensor) -> Tensor:
+    """0, of which d/dx is 1; where x is infinite neither the loss nor its gradient is of use."""
+    return torch.where(x.isinf(), torch.zeros_like(x), x - x.detach())
+
+
 @torch.library.custom_op("fastalign::policy", mutates_args=())
 def policy_op(
     logp: Tensor,
@@ -255,7 +265,7 @@ def policy_op(
     codes: list[int],
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(scalar, dscalar/dlogp [N], sums [9] fp64) as torch.compile sees it."""
+    """(scalar, dscalar/dlogp [N], sums [9] fp64); not differentiable by itself."""
     inputs = PolicyInputs(logp, old_logp, advantages, weights, ref_logp, sampler_logp, entropy, cu_targets)
     grad, sums = _launch(inputs, codes, numbers)
     return sums[0].to(logp.dtype, copy=True), grad, sums
@@ -264,17 +274,3 @@ def policy_op(
 @policy_op.register_fake
 def _(logp, *_rest):  # type: ignore[no-untyped-def]
     return logp.new_empty(()), torch.empty_like(logp), logp.new_empty(len(SUMS), dtype=torch.float64)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.entropy_coef, ctx.has_entropy = inputs[9][7], inputs[6] is not None
-    ctx.save_for_backward(inputs[3], output[1])
-
-
-def _differentiate(ctx: Any, g: Tensor, _grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:
-    weights, grad = ctx.saved_tensors
-    d_entropy = weights * (g * -ctx.entropy_coef) if ctx.has_entropy else None
-    return grad * g, None, None, None, None, None, d_entropy, None, None, None
-
-
-policy_op.register_autograd(_differentiate, setup_context=_save)
