@@ -66,6 +66,12 @@ FA_SIMD vf live_lanes(int64_t n, vf) {
 }
 FA_SIMD double live_lanes(int64_t, double) { return 1.0; }
 
+template <typename T>
+struct Sums {
+  typename LanesOf<T>::Wide loss{}, clip_low{}, clip_high{}, kl{}, ratio{}, approx_kl{}, entropy{}, correction{}, correction_clipped{};
+  typename LanesOf<T>::Wide pull{};  // of weight * correction * slope, where the ratio is the sequence's
+};
+
 // What a sequence's tokens share.
 struct Shared {
   double log_ratio = 0.0;       // mean of the contributions
@@ -73,95 +79,109 @@ struct Shared {
 };
 
 template <typename T>
-struct Run {
+FA_SIMD auto read_advantage(const PolicyTokens<T>& t, math::Advantage rule, int64_t i, int64_t n) {
+  return math::advantage_of(rule, read(t.advantages + i, n));
+}
+template <typename T>
+FA_SIMD auto read_log_ratio(const PolicyTokens<T>& t, int64_t i, int64_t n) {
+  return read(t.logp + i, n) - read(t.old_logp + i, n);
+}
+
+template <typename T>
+Shared measure(const PolicyTokens<T>& t, int64_t begin, int64_t end) {
   using L = LanesOf<T>;
-  using F = typename L::F;
-  using U = typename L::U;
-  using Wide = typename L::Wide;
-
-  const PolicyTokens<T>& t;
-  int64_t begin, end;
-  Shared shared;
-  Wide sums[kNumPolicySums] = {};
-  Wide pull = {};  // of weight * correction * slope, where the ratio is the sequence's
-
-  F advantage(int64_t i, int64_t n) const { return math::advantage_of(t.options.advantage, read(t.advantages + i, n)); }
-  F log_ratio(int64_t i, int64_t n) const { return read(t.logp + i, n) - read(t.old_logp + i, n); }
-
-  void measure() {
-    const bool ratio = t.options.has_sequence_ratio(), corrected = t.sampler_logp && t.options.has_sequence_correction();
-    if ((!ratio && !corrected) || begin == end) return;
-    Wide log_ratios = {}, corrections = {};
-    for (int64_t i = begin; i < end; i += L::width) {
-      const int64_t n = end - i < L::width ? end - i : L::width;
-      if (ratio) log_ratios += widen(math::contribution(t.options, log_ratio(i, n), advantage(i, n)).value);
-      if (corrected) corrections += widen(read(t.old_logp + i, n) - read(t.sampler_logp + i, n));
-    }
-    shared = {total(log_ratios) / static_cast<double>(end - begin), total(corrections)};
+  const math::Policy<T> p = t.options;
+  const bool ratio = p.has_sequence_ratio(), corrected = t.sampler_logp && p.has_sequence_correction();
+  if ((!ratio && !corrected) || begin == end) return {};
+  typename L::Wide log_ratios{}, corrections{};
+  for (int64_t i = begin; i < end; i += L::width) {
+    const int64_t n = end - i < L::width ? end - i : L::width;
+    if (ratio) log_ratios += widen(math::contribution(p, read_log_ratio(t, i, n), read_advantage(t, p.advantage, i, n)).value);
+    if (corrected) corrections += widen(read(t.old_logp + i, n) - read(t.sampler_logp + i, n));
   }
+  return {total(log_ratios) / static_cast<double>(end - begin), total(corrections)};
+}
 
-  // Loss and metrics of up to `width` tokens; their gradient but for what comes through a sequence's ratio.
-  void step(int64_t i, int64_t n) {
-    const auto& p = t.options;
-    const F zero = F{}, live = live_lanes(n, zero), weight = read(t.weights + i, n), adv = advantage(i, n);
-    const F logp = read(t.logp + i, n), old = read(t.old_logp + i, n), own = logp - old;
-    const bool by_sequence = p.has_sequence_ratio();
-    const F log_ratio = by_sequence ? zero + static_cast<T>(shared.log_ratio) : own;
-    const F ratio = math::exp_of<U, F>(math::saturated(log_ratio));
-    math::Term<F> term = math::surrogate<U>(p, logp, log_ratio, ratio, adv);
-    const F seen = p.loss == math::PolicyLoss::gmpo ? math::exp_of<U, F>(math::saturated(own)) : ratio;
-    const F near = math::saturated(own);
-    sums[kClipLow] += widen(((seen < p.low) & (adv < zero)) ? live : zero);
-    sums[kClipHigh] += widen(((seen > p.high) & (adv > zero)) ? live : zero);
-    sums[kRatio] += widen(seen * live);
-    sums[kApproxKl] += widen(near * near * static_cast<T>(0.5));
-    if (t.sampler_logp && p.correction != math::Correction::none) {
-      const F gap = p.has_sequence_correction() ? zero + static_cast<T>(shared.log_correction) : old - read(t.sampler_logp + i, n);
-      const math::Term<F> c = math::correction<U>(p, gap);
-      sums[kCorrection] += widen(c.value * live);
-      sums[kCorrectionClipped] += widen(c.slope * live);
-      term = {c.value == zero ? zero : c.value * term.value, c.value == zero ? zero : c.value * term.slope};
-    }
-    F loss = term.value, slope = term.slope;
-    if (by_sequence && p.loss != math::PolicyLoss::gspo_token) {
-      pull += widen(weight == zero ? zero : weight * slope);
-      slope = zero;
-    }
-    if (t.ref_logp) {
-      const math::Term<F> kl = math::divergence<U>(p.kl, logp, read(t.ref_logp + i, n));
-      sums[kKl] += widen(kl.value);
-      if (p.kl_coef != 0) {
-        loss = loss + kl.value * p.kl_coef;
-        slope = slope + kl.slope * p.kl_coef;
-      }
-    }
-    if (t.entropy) {
-      const F entropy = read(t.entropy + i, n);
-      sums[kEntropy] += widen(entropy);
-      if (p.entropy_coef != 0) loss = loss - entropy * p.entropy_coef;
-    }
-    sums[kLoss] += widen(weight == zero ? zero : weight * loss);
-    write(t.grad + i, weight == zero ? zero : weight * slope, n);
+// Loss and metrics of up to `width` tokens; their gradient but for what comes through a sequence's ratio.
+template <typename T>
+FA_SIMD void step(const PolicyTokens<T>& t, const math::Policy<T>& p, const Shared& shared, int64_t i, int64_t n, Sums<T>& sums) {
+  using F = typename LanesOf<T>::F;
+  using U = typename LanesOf<T>::U;
+  const F zero = F{}, live = n == LanesOf<T>::width ? zero + 1.0f : live_lanes(n, zero);
+  const F weight = read(t.weights + i, n), adv = read_advantage(t, p.advantage, i, n);
+  const F logp = read(t.logp + i, n), old = read(t.old_logp + i, n), own = logp - old, near = math::saturated(own);
+  const bool by_sequence = p.has_sequence_ratio();
+  const F log_ratio = by_sequence ? zero + static_cast<T>(shared.log_ratio) : own;
+  const F ratio = math::exp_of<U, F>(math::saturated(log_ratio));
+  math::Term<F> term = math::surrogate<U>(p, logp, log_ratio, ratio, adv);
+  const F seen = p.loss == math::PolicyLoss::gmpo ? math::exp_of<U, F>(near) : ratio;
+  sums.clip_low += widen(((seen < p.low) & (adv < zero)) ? live : zero);
+  sums.clip_high += widen(((seen > p.high) & (adv > zero)) ? live : zero);
+  sums.ratio += widen(seen * live);
+  sums.approx_kl += widen(near * near * static_cast<T>(0.5));
+  if (t.sampler_logp && p.correction != math::Correction::none) {
+    const F gap = p.has_sequence_correction() ? zero + static_cast<T>(shared.log_correction) : old - read(t.sampler_logp + i, n);
+    const math::Term<F> c = math::correction<U>(p, gap);
+    sums.correction += widen(c.value * live);
+    sums.correction_clipped += widen(c.slope * live);
+    term = {c.value == zero ? zero : c.value * term.value, c.value == zero ? zero : c.value * term.slope};
   }
-
-  // The gradient through the sequence's ratio: the same share for every token that moves it.
-  void spread() {
-    const T share = static_cast<T>(total(pull) / static_cast<double>(end - begin));
-    if (share == 0) return;
-    for (int64_t i = begin; i < end; i += L::width) {
-      const int64_t n = end - i < L::width ? end - i : L::width;
-      const F moved = math::contribution(t.options, log_ratio(i, n), advantage(i, n)).slope;
-      write(t.grad + i, read(t.grad + i, n) + moved * share, n);
+  F loss = term.value, slope = term.slope;
+  if (by_sequence && p.loss != math::PolicyLoss::gspo_token) {
+    sums.pull += widen(weight == zero ? zero : weight * slope);
+    slope = zero;
+  }
+  if (t.ref_logp) {
+    const math::Term<F> kl = math::divergence<U>(p.kl, logp, read(t.ref_logp + i, n));
+    sums.kl += widen(kl.value);
+    if (p.kl_coef != 0) {
+      loss = loss + kl.value * p.kl_coef;
+      slope = slope + kl.slope * p.kl_coef;
     }
   }
-
-  void all(double* out) {
-    measure();
-    for (int64_t i = begin; i < end; i += L::width) step(i, end - i < L::width ? end - i : L::width);
-    if (t.options.has_sequence_ratio() && t.options.loss != math::PolicyLoss::gspo_token && begin < end) spread();
-    for (int k = 0; k < kNumPolicySums; ++k) out[k] = total(sums[k]);
+  if (t.entropy) {
+    const F entropy = read(t.entropy + i, n);
+    sums.entropy += widen(entropy);
+    if (p.entropy_coef != 0) loss = loss - entropy * p.entropy_coef;
   }
-};
+  sums.loss += widen(weight == zero ? zero : weight * loss);
+  write(t.grad + i, weight == zero ? zero : weight * slope, n);
+}
+
+// The gradient through the sequence's ratio: the same share for every token that moves it.
+template <typename T>
+void spread(const PolicyTokens<T>& t, T share, int64_t begin, int64_t end) {
+  using L = LanesOf<T>;
+  const math::Policy<T> p = t.options;
+  for (int64_t i = begin; i < end; i += L::width) {
+    const int64_t n = end - i < L::width ? end - i : L::width;
+    const auto moved = math::contribution(p, read_log_ratio(t, i, n), read_advantage(t, p.advantage, i, n)).slope;
+    write(t.grad + i, read(t.grad + i, n) + moved * share, n);
+  }
+}
+
+template <typename T>
+void run(const PolicyTokens<T>& tokens, int64_t begin, int64_t end, double* out) {
+  constexpr int64_t width = LanesOf<T>::width;
+  const PolicyTokens<T> t = tokens;  // copies, which no store of a gradient can alias
+  const math::Policy<T> p = t.options;
+  const Shared shared = measure(t, begin, end);
+  Sums<T> sums;
+  int64_t i = begin;
+  for (; i + width <= end; i += width) step(t, p, shared, i, width, sums);
+  if (i < end) step(t, p, shared, i, end - i, sums);
+  const T share = begin < end ? static_cast<T>(total(sums.pull) / static_cast<double>(end - begin)) : T(0);
+  if (share != 0) spread(t, share, begin, end);
+  out[kLoss] = total(sums.loss);
+  out[kClipLow] = total(sums.clip_low);
+  out[kClipHigh] = total(sums.clip_high);
+  out[kKl] = total(sums.kl);
+  out[kRatio] = total(sums.ratio);
+  out[kApproxKl] = total(sums.approx_kl);
+  out[kEntropy] = total(sums.entropy);
+  out[kCorrection] = total(sums.correction);
+  out[kCorrectionClipped] = total(sums.correction_clipped);
+}
 
 template <typename T>
 void policy_all(const PolicyTokens<T>& t) {
@@ -172,7 +192,7 @@ void policy_all(const PolicyTokens<T>& t) {
   for (int64_t r = 0; r < runs; ++r) {
     const int64_t begin = by_sequence ? t.cu_targets[r] : r * kBlock;
     const int64_t end = by_sequence ? t.cu_targets[r + 1] : begin + kBlock < t.num_tokens ? begin + kBlock : t.num_tokens;
-    Run<T>{t, begin, end, {}}.all(found.data() + r * kNumPolicySums);
+    run(t, begin, end, found.data() + r * kNumPolicySums);
   }
   for (int k = 0; k < kNumPolicySums; ++k) t.sums[k] = 0.0;
   for (int64_t r = 0; r < runs; ++r)

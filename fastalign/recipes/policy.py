@@ -114,15 +114,18 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
     couples = POLICY[algorithm.loss].unit == "sequence" or terms.correction.startswith("sequence")
 
     def objective(logp: Tensor, entropy: Tensor, span: slice):
+        def own(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[span].to(logp.device)
+
         return policy_loss(
             logp,
-            None if chunk.old_logp is None else chunk.old_logp[span],
-            chunk.advantages[span],
-            chunk.weights[span],
+            own(chunk.old_logp),
+            chunk.advantages[span].to(logp.device),
+            chunk.weights[span].to(logp.device),
             loss=algorithm.loss,
             cu_targets=_local_offsets(cu_targets, span) if couples else None,
-            ref_logp=None if chunk.ref_logp is None else chunk.ref_logp[span],
-            sampler_logp=None if terms.correction == "none" else chunk.sampler_logp[span],
+            ref_logp=own(chunk.ref_logp),
+            sampler_logp=None if terms.correction == "none" else own(chunk.sampler_logp),
             entropy=entropy if terms.entropy_coef else None,
             options=terms,
             **algorithm.loss_options,
