@@ -32,7 +32,7 @@ class PolicyOptions:
         correction: weight of samples that another policy drew, from ρ = exp(old_logp - sampler_logp), detached: "truncate" min(ρ, high)
             (TIS), "mask" ρ inside [low, high] and 0 outside (IcePop, arXiv:2510.18855), "sequence_truncate", "sequence_mask" the same
             with the product of a sequence's ρ, "none". It weighs the policy loss alone, not KL and entropy.
-        correction_low, correction_high: its range.
+        correction_low, correction_high: its range; the default high is TIS's, IcePop's paper has [0.5, 5].
     """
 
     kl: str = "k3"
