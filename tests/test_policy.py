@@ -295,8 +295,9 @@ def test_policy_backward_twice_with_a_retained_graph(kernel):
     torch.testing.assert_close(logp.grad, 2 * once)
 
 
-@pytest.mark.parametrize("name", ["clip", "gspo", "sapo"])
-def test_policy_compiles_in_one_graph(backend, name):
+@pytest.mark.parametrize("side, name", [*(("native", name) for name in POLICY), ("reference", "clip"), ("reference", "gmpo")])
+def test_policy_compiles_in_one_graph(side, name):
+    use_backend(side)
     inputs = inputs_of()
     options = PolicyOptions("k3", 0.1, 0.01, "sequence_truncate")
     torch.compiler.reset()

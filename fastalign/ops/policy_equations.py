@@ -10,6 +10,7 @@ NaN in every peer that does without. An advantage of zero is a loss and a gradie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -222,8 +223,7 @@ def _ranged(kind: str, advantage: str = "all") -> Callable[..., Kernel]:
 
 
 def _gmpo_kernel(*, epsilon: float) -> Kernel:
-    low, high = torch.tensor([-epsilon, epsilon], dtype=torch.float64).exp().tolist()
-    return Kernel("gmpo", low=low, high=high, log_epsilon=epsilon)
+    return Kernel("gmpo", low=math.exp(-epsilon), high=math.exp(epsilon), log_epsilon=epsilon)
 
 
 @dataclass(frozen=True)
