@@ -17,6 +17,8 @@ _HOME = {
     "FusedLinearDPO": "modules",
     "FusedLinearGRPO": "modules",
     "linear_kl": "ops.linear_kl",
+    "policy_loss": "ops.policy",
+    "PolicyOptions": "ops.policy",
     "gae": "ops.scan",
     "discounted_returns": "ops.scan",
     "preference_loss": "losses.packed",
@@ -56,6 +58,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .ops.linear_logp import linear_logp as linear_logp
     from .ops.linear_loss import linear_loss as linear_loss
     from .ops.linear_parallel import vocab_parallel_linear_logp as vocab_parallel_linear_logp
+    from .ops.policy import PolicyOptions as PolicyOptions
+    from .ops.policy import policy_loss as policy_loss
     from .ops.scan import discounted_returns as discounted_returns
     from .ops.scan import gae as gae
     from .packing import Packed as Packed

@@ -25,6 +25,8 @@ class Algorithm:
         aggregate: how tokens become a scalar: "token", "sequence" or "budget".
         kl_coef: coefficient of the KL to the reference, in the loss; 0: no reference model at all.
         kl: a row of `KL`.
+        entropy_coef: coefficient of the entropy bonus.
+        correction_options: weight of what another policy sampled: the `correction` arguments of `ops.policy.PolicyOptions`.
         dynamic_sampling: refill the batch until every group has mixed rewards (DAPO, §3.2).
         overlong_buffer: last fraction of the completion budget over which a completion loses up to 1 reward (DAPO, Eq. 13); 0: off.
     """
@@ -34,10 +36,12 @@ class Algorithm:
     aggregate: str = "sequence"
     kl_coef: float = 0.0
     kl: str = "k3"
+    entropy_coef: float = 0.0
     dynamic_sampling: bool = False
     overlong_buffer: float = 0.0
     advantage_options: Mapping[str, Any] = field(default_factory=dict)
     loss_options: Mapping[str, Any] = field(default_factory=dict)
+    correction_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 GRPO = Algorithm(kl_coef=0.04, loss_options={"epsilon": 0.2})

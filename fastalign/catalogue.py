@@ -49,7 +49,13 @@ POLICY_LOSSES: dict[str, Entry] = {
     "clip": Entry("PPO's clipped surrogate, with clip-higher and dual clip", "arXiv:1707.06347", ("epsilon", "epsilon_high", "dual_clip")),
     "reinforce": Entry("-A log p", "Williams 1992"),
     "gspo": Entry("clipped ratio of whole sequences", "arXiv:2507.18071", ("epsilon", "epsilon_high")),
+    "gspo_token": Entry("GSPO's ratio in value, each token's own gradient", "arXiv:2507.18071", ("epsilon", "epsilon_high")),
     "cispo": Entry("-clip(ratio), detached, times A log p", "arXiv:2506.13585", ("epsilon", "epsilon_high")),
+    "sapo": Entry("a soft gate of the ratio instead of a clip", "arXiv:2511.20347", ("tau_positive", "tau_negative")),
+    "gmpo": Entry("geometric mean of a sequence's limited ratios", "arXiv:2507.20673", ("epsilon",)),
+    "raft": Entry("-log p of the samples with a positive advantage", "arXiv:2304.06767"),
+    "raft_pp": Entry("RAFT with PPO's clipped ratio", "arXiv:2504.11343", ("epsilon", "epsilon_high")),
+    "self_imitation": Entry("-max(A, 0) log p", "arXiv:1806.05635"),
 }
 
 _SMOOTHED = ("beta", "label_smoothing")

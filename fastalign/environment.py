@@ -15,6 +15,7 @@ from .ops.backend import backend_for, forced_backend, load_native
 
 OPS = ("linear_logp", "linear_kl", "scan", "attention", "adamw", "sample")
 OPS = ("linear_logp", "scan", "preference", "attention", "adamw", "sample")
+OPS = ("linear_logp", "scan", "policy", "attention", "adamw", "sample")
 PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify")
 
 

@@ -1,13 +1,15 @@
 """Loss and gradients do not depend on how a batch is cut into micro-batches, for SFT and for GRPO and its kin."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastalign.algorithms import resolve
+from fastalign.algorithms import ALGORITHMS, Algorithm, resolve
 from fastalign.models.attention import use_fastalign_attention
+from fastalign.ops.backend import load_native, use_backend
 from fastalign.packing import conversation
 from fastalign.recipes.policy import build_chunks, group_advantages, micro_batch
 from fastalign.recipes.sft_task import micro_batches
@@ -94,24 +96,70 @@ def test_sft_equals_plain_transformers():
     assert (grads - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo", "reinforce"])
-def test_policy_is_invariant_to_micro_batches(algorithm):
-    u, data, row = updater(), rollout(), resolve(algorithm)
-    advantages = group_advantages(data, row, {"r": 1.0})
+def off_policy_chunks(u: Updater, data: Rollout, row: Algorithm, max_tokens: int):
+    """Micro-batches whose old policy, sampler and reference are deterministic waves around the current one."""
+    chunks = build_chunks(data, group_advantages(data, row, {"r": 1.0}), row, budget=8, max_tokens=max_tokens)
+    for chunk in chunks:
+        current = score(u.model, chunk.packed)
+        wave = torch.sin(torch.arange(VOCAB)[chunk.packed.targets].float())
+        chunk.old_logp = current + 0.3 * wave
+        chunk.sampler_logp = current - 0.4 * wave
+        if row.kl_coef > 0:
+            chunk.ref_logp = current - 0.2 * wave
+    return chunks
+
+
+OTHER_ROWS = [
+    resolve("grpo", loss="gspo_token", loss_options={"epsilon": 0.05, "epsilon_high": 0.05}),
+    resolve("grpo", loss="sapo"),
+    resolve("grpo", loss="gmpo", loss_options={"epsilon": 0.2}),
+    resolve("dapo", loss="raft"),
+    resolve("dapo", loss="raft_pp"),
+    resolve("rloo", loss="self_imitation"),
+    replace(
+        resolve("dr_grpo"), entropy_coef=0.01, correction_options={"correction": "mask", "correction_low": 0.8, "correction_high": 1.5}
+    ),
+    replace(resolve("gspo"), kl_coef=0.1, kl="k2", correction_options={"correction": "sequence_truncate"}),
+    replace(resolve("cispo"), kl_coef=0.1, kl="k1", correction_options={"correction": "truncate", "correction_high": 1.1}),
+]
+EVERY_ROW = [*(resolve(name) for name in ALGORITHMS), *OTHER_ROWS]
+
+
+@pytest.mark.parametrize("row", EVERY_ROW, ids=[f"{i}-{row.loss}" for i, row in enumerate(EVERY_ROW)])
+def test_policy_kernel_and_equations_agree_in_the_trainer(row):
+    """Loss, gradients and every metric of the online objective: the native op against the torch functions."""
+    if load_native()[0] is None:
+        pytest.skip("the native module is not built")
+    u, found = updater(), []
+    (chunk,) = off_policy_chunks(u, rollout(), row, 10_000)
+    logp = score(u.model, chunk.packed)
+    for side in ("native", "reference"):
+        leaf, entropy = logp.clone().requires_grad_(), (0.5 - logp).requires_grad_()
+        with use_backend(side):
+            loss, sums = micro_batch(chunk, row).objective(leaf, entropy, slice(0, len(leaf)))
+        loss.backward()
+        found.append((loss.detach(), leaf.grad, entropy.grad, sums))
+    (loss, grad, d_entropy, sums), (loss_, grad_, d_entropy_, sums_) = found
+    assert grad_.norm() > 1e-4
+    assert abs(loss - loss_) <= 1e-6 * max(1.0, abs(loss_))
+    assert (grad - grad_).norm() <= 1e-6 * grad_.norm()
+    assert (d_entropy is None) == (d_entropy_ is None) == (row.entropy_coef == 0)
+    assert d_entropy is None or (d_entropy - d_entropy_).norm() <= 1e-6 * d_entropy_.norm()
+    assert sums.keys() == sums_.keys()
+    for name in sums:
+        assert abs(float(sums[name] - sums_[name])) <= 1e-6 * max(1.0, abs(float(sums_[name]))), name
+
+
+@pytest.mark.parametrize("row", EVERY_ROW, ids=[f"{i}-{row.loss}" for i, row in enumerate(EVERY_ROW)])
+def test_policy_is_invariant_to_micro_batches(row):
+    u, data = updater(), rollout()
 
     def run(max_tokens: int):
-        chunks = build_chunks(data, advantages, row, budget=8, max_tokens=max_tokens)
-        for chunk in chunks:
-            torch.manual_seed(5)
-            current = score(u.model, chunk.packed)
-            wave = torch.sin(torch.arange(VOCAB)[chunk.packed.targets].float())  # a deterministic "old policy" and reference
-            chunk.old_logp = current + 0.3 * wave
-            if row.kl_coef > 0:
-                chunk.ref_logp = current - 0.2 * wave
+        chunks = off_policy_chunks(u, data, row, max_tokens)
         return len(chunks), gradients_of(u, [micro_batch(c, row) for c in chunks])
 
     one, whole = run(10_000)
-    many, cut = run(30)
+    many, cut = run(12)
     assert one == 1
     assert many >= 3
     assert whole[1].norm() > 1e-4
@@ -132,6 +180,27 @@ def test_groups_without_advantage_are_not_forwarded_and_still_count():
     dropped = gradients_of(u, [micro_batch(c, row) for c in chunks])
     kept = gradients_of(u, [micro_batch(c, row) for c in with_kl])  # no ref_logp set: the KL term is absent, groups are not
     assert_same(dropped, kept)
+
+
+@pytest.mark.parametrize("loss", ["raft", "raft_pp", "self_imitation", "clip"])
+def test_samples_without_a_gradient_are_not_forwarded(loss):
+    u, data = updater(), rollout()
+    row = resolve("dr_grpo", loss=loss)
+    advantages = group_advantages(data, row, {"r": 1.0})
+    advantages[1] = 0.0
+    chunks = build_chunks(data, advantages, row, budget=8, max_tokens=10_000)
+    reads = advantages != 0 if loss == "clip" else advantages > 0
+    assert sum(c.packed.num_sequences for c in chunks) == int(reads.sum()) < len(advantages)
+    everything = build_chunks(data, advantages, replace(row, kl_coef=0.1), budget=8, max_tokens=10_000)  # no ref_logp: no KL term
+    assert sum(c.packed.num_sequences for c in everything) == len(advantages)
+    assert_same(gradients_of(u, [micro_batch(c, row) for c in chunks]), gradients_of(u, [micro_batch(c, row) for c in everything]))
+
+
+def test_an_entropy_bonus_keeps_every_sample():
+    data, row = rollout(), replace(resolve("dr_grpo"), entropy_coef=0.01)
+    chunks = build_chunks(data, torch.zeros(len(data.flat)), row, budget=8, max_tokens=10_000)
+    assert sum(c.packed.num_sequences for c in chunks) == len(data.flat)
+    assert build_chunks(data, torch.zeros(len(data.flat)), resolve("dr_grpo"), budget=8, max_tokens=10_000) == []
 
 
 def test_bf16_step_moves_every_master_and_matches_fp32():

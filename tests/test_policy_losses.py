@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from fastalign.algorithms import ALGORITHMS, resolve
-from fastalign.losses.policy import AGGREGATES, KL, POLICY, cispo, clip, gspo, k3, token_weights
+from fastalign.losses.policy import AGGREGATES, KL, POLICY, cispo, clip, gmpo, gspo, gspo_token, k3, sapo, token_weights
 
 LENGTHS = [3, 0, 4, 1]
 
@@ -57,7 +57,7 @@ def test_cispo_gradient_is_the_clipped_weight_times_the_advantage():
     torch.testing.assert_close(logp.grad, expected)
 
 
-@pytest.mark.parametrize("name", [n for n in POLICY if n != "cispo"])
+@pytest.mark.parametrize("name", [n for n in POLICY if n not in ("cispo", "gspo_token")])  # these two detach
 def test_policy_gradcheck(name):
     logp, old, adv, cu = off_policy(3)
     assert gradcheck(lambda x: POLICY[name].function(x, old, adv, cu), (logp.requires_grad_(),))
@@ -104,3 +104,57 @@ def test_resolve_replaces_parts_and_checks_them():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_resolves(name):
     assert resolve(name) == ALGORITHMS[name]
+
+
+def test_gspo_token_has_the_sequences_ratio_and_its_own_gradient():
+    logp, old, adv, cu = off_policy(5)
+    logp.requires_grad_()
+    loss = gspo_token(logp, old, adv, cu, epsilon=0.1, epsilon_high=0.2)
+    torch.testing.assert_close(loss, gspo(logp, old, adv, cu, epsilon=0.1, epsilon_high=0.2))
+    loss.sum().backward()
+    for a, b in itertools.pairwise(cu):
+        if a == b:
+            continue
+        s = math.exp(sum(float(x) for x in (logp - old).detach()[a:b]) / int(b - a))
+        for i in range(a, b):
+            clipped = s > 1.2 if adv[i] > 0 else s < 0.9
+            assert math.isclose(float(logp.grad[i]), 0.0 if clipped else -s * float(adv[i]), rel_tol=1e-12)
+
+
+def test_sapo_equals_the_equation_and_is_the_ratio_on_policy():
+    logp, old, adv, cu = off_policy(6)
+    got = sapo(logp, old, adv, cu, tau_positive=1.5, tau_negative=2.0)
+    for i in range(len(logp)):
+        r, a = math.exp(logp[i] - old[i]), float(adv[i])
+        tau = 1.5 if a > 0 else 2.0
+        assert math.isclose(float(got[i]), -a * 4 / tau / (1 + math.exp(-tau * (r - 1))), rel_tol=1e-12)
+    leaf = old.clone().requires_grad_()
+    sapo(leaf, old, adv, cu, tau_positive=1.5, tau_negative=2.0).sum().backward()
+    torch.testing.assert_close(leaf.grad, -adv)
+
+
+def test_gmpo_equals_the_equation():
+    logp, old, adv, cu = off_policy(7)
+    got = gmpo(logp, old, adv, cu, epsilon=0.2)
+    for a, b in itertools.pairwise(cu):
+        product = 1.0
+        for i in range(a, b):
+            r, sign = math.exp(logp[i] - old[i]), 1 if adv[i] >= 0 else -1
+            product *= min(r**sign, min(max(r, math.exp(-0.2)), math.exp(0.2)) ** sign) ** sign
+        for i in range(a, b):
+            assert math.isclose(float(got[i]), -float(adv[i]) * product ** (1 / int(b - a)), rel_tol=1e-12)
+
+
+def test_positive_only_losses_leave_the_others_alone():
+    logp, old, adv, cu = off_policy(8)
+    logp.requires_grad_()
+    rows = {name: row for name, row in POLICY.items() if row.positive_only}
+    assert set(rows) == {"raft", "raft_pp", "self_imitation"}
+    for row in rows.values():
+        loss = row.function(logp, old, adv, cu)
+        (grad,) = torch.autograd.grad(loss.sum(), logp)
+        assert (loss[adv <= 0] == 0).all()
+        assert (grad[adv <= 0] == 0).all()
+        assert (grad[(adv > 0) & (logp - old < math.log(1.2))] < 0).all()
+    torch.testing.assert_close(rows["raft"].function(logp, old, adv, cu), torch.where(adv > 0, -logp, 0.0))
+    torch.testing.assert_close(rows["self_imitation"].function(logp, old, adv, cu), -logp * adv.clamp(min=0))

@@ -85,6 +85,7 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
     Args:
         op: the stem of its native source: "linear_logp", "linear_kl", "scan", "adamw", "attention" or "sample".
         op: the stem of its native source: "linear_logp", "scan", "preference", "adamw", "attention" or "sample".
+        op: the stem of its native source: "linear_logp", "scan", "policy", "adamw", "attention" or "sample".
         device: a torch device or its name.
 
     Returns:

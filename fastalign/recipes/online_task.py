@@ -79,7 +79,7 @@ class OnlineTask:
         if first:
             for chunk, logp in zip(chunks, result.logps, strict=True):
                 chunk.old_logp = logp
-                gap = (logp - chunk.sampler_logp).abs()
+                gap = (logp - chunk.sampler_logp.to(logp.device)).abs()
                 result.sums["gap_sum"] = result.sums.get("gap_sum", 0.0) + float(gap.sum())
                 result.sums["gap_max"] = max(result.sums.get("gap_max", 0.0), float(gap.max()) if gap.numel() else 0.0)
         return result

@@ -5,16 +5,16 @@ Nothing here knows an algorithm by name: the row says which advantage, loss, agg
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..advantages import ADVANTAGES
 from ..algorithms import Algorithm
-from ..losses.policy import KL, POLICY, token_weights
+from ..losses.policy import POLICY, token_weights
+from ..ops.policy import PolicyOptions, policy_loss
 from ..packing import Packed, pack, split_by_tokens
 from ..rollout import Rollout
 from ..training.step import MicroBatch
@@ -51,27 +51,38 @@ def group_advantages(rollout: Rollout, algorithm: Algorithm, reward_weights: dic
 def build_chunks(rollout: Rollout, advantages: Tensor, algorithm: Algorithm, *, budget: int, max_tokens: int) -> list[PolicyChunk]:
     """Cuts a rollout into micro-batches of at most `max_tokens` forwarded tokens, groups whole.
 
-    Groups without any advantage are not forwarded when there is no KL: their gradient is exactly zero. They still count
-    in the divisors, so the loss is that of the whole batch.
+    Samples that cannot have a gradient (`has_gradient`) are not forwarded, nor are prompts that have no others. They still count in
+    the divisors, so the loss is that of the whole batch.
 
     Args:
         advantages: [B].
         budget: tokens that a completion may have (the divisor of "budget" aggregation).
     """
-    lengths = torch.tensor([_num_scored(s) for s in rollout.flat])
-    bounds, trees = rollout.cu_groups, rollout.trees()
-    live = [p for p in range(len(trees)) if algorithm.kl_coef > 0 or bool((advantages[bounds[p] : bounds[p + 1]] != 0).any())]
+    lengths, alive = torch.tensor([_num_scored(s) for s in rollout.flat]), has_gradient(advantages, algorithm)
+    kept = _only(rollout, alive.tolist())
+    index, bounds, trees = alive.nonzero().squeeze(1), kept.cu_groups, kept.trees()
     chunks = []
-    for members in split_by_tokens([trees[p] for p in live], max_tokens):
-        groups = [live[i] for i in members]
-        index = torch.cat([torch.arange(bounds[p], bounds[p + 1]) for p in groups])
-        packed = pack([trees[p] for p in groups])
-        weights = token_weights(
-            algorithm.aggregate, lengths[index], num_tokens=int(lengths.sum()), num_sequences=len(lengths), budget=budget
-        )
-        own = torch.repeat_interleave(advantages[index], lengths[index])
-        chunks.append(PolicyChunk(packed, own, weights, _sampler_logp(rollout, groups)))
+    for groups in split_by_tokens(trees, max_tokens):
+        own = index[torch.cat([torch.arange(bounds[p], bounds[p + 1]) for p in groups])]
+        weights = token_weights(algorithm.aggregate, lengths[own], num_tokens=int(lengths.sum()), num_sequences=len(lengths), budget=budget)
+        by_token = torch.repeat_interleave(advantages[own], lengths[own])
+        chunks.append(PolicyChunk(pack([trees[p] for p in groups]), by_token, weights, _sampler_logp(kept, groups)))
     return chunks
+
+
+def _only(rollout: Rollout, keep: Sequence[bool]) -> Rollout:
+    """The rollout of the samples that are kept, without the prompts that keep none."""
+    flags = iter(keep)
+    samples = [[sample for sample in group if next(flags)] for group in rollout.samples]
+    kept = [p for p, group in enumerate(samples) if group]
+    return Rollout([rollout.prompts[p] for p in kept], [samples[p] for p in kept])
+
+
+def has_gradient(advantages: Tensor, algorithm: Algorithm) -> Tensor:
+    """Which advantages [B] can give their sequence a gradient: all with a KL or entropy term, else those that the row's loss reads."""
+    if algorithm.kl_coef > 0 or algorithm.entropy_coef != 0:
+        return torch.ones_like(advantages, dtype=torch.bool)
+    return advantages > 0 if POLICY[algorithm.loss].positive_only else advantages != 0
 
 
 def _num_scored(sample) -> int:
@@ -90,47 +101,37 @@ def _sampler_logp(rollout: Rollout, groups: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _clip_range(algorithm: Algorithm) -> tuple[float, float] | None:
-    defaults = inspect.signature(POLICY[algorithm.loss].function).parameters
-    if "epsilon" not in defaults:
-        return None
-    options = {name: defaults[name].default for name in ("epsilon", "epsilon_high")} | dict(algorithm.loss_options)
-    high = options["epsilon"] if options["epsilon_high"] is None else options["epsilon_high"]
-    return 1 - options["epsilon"], 1 + high
+def terms_of(algorithm: Algorithm) -> PolicyOptions:
+    """What the row adds to its policy loss: KL, entropy, correction."""
+    return PolicyOptions(algorithm.kl, algorithm.kl_coef, algorithm.entropy_coef, **algorithm.correction_options)
 
 
 def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
-    """The chunk's objective: the row's policy loss plus its KL, weighted and summed."""
-    row, clip_range = POLICY[algorithm.loss], _clip_range(algorithm)
-    units = chunk.packed.cu_targets if row.unit == "sequence" else None
+    """The chunk's objective: the row's policy loss plus its KL and entropy, weighted and summed, in one launch."""
+    terms, cu_targets = terms_of(algorithm), chunk.packed.cu_targets
+    if chunk.ref_logp is None:
+        terms = replace(terms, kl_coef=0.0)
+    couples = POLICY[algorithm.loss].unit == "sequence" or terms.correction.startswith("sequence")
 
     def objective(logp: Tensor, entropy: Tensor, span: slice):
-        old = logp.detach() if chunk.old_logp is None else chunk.old_logp[span]
-        cu_targets = _local_offsets(chunk.packed.cu_targets, span)
-        advantages, weights = chunk.advantages[span], chunk.weights[span]
-        loss = row.function(logp, old, advantages, cu_targets, **algorithm.loss_options)
-        sums = {}
-        if clip_range is not None:
-            ratio = _ratio(logp.detach() - old, cu_targets, row.unit)
-            sums["clip_low"] = ((ratio < clip_range[0]) & (advantages < 0)).float().sum()
-            sums["clip_high"] = ((ratio > clip_range[1]) & (advantages > 0)).float().sum()
-        if chunk.ref_logp is not None:
-            kl = KL[algorithm.kl](logp, chunk.ref_logp[span])
-            sums["kl"] = kl.detach().sum()
-            loss = loss + algorithm.kl_coef * kl
-        return (weights * loss).sum(), sums
+        def own(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[span].to(logp.device)
 
-    return MicroBatch(chunk.packed, objective, units)
+        return policy_loss(
+            logp,
+            own(chunk.old_logp),
+            chunk.advantages[span].to(logp.device),
+            chunk.weights[span].to(logp.device),
+            loss=algorithm.loss,
+            cu_targets=_local_offsets(cu_targets, span) if couples else None,
+            ref_logp=own(chunk.ref_logp),
+            sampler_logp=None if terms.correction == "none" else own(chunk.sampler_logp),
+            entropy=entropy if terms.entropy_coef else None,
+            options=terms,
+            **algorithm.loss_options,
+        )
 
-
-def _ratio(log_ratio: Tensor, cu_targets: Tensor, unit: str) -> Tensor:
-    """The importance ratio that the loss clips: each token's own, or its sequence's (exp of the mean log-ratio)."""
-    if unit == "token":
-        return log_ratio.exp()
-    lengths = cu_targets.diff().long().to(log_ratio.device)
-    index = torch.repeat_interleave(torch.arange(lengths.numel(), device=log_ratio.device), lengths)
-    total = log_ratio.new_zeros(lengths.numel()).index_add(0, index, log_ratio)
-    return (total / lengths.clamp(min=1)).exp()[index]
+    return MicroBatch(chunk.packed, objective, cu_targets if couples else None)
 
 
 def _local_offsets(cu_targets: Tensor, span: slice) -> Tensor:
