@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .ops.backend import backend_for, forced_backend, load_native
+from .ops.backend import backend_for, forced_backend, has_triton, load_native
 
 OPS = ("linear_logp", "scan", "attention", "adamw", "sample")
 PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify")
@@ -20,7 +20,7 @@ def env() -> dict[str, Any]:
     """What is in use, without importing anything heavy.
 
     Returns:
-        python, platform, threads and native (text or number each); `packages` (name -> version or "not installed"), `devices`
+        python, platform, threads, native and triton (text or number each); `packages` (name -> version or "not installed"), `devices`
         (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is).
     """
     devices = _devices()
@@ -29,6 +29,7 @@ def env() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "native": _native(),
+        "triton": _triton(),
         "forced backend": forced_backend() or "none",
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
@@ -67,6 +68,14 @@ def _devices() -> dict[str, str]:
     return found
 
 
+def _triton() -> str:
+    kernels = [op for op in OPS if has_triton(op)]
+    return f"kernels for {', '.join(kernels)}" if kernels else "not installed"
+
+
 def _backends(op: str, *, has_cuda: bool) -> str:
-    cpu = backend_for(op, "cpu")
+    try:
+        cpu = backend_for(op, "cpu")
+    except RuntimeError:  # Triton is forced, and it is not interpreting
+        cpu = "none"
     return f"{cpu} (cpu), {backend_for(op, 'cuda')} (cuda)" if has_cuda else cpu

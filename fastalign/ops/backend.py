@@ -94,7 +94,7 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
     """The backend that runs `op` on `device`.
 
     Args:
-        op: the stem of its native source: "linear_logp", "scan", "adamw", "attention" or "sample".
+        op: the stem of its native source, or of its Triton kernels: "linear_logp", "scan", "adamw", "attention" or "sample".
         device: a torch device or its name.
 
     Returns:
