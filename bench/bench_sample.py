@@ -43,8 +43,6 @@ def bench_sample(versus, device, quick, dtype):
         "fastalign": lambda: sample(logits, uniforms, *plain),
         "torch": lambda: torch.multinomial(torch.softmax(logits.float(), -1), 1),
         "exponential race": exponential_race,
-            torch.softmax(logits.float(), -1) / torch.empty_like(logits, dtype=torch.float32).exponential_()
-        ).argmax(-1),
         "floor": lambda: logits.amax(-1),
     }
     versus("sample", shape_of(logits), dtype, sides, bytes=float(logits.nbytes))

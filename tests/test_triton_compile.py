@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time for sm_80 and sm_90, without a GPU; the interpreter accepts code that the compiler does not."""
+"""Every Triton kernel compiled for sm_80 and sm_90 without a GPU: the interpreter takes code that the compiler refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.resources import LISTED, cuobjdump, readable, triton_stems
+from bench.resources import LISTED, cuobjdump, readable, triton_stems  # noqa: E402
 
 SHARED_LIMIT = 163 * 1024  # bytes a CTA may have on sm_80, the smaller of the two
 REGISTERS = 65536  # of an SM
@@ -72,7 +72,10 @@ def test_triton_logits_are_read_16_bytes_at_a_time_where_rows_are_aligned(what, 
 
 
 def test_resources_reads_a_listing():
-    listing = " Function _ZN2fa1kILb1EfEEvf:\n  REG:40 STACK:8 SHARED:1408 LOCAL:0 CONSTANT[0]:416 TEXTURE:0\n Function plain:\n  REG:9 STACK:0 SHARED:0 LOCAL:0"
+    listing = (
+        " Function _ZN2fa1kILb1EfEEvf:\n  REG:40 STACK:8 SHARED:1408 LOCAL:0 CONSTANT[0]:416 TEXTURE:0\n"
+        " Function plain:\n  REG:9 STACK:0 SHARED:0 LOCAL:0"
+    )
     found = [(m["name"], m["reg"], m["stack"], m["shared"]) for m in LISTED.finditer(listing)]
     assert found == [("_ZN2fa1kILb1EfEEvf", "40", "8", "1408"), ("plain", "9", "0", "0")]
     assert readable("plain") == ("plain", "")
