@@ -8,7 +8,7 @@ truncation  top-k, then top-p of what it left, both as one threshold on the logi
 draw        the block of 4096 tokens where the running sum of kept weights passes u * total, then the token inside it.
 
 Grid        stats_kernel (N, blocks): each block's maximum and its sum of e^(x - own maximum). draw_kernel (N): the draw.
-Bytes       nothing truncated: one read of the logits by all SMs, and one block a row. Truncated: 3 to 67 reads by the row's program.
+Bytes       nothing truncated: one read of the logits by all SMs, and one block a row. Truncated: 3 to 68 reads more by the row's program.
 Numerics    sums are fp32 inside a block, in a fixed tree, fp64 across blocks and at the draw. A row's draw depends on that row alone.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -37,8 +38,11 @@ pytestmark = [pytest.mark.usefixtures("rounding_interpreter"), pytest.mark.filte
 @pytest.fixture(autouse=True, params=["triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything in this file runs on the Triton kernels."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles here: the tests marked gpu run its kernels")
     with use_backend(request.param):
-        assert backend_for("linear_logp") == "triton"
+        assert backend_for("linear_logp", "cuda" if on_gpu else "cpu") == "triton"
         yield request.param
 
 
@@ -150,3 +154,22 @@ def test_triton_rows_outside_the_vocabulary_are_nan():
     assert logp.isnan()
     assert not correct
     assert lse == pytest.approx(math.log(64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [7, 4097, 50257, 151936])
+@pytest.mark.parametrize("setting", [(1.0, None), (1.3, 5.0)])
+def test_triton_rows_on_a_gpu_match_fp64(vocab, dtype, setting):
+    temperature, softcap = setting
+    options = {"temperature": temperature, "logit_softcap": softcap}
+    logits, targets = test_logits.random_rows(9, vocab, dtype)
+    g_logp, g_entropy = torch.randn(2, 9)
+    want_logp, want_entropy, want = test_logits.oracle(logits, targets, g_logp.double(), g_entropy.double(), *setting)
+    logits, targets, g_logp, g_entropy = (t.cuda() for t in (logits, targets, g_logp, g_entropy))
+    logp, lse, entropy, correct = logp_rows(logits, targets, entropy=True, **options)
+    assert torch.equal(correct, logits.argmax(1) == targets)
+    grad_rows_(logits, targets, lse, entropy, g_logp, g_entropy, **options)
+    torch.testing.assert_close(logp.cpu().double(), want_logp, rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(entropy.cpu().double(), want_entropy, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(logits.cpu().double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)

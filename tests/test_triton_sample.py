@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -27,8 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True, params=["triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything in this file runs on the Triton kernels."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles here: the tests marked gpu run its kernels")
     with use_backend(request.param):
-        assert backend_for("sample") == "triton"
+        assert backend_for("sample", "cuda" if on_gpu else "cpu") == "triton"
         yield request.param
 
 
@@ -137,3 +141,19 @@ def test_triton_uniform_is_the_reference():
 def test_triton_sample_of_no_rows_is_empty():
     tokens, kept = test_sampler.draw(torch.zeros(0, 9), torch.zeros(0, dtype=torch.float64))
     assert len(tokens) == len(kept) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [7, 4097, 50257, 151936])
+def test_triton_sample_on_a_gpu_draws_the_tokens_of_the_reference(vocab, dtype):
+    generator = torch.Generator().manual_seed(vocab)
+    n = 64
+    logits = (torch.randn(n, vocab, generator=generator) * torch.rand(n, 1, generator=generator) * 8).to("cuda", dtype)
+    options = [column.cuda() for column in columns(n, generator)]
+    u = torch.rand(n, generator=generator, dtype=torch.float64).cuda()
+    tokens, kept = sample(logits, u, *options)
+    with use_backend("reference"):
+        wanted, mass = sample(logits, u, *options)
+    assert torch.equal(tokens, wanted)
+    torch.testing.assert_close(kept, mass, rtol=1e-5, atol=0)
