@@ -12,6 +12,7 @@ import torch
 
 from .ops.attention_routes import available_routes
 from .ops.backend import backend_for, forced_backend, load_native
+from .ops.backend import backend_for, forced_backend, has_triton, load_native
 
 OPS = ("linear_logp", "linear_kl", "scan", "attention", "adamw", "sample")
 OPS = ("linear_logp", "scan", "preference", "attention", "adamw", "sample")
@@ -26,6 +27,8 @@ def env() -> dict[str, Any]:
         python, platform, threads and native (text or number each); `packages` (name -> version or "not installed"), `devices`
         (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is); with a
         GPU also "attention on cuda", which routes it takes.
+        python, platform, threads, native and triton (text or number each); `packages` (name -> version or "not installed"), `devices`
+        (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is).
     """
     devices = _devices()
     return {
@@ -33,6 +36,7 @@ def env() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "native": _native(),
+        "triton": _triton(),
         "forced backend": forced_backend() or "none",
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
@@ -77,6 +81,14 @@ def _devices() -> dict[str, str]:
     return found
 
 
+def _triton() -> str:
+    kernels = [op for op in OPS if has_triton(op)]
+    return f"kernels for {', '.join(kernels)}" if kernels else "not installed"
+
+
 def _backends(op: str, *, has_cuda: bool) -> str:
-    cpu = backend_for(op, "cpu")
+    try:
+        cpu = backend_for(op, "cpu")
+    except RuntimeError:  # Triton is forced, and it is not interpreting
+        cpu = "none"
     return f"{cpu} (cpu), {backend_for(op, 'cuda')} (cuda)" if has_cuda else cpu

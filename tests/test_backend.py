@@ -12,6 +12,7 @@ import torch
 import fastalign as fa
 from fastalign.ops import backend
 from fastalign.ops.backend import backend_for, forced_backend, native, use_backend
+from fastalign.ops.logits import logp_rows
 
 
 def test_use_backend_restores_what_was_forced_before():
@@ -90,3 +91,37 @@ def test_env_tells_versions_threads_and_backends():
     assert set(found["backends"]["scan"].split()) & {"native", "reference"}
     with use_backend("reference"):
         assert fa.env()["backends"]["linear_logp"].startswith("reference")
+
+
+@pytest.mark.skipif(not backend.has_triton("linear_logp"), reason="triton is not installed")
+def test_triton_on_a_cpu_tensor_needs_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match=r"linear_logp has a Triton kernel.*TRITON_INTERPRET=1.*force 'native'"):
+            backend_for("linear_logp")
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+            logp_rows(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+        assert backend_for("linear_logp", "cuda") == "triton"
+        assert backend_for("scan") == "reference"  # it has no Triton kernel
+        assert fa.env()["backends"]["sample"].startswith("none")
+        assert logp_rows(torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))[0].dtype == torch.float64
+    assert backend_for("linear_logp") != "triton"
+
+
+@pytest.mark.skipif(not backend.has_triton("linear_logp"), reason="triton is not installed")
+def test_triton_is_chosen_on_cuda_where_no_native_kernel_is(monkeypatch):
+    class NoCuda:
+        ops, cuda_ops = ("linear_logp", "sample"), ()
+
+    monkeypatch.setattr(backend, "load_native", lambda: (NoCuda, ""))
+    assert backend_for("sample", "cuda") == "triton"
+    assert backend_for("sample", "cpu") == "native"
+    NoCuda.cuda_ops = ("sample",)
+    assert backend_for("sample", "cuda") == "native"
+    with use_backend("reference"):
+        assert backend_for("sample", "cuda") == "reference"
+
+
+@pytest.mark.skipif(not backend.has_triton("linear_logp"), reason="triton is not installed")
+def test_env_tells_which_ops_have_triton_kernels():
+    assert {"linear_logp", "sample"} <= set(fa.env()["triton"].removeprefix("kernels for ").split(", "))

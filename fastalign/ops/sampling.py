@@ -6,10 +6,12 @@ what else is in the batch, on when the request came, or on how often it was pree
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-from fastalign.ops.backend import backend_for, load_native
+from fastalign.ops.backend import backend_for, load_native, load_triton
 
 MASK = 0xFFFFFFFF
 ROUNDS = 10
@@ -43,9 +45,10 @@ def uniform(seed: Tensor, request: Tensor, sample: Tensor, position: Tensor) -> 
     Returns:
         [N] fp64 in [0, 1), multiples of 2**-53.
     """
-    if backend_for("sample", seed.device) == "native":
-        out = torch.empty(seed.shape, dtype=torch.float64)
-        load_native()[0].philox_uniform(seed, request, sample, position, out)  # type: ignore[union-attr]
+    backend = backend_for("sample", seed.device)
+    if backend != "reference":
+        out = torch.empty(seed.shape, dtype=torch.float64, device=seed.device)
+        _call(backend, "philox_uniform", seed, request, sample, position, out)
         return out
     words = philox((position & MASK, sample & MASK, request & MASK, request >> 32 & MASK), (seed & MASK, seed >> 32 & MASK))
     return (words[0] << 21 | words[1] >> 11).double() * 2.0**-53
@@ -82,13 +85,19 @@ def sample(
         ValueError: on shapes or dtypes that do not fit together.
     """
     _check(logits, uniforms, temperature, top_k, top_p, min_p)
-    native = logits.dtype in (torch.float32, torch.bfloat16) and backend_for("sample", logits.device) == "native"
-    if not native:
+    backend = backend_for("sample", logits.device) if logits.dtype in (torch.float32, torch.bfloat16) else "reference"
+    if backend == "reference":
         return sample_reference(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap)
-    tokens, kept = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
-    module, _ = load_native()
-    module.sample(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap or 0.0, tokens, kept)  # type: ignore[union-attr]
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    kept = torch.empty(len(logits), device=logits.device)
+    _call(backend, "sample", logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap or 0.0, tokens, kept)
     return tokens, kept
+
+
+def _call(backend: str, name: str, first: Tensor, *arguments: object) -> None:
+    module = load_native()[0] if backend == "native" else load_triton("sample")
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        getattr(module, name)(first, *arguments)
 
 
 def sample_reference(
