@@ -26,6 +26,8 @@ _HOME = {
     "Engine": "generation.engine",
     "SamplingParams": "generation.params",
     "RequestOutput": "generation.params",
+    "patch": "integrations.transformers",
+    "unpatch": "integrations.transformers",
     "env": "environment",
 }
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .generation.engine import Engine as Engine
     from .generation.params import RequestOutput as RequestOutput
     from .generation.params import SamplingParams as SamplingParams
+    from .integrations.transformers import patch as patch
+    from .integrations.transformers import unpatch as unpatch
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_logp import linear_logp as linear_logp

@@ -58,7 +58,9 @@ def head_of(model: nn.Module) -> Head:
     family = base.config.model_type
     head = base.get_output_embeddings()
     saved = getattr(head, "modules_to_save", None)  # PEFT trains a full copy of the head
-    if saved is not None:
+    if saved is not None and head.disable_adapters:
+        head = head.original_module
+    elif saved is not None:
         head = saved[head.active_adapter] if isinstance(head.active_adapter, str) else saved[head.active_adapter[0]]
     if not isinstance(head, nn.Linear):
         found = type(head).__name__
