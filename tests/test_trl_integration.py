@@ -6,8 +6,6 @@ import pytest
 import tiny_models
 import torch
 
-from bench.peers.inputs import word_tokenizer
-from bench.peers.reward import checksum
 from fastalign.integrations.trl import MARK, accelerate_trainer, restore_trainer
 from fastalign.models.attention import UnsupportedModelError
 
@@ -18,6 +16,22 @@ pytestmark = [
     pytest.mark.skipif(importlib.metadata.version("trl").split(".")[:2] != ["1", "16"], reason="another TRL than 1.16"),
     pytest.mark.filterwarnings("ignore"),
 ]
+
+
+def word_tokenizer(size):
+    """One token a word, w2 to w130."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def checksum(completions, **columns):
+    """A reward that depends on the text alone and differs within a group."""
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
 
 
 def words(count, seed):
@@ -79,6 +93,8 @@ def assert_same_history(ours, theirs, tolerance=1e-5):
     for mine, log in zip(ours, theirs, strict=True):
         assert mine.keys() == log.keys()
         for key in set(log) - {"step_time", "epoch"}:
+            if key == "rewards/accuracies" and abs(log["rewards/margins"]) < 1e-6:
+                continue  # policy and reference are one: rounding says which reward is larger
             assert mine[key] == pytest.approx(log[key], abs=tolerance, rel=10 * tolerance), key
 
 
@@ -109,24 +125,63 @@ CASES = {
 def test_trl_losses_and_metrics_are_trls(case, folders, tmp_path):
     kind, options = CASES[case]
     theirs = history(build(kind, folders["llama"], tmp_path, **options))
-    ours = history(accelerate_trainer(build(kind, folders["llama"], tmp_path, **options)))
-    assert_same_history(ours, theirs)
+    for pack in (False, True):
+        ours = history(accelerate_trainer(build(kind, folders["llama"], tmp_path, **options), pack=pack))
+        assert_same_history(ours, theirs)
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
-def test_trl_with_lora(kind, folders, tmp_path):
+def test_trl_with_lora(kind, pack, folders, tmp_path):
     """A frozen head, and a reference that is the policy with its adapter off."""
     peft = pytest.importorskip("peft")
     config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     theirs = history(build(kind, folders["llama"], tmp_path, peft_config=peft.LoraConfig(**config)))
-    ours = history(accelerate_trainer(build(kind, folders["llama"], tmp_path, peft_config=peft.LoraConfig(**config))))
+    ours = history(accelerate_trainer(build(kind, folders["llama"], tmp_path, peft_config=peft.LoraConfig(**config)), pack=pack))
     assert_same_history(ours, theirs)
 
 
 def test_trl_with_soft_capped_logits(folders, tmp_path):
     theirs = history(build("DPO", folders["gemma2"], tmp_path, use_weighting=True))
-    ours = history(accelerate_trainer(build("DPO", folders["gemma2"], tmp_path, use_weighting=True)))
+    for pack in (False, True):
+        ours = history(accelerate_trainer(build("DPO", folders["gemma2"], tmp_path, use_weighting=True), pack=pack))
+        assert_same_history(ours, theirs)
+
+
+def test_trl_packed_under_gradient_checkpointing_and_autocast(folders, tmp_path):
+    theirs = history(build("DPO", folders["llama"], tmp_path))
+    ours = history(accelerate_trainer(build("DPO", folders["llama"], tmp_path, gradient_checkpointing=True), pack=True))
     assert_same_history(ours, theirs)
+    mixed = history(build("DPO", folders["llama"], tmp_path, bf16=True))
+    ours = history(accelerate_trainer(build("DPO", folders["llama"], tmp_path, bf16=True), pack=True))
+    assert [log["loss"] for log in ours] == pytest.approx([log["loss"] for log in mixed], abs=0.05)
+
+
+def test_trl_packed_backbone_computes_each_prompt_once(folders, tmp_path, monkeypatch):
+    from fastalign.integrations import forwards
+
+    sizes = []
+    original = forwards.tree_hidden_states
+    monkeypatch.setattr(forwards, "tree_hidden_states", lambda m, ids, *a: sizes.append(len(ids)) or original(m, ids, *a))
+    trainer = accelerate_trainer(build("DPO", folders["llama"], tmp_path), pack=True)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    sizes.clear()
+    trainer.compute_loss(trainer.model, inputs)
+    pairs = len(inputs["input_ids"]) // 2
+    completions = inputs["completion_mask"].sum() - 2 * pairs  # the last token of a completion predicts nothing
+    prompts = (inputs["attention_mask"] - inputs["completion_mask"])[:pairs].sum()
+    assert sizes == [int(completions + prompts)] * 2
+
+
+def test_trl_packed_of_a_batch_without_scored_tokens(folders, tmp_path):
+    """A differentiable zero, as TRL's head gives it."""
+    trainer = accelerate_trainer(build("SFT", folders["llama"], tmp_path), pack=True)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(float(p.grad.abs().max()) == 0.0 for p in trainer.model.parameters())
 
 
 def test_trl_head_computes_scored_tokens_only(folders, tmp_path, monkeypatch):
@@ -158,10 +213,15 @@ def test_trl_evaluation_is_trls(folders, tmp_path):
 def test_trl_twice_and_back(folders, tmp_path):
     trainer = build("DPO", folders["llama"], tmp_path)
     before = trainer.model.forward
-    assert accelerate_trainer(accelerate_trainer(trainer)) is trainer
+    attention = trainer.model.config._attn_implementation
+    assert accelerate_trainer(accelerate_trainer(trainer, pack=True)) is trainer
+    assert trainer.model.config._attn_implementation == attention
+    accelerate_trainer(trainer, pack=True)
+    assert trainer.model.config._attn_implementation == "fastalign"
     assert len(trainer.model.__dict__[MARK]) == 1
     restore_trainer(trainer)
     assert trainer.model.forward == before
+    assert trainer.model.config._attn_implementation == attention
     assert MARK not in trainer.model.__dict__
     assert MARK not in trainer.ref_model.__dict__
 
@@ -196,7 +256,7 @@ def test_trl_names_what_cannot_work(folders, tmp_path, monkeypatch):
         accelerate_trainer(trainer)
     trainer.args.use_liger_kernel = False
     own = trainer.model.forward
-    trainer.model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    trainer.model.forward = lambda *args, fused_lm_head=False, **kwargs: own(*args, **kwargs)
     with pytest.raises(ValueError, match="right after building the trainer"):
         accelerate_trainer(trainer)
 

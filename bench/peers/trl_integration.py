@@ -3,11 +3,12 @@
     python -m bench.peers.trl_integration
 
 SFT, DPO, KTO and GRPO, each at two scales: stories260k (512 tokens of vocabulary: nothing is won at the head, so what is left is
-the proof of equal losses) and a random 40M-parameter Qwen2 with a vocabulary of 32,000. Both sides are TRL with the same model,
+the proof of equal losses) and a random 40M-parameter Qwen2 with a vocabulary of 32,000. All sides are TRL with the same model,
 records, seed, optimizer and metrics; the one line is the difference. GRPO samples with TRL's own generation, so equal seeds and equal
 weights give equal samples: their digests are compared. The run stops when a loss differs by more than 1e-4.
 
-The floor is the backbone, which is TRL's on both sides unless `--pack` lets fastalign run it too.
+The floor of `+fastalign` is the backbone and the sampling, which are TRL's; with `pack=True` (`+packed`) the backbone runs without
+padding, and the prompt of a preference pair or of a group once.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ STORIES_SHAPE = inputs.SHAPE | {
 # prompt and completion lengths in tokens (GRPO's completions are sampled, up to the largest), sequences a step
 SIZES: dict[str, dict[str, Any]] = {
     "stories260k": {"prompt": (20, 60), "completion": (10, 60), "batch_size": 16},
-    "qwen2-40m": {"prompt": (100, 200), "completion": (30, 120), "batch_size": 8},
+    "qwen2-40m": {"prompt": (60, 120), "completion": (20, 80), "batch_size": 8},
     "tiny": {"prompt": (4, 8), "completion": (3, 8), "batch_size": 4},
 }
-SIDES: dict[str, dict[str, Any] | None] = {"trl": None, "+fastalign": {}}
+SIDES: dict[str, dict[str, Any] | None] = {"trl": None, "+fastalign": {}, "+packed": {"pack": True}}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,9 +153,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-HEADER = (
-    f"{'':29s}{'|Δloss|':>9s}{'|Δgrad|':>9s}{'s/step':>9s}{'ratio':>8s}{'train*':>8s}{'cpu':>8s}{'peak MiB':>9s}{'ratio':>8s}{'beyond**':>9s}{'ratio':>8s}"
+COLUMNS = (
+    *(("|Δloss|", 9), ("|Δgrad|", 9), ("s/step", 9), ("ratio", 8), ("train*", 8), ("cpu", 8)),
+    *(("peak MiB", 9), ("ratio", 8), ("beyond**", 9), ("ratio", 8)),
 )
+HEADER = " " * 29 + "".join(f"{name:>{width}s}" for name, width in COLUMNS)
 
 
 def main() -> None:

@@ -9,23 +9,36 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastalign.integrations.forwards import plain_causal_lm, probe_batch, replace_forward, restore_forward, scored_rows, spread, tolerance
-from fastalign.models.attention import UnsupportedModelError
+from fastalign.integrations.forwards import (
+    own_forward,
+    plain_causal_lm,
+    probe_batch,
+    replace_forward,
+    restore_forward,
+    scored_rows,
+    scored_tree_rows,
+    spread,
+    tolerance,
+)
+from fastalign.models.attention import NAME, UnsupportedModelError, register
 from fastalign.models.backbone import causal_lm, head_of
-from fastalign.ops.linear_scores import linear_scores
+from fastalign.models.probe import probe
+from fastalign.ops.linear_scores import Scores, linear_scores
 
 MARK = "_fastalign_trl"
 TESTED = "1.16"
 # TRL's name of a field -> ours
 FIELDS = {"entropy": "entropy", "is_top1": "correct", "mean_logits": "mean_logit", "log_sum_sq_probs": "log_square_sum"}
 Trainer = TypeVar("Trainer")
+_attention_before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # of models whose batches are packed
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,9 @@ class Seam:
         fp32_head: the head is computed in fp32, outside autocast.
         entropy_gradient: whether the loss contains the entropy.
         one_slope: whether the loss is a mean of log-probs.
+        pack: whether the backbone runs batches as token trees.
+        autocast: of a model whose forward accelerate has wrapped already (with bf16=True, TRL's references): ours comes on top of
+            that wrapper and does what it does.
     """
 
     fields: tuple[str, ...] = ()
@@ -45,15 +61,21 @@ class Seam:
     fp32_head: bool = False
     entropy_gradient: bool = False
     one_slope: bool = False
+    pack: bool = False
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None
 
 
-def accelerate_trainer(trainer: Trainer) -> Trainer:
+def accelerate_trainer(trainer: Trainer, *, pack: bool = False) -> Trainer:
     """Makes a TRL trainer compute its log-probs with fastalign: the same losses and metrics, in less time and memory.
 
     Call it once, after the trainer is built and before `train()`. Works for SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer and
     RLOOTrainer and all their loss types, with and without PEFT. Only this trainer's models change; calling it twice is harmless.
 
     Before it returns, it has compared every number of a short random batch with TRL's own.
+
+    Args:
+        pack: also run the backbone without padding, and the prompt that a preference pair or a GRPO group shares once. It
+            switches the models to fastalign's attention, which has a kernel on the CPU; generation stays TRL's. Dropout must be 0.
 
     Returns:
         The trainer.
@@ -65,19 +87,15 @@ def accelerate_trainer(trainer: Trainer) -> Trainer:
             numbers that differ from TRL's.
     """
     _check_version()
-    seams = _seams(trainer)
-    _check_options(trainer)
-    for model, seam in seams:
-        base = plain_causal_lm(model, "accelerate_trainer")
-        if "fused_lm_head" not in _argument_names(base):
-            raise ValueError(
-                f"accelerate_trainer: the forward of {type(base).__name__} was replaced after {type(trainer).__name__} was built; call "
-                "accelerate_trainer right after building the trainer"
-            )
-        restore_forward(base, MARK)
-        _compare(base, seam)
-    for model, seam in seams:
-        replace_forward(causal_lm(model), MARK, _forward_of(seam))
+    seams = [(causal_lm(model), replace(seam, pack=pack)) for model, seam in _seams(trainer)]
+    seams = [(base, _inside_autocast(base, seam, trainer)) for base, seam in seams]
+    _check_options(trainer, pack)
+    for base, seam in seams:
+        plain_causal_lm(base, "accelerate_trainer")
+        _restore(base)
+        _prepare(base, seam)
+    for base, seam in seams:
+        replace_forward(base, MARK, _forward_of(seam))
     return trainer
 
 
@@ -85,8 +103,30 @@ def restore_trainer(trainer: Trainer) -> Trainer:
     """Undoes `accelerate_trainer`."""
     for model in (getattr(trainer, "model", None), getattr(trainer, "ref_model", None)):
         if model is not None:
-            restore_forward(causal_lm(model), MARK)
+            _restore(causal_lm(model))
     return trainer
+
+
+def _restore(base: PreTrainedModel) -> None:
+    restore_forward(base, MARK)
+    attention = _attention_before.pop(base, None)
+    if attention is not None:
+        base.set_attn_implementation(attention)
+
+
+def _prepare(base: PreTrainedModel, seam: Seam) -> None:
+    """Switches the attention where it is asked for, then compares; a model that is refused is left as it was."""
+    try:
+        if seam.pack:
+            register()
+            _attention_before[base] = base.config._attn_implementation
+            base.set_attn_implementation(NAME)
+            with own_forward(base):
+                probe(base)
+        _compare(base, seam)
+    except Exception:
+        _restore(base)
+        raise
 
 
 def _check_version() -> None:
@@ -125,13 +165,14 @@ def _seams(trainer: Any) -> list[tuple[Any, Seam]]:
     return models if getattr(trainer, "ref_model", None) is None else [*models, (trainer.ref_model, reference)]
 
 
-def _check_options(trainer: Any) -> None:
+def _check_options(trainer: Any, pack: bool) -> None:
     name = type(trainer).__name__
     conflicts = {
         "use_liger_kernel=True": trainer.args.use_liger_kernel,
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": trainer.is_fsdp_enabled,
         "torch_compile=True": trainer.args.torch_compile,
+        "packing or padding_free, beside pack=True": pack and _packs_itself(trainer),
         "a router loss (set router_aux_loss_coef=0.0)": getattr(trainer, "aux_loss_enabled", False),
     }
     found = [option for option, on in conflicts.items() if on]
@@ -141,11 +182,13 @@ def _check_options(trainer: Any) -> None:
         )
 
 
-def _argument_names(base: PreTrainedModel) -> tuple[str, ...]:
-    """Names in the code of the forward that is at work, ours set aside."""
-    layers = base.__dict__.get(MARK)
-    forward = layers[0].previous if layers else base.forward
-    return getattr(getattr(forward, "__code__", None), "co_varnames", ())
+def _packs_itself(trainer: Any) -> bool:
+    return any(getattr(where, name, False) for where, name in ((trainer.args, "packing"), (trainer, "padding_free")))
+
+
+def _inside_autocast(base: PreTrainedModel, seam: Seam, trainer: Any) -> Seam:
+    wrapped = "_original_forward" in base.__dict__  # accelerate's own mark
+    return replace(seam, autocast=trainer.accelerator.autocast) if wrapped else seam
 
 
 def _forward_of(seam: Seam) -> Callable[..., Any]:
@@ -161,11 +204,21 @@ def _scored(base: PreTrainedModel, seam: Seam, arguments: dict[str, Any]) -> Any
     """TRL's FusedCausalLMOutput from fastalign's numbers."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    hidden, targets, mask, _ = scored_rows(base, arguments)
+    with seam.autocast() if seam.autocast else nullcontext():
+        hidden, targets, mask = scored_tree_rows(base, arguments) if seam.pack else scored_rows(base, arguments)[:3]
+        scores = _scores(base, seam, hidden, targets)
+    log_probs = spread(scores.logp, mask)
+    assert log_probs is not None
+    count = arguments.get("num_items_in_batch")
+    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
+    more = {name: spread(getattr(scores, FIELDS[name]), mask) for name in seam.fields}
+    return FusedCausalLMOutput(loss=loss, log_probs=log_probs, label_mask=mask, **more)
+
+
+def _scores(base: PreTrainedModel, seam: Seam, hidden: Tensor, targets: Tensor) -> Scores:
     head = head_of(base)
-    plain: AbstractContextManager[Any] = torch.autocast(hidden.device.type, enabled=False) if seam.fp32_head else nullcontext()
-    with plain:
-        scores = linear_scores(
+    with torch.autocast(hidden.device.type, enabled=False) if seam.fp32_head else nullcontext():
+        return linear_scores(
             hidden.float() if seam.fp32_head else hidden,
             head.weight,
             targets,
@@ -176,12 +229,6 @@ def _scored(base: PreTrainedModel, seam: Seam, arguments: dict[str, Any]) -> Any
             entropy_gradient=seam.entropy_gradient,
             one_slope=seam.one_slope,
         )
-    log_probs = spread(scores.logp, mask)
-    assert log_probs is not None
-    count = arguments.get("num_items_in_batch")
-    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
-    more = {name: spread(getattr(scores, FIELDS[name]), mask) for name in seam.fields}
-    return FusedCausalLMOutput(loss=loss, log_probs=log_probs, label_mask=mask, **more)
 
 
 @torch.no_grad()
@@ -194,12 +241,17 @@ def _compare(base: PreTrainedModel, seam: Seam) -> None:
         ours = _scored(base, seam, batch)
     finally:
         base.train(training)
+    if not isinstance(theirs, type(ours)):
+        raise ValueError(
+            f"accelerate_trainer: the forward of {type(base).__name__} is no longer the one that TRL gave it (it returns "
+            f"{type(theirs).__name__}); call accelerate_trainer right after building the trainer"
+        )
     for name in ("loss", "log_probs", *seam.fields):
         expected, got = theirs[name], ours[name]
         if expected is None:
             raise ValueError(f"accelerate_trainer: TRL's head gives no {name} here; is this TRL {TESTED}?")
         off = _difference(expected, got, ours.label_mask)
-        if not off <= tolerance(base):
+        if not off <= tolerance(base, rounded=seam.autocast is not None):
             raise UnsupportedModelError(f"accelerate_trainer: {name} of {base.config.model_type} is off by {off:.2g} from TRL's own")
 
 

@@ -84,8 +84,12 @@ def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
     Returns:
         [T, H] in the model's dtype.
     """
-    layout = TreeLayout(packed.cu_seqlens, packed.parent)
-    return _forward(model, packed.input_ids, packed.position_ids, layout)
+    return tree_hidden_states(model, packed.input_ids, packed.position_ids, TreeLayout(packed.cu_seqlens, packed.parent))
+
+
+def tree_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: TreeLayout) -> Tensor:
+    """`hidden_states` of a tree that is given by its parts, [T, H]."""
+    return _forward(model, input_ids, position_ids, layout)
 
 
 def paged_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: PagedLayout) -> Tensor:
