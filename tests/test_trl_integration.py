@@ -121,7 +121,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+RARE = {"sft, label smoothing", "dpo, ipo", "dpo, ld_alpha", "kto, apo", "grpo, high-entropy tokens, twice", "rloo"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] if case in RARE else []) for case in CASES])
 def test_trl_losses_and_metrics_are_trls(case, folders, tmp_path):
     kind, options = CASES[case]
     theirs = history(build(kind, folders["llama"], tmp_path, **options))

@@ -83,7 +83,7 @@ def accelerate_trainer(trainer: Trainer, *, pack: bool = False) -> Trainer:
     Raises:
         ImportError: TRL is missing, or its version is not the tested one.
         TypeError: another trainer.
-        ValueError: an option that cannot work with it (Liger, DeepSpeed, FSDP, a router loss), a model whose head is not known, or
+        ValueError: an option that cannot work with it (Liger, DeepSpeed, FSDP, sharding, a router loss), a model whose head is not known, or
             numbers that differ from TRL's.
     """
     _check_version()
@@ -171,6 +171,7 @@ def _check_options(trainer: Any, pack: bool) -> None:
         "use_liger_kernel=True": trainer.args.use_liger_kernel,
         "DeepSpeed": trainer.is_deepspeed_enabled,
         "FSDP": trainer.is_fsdp_enabled,
+        "tensor, context or sequence parallelism": _shards_model_or_sequence(trainer),
         "torch_compile=True": trainer.args.torch_compile,
         "packing or padding_free, beside pack=True": pack and _packs_itself(trainer),
         "a router loss (set router_aux_loss_coef=0.0)": getattr(trainer, "aux_loss_enabled", False),
@@ -180,6 +181,11 @@ def _check_options(trainer: Any, pack: bool) -> None:
         raise ValueError(
             f"accelerate_trainer: not tested with {' and '.join(found)}; turn it off, or use {name} without accelerate_trainer"
         )
+
+
+def _shards_model_or_sequence(trainer: Any) -> bool:
+    config = trainer.accelerator.parallelism_config
+    return config is not None and any((config.tp_enabled, config.cp_enabled, config.sp_enabled, config.dp_shard_enabled))
 
 
 def _packs_itself(trainer: Any) -> bool:
