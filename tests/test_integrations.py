@@ -207,6 +207,17 @@ def test_patch_under_autocast():
     assert float(got) == pytest.approx(float(expected), abs=2e-2)
 
 
+def test_patch_of_a_bf16_model():
+    """No further from the fp32 loss than the model's own bf16 loss."""
+    inputs = batch()
+    exact = tiny_models.llama()(**inputs).loss.item()
+    model = tiny_models.llama().bfloat16()
+    theirs = model(**inputs).loss.item()
+    ours = loss_and_gradients(fa.patch(model), inputs)[0].loss
+    assert ours.dtype == torch.float32
+    assert abs(ours.item() - exact) <= abs(theirs - exact) + 5e-3
+
+
 class Steps(torch.utils.data.Dataset):
     """Records of different lengths and numbers of scored tokens: only a global normalization gets accumulation right."""
 

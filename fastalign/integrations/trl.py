@@ -83,8 +83,8 @@ def accelerate_trainer(trainer: Trainer, *, pack: bool = False) -> Trainer:
     Raises:
         ImportError: TRL is missing, or its version is not the tested one.
         TypeError: another trainer.
-        ValueError: an option that cannot work with it (Liger, DeepSpeed, FSDP, sharding, a router loss), a model whose head is not known, or
-            numbers that differ from TRL's.
+        ValueError: an option that cannot work with it (Liger, DeepSpeed, FSDP, sharding, a router loss), a model whose head is not
+            known, or numbers that differ from TRL's.
     """
     _check_version()
     seams = [(causal_lm(model), replace(seam, pack=pack)) for model, seam in _seams(trainer)]
