@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     p.add_argument("--scales", nargs="+", default=["stories260k", "qwen2-40m"], choices=list(SIZES))
+    p.add_argument("--stories", default=str(STORIES), help="the stories260k folder; a random model of its shape where there is none")
     p.add_argument("--tiny", action="store_true", help="a random model of 0.1M parameters, 3 steps: tries the script in a minute")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--learning_rate", type=float, default=1e-4)
@@ -62,10 +63,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def write_inputs(scale: str, folder: Path, seed: int) -> dict[str, str]:
+def write_inputs(scale: str, stories: str, folder: Path, seed: int) -> dict[str, str]:
     """The model and tokenizer of a scale."""
-    if scale == "stories260k" and STORIES.is_dir():
-        return {"model": str(STORIES), "tokenizer": str(STORIES)}
+    if scale == "stories260k" and Path(stories).is_dir():
+        return {"model": stories, "tokenizer": stories}
+    if scale == "stories260k":
+        print(f"{stories} not found: a random model of stories260k's shape")
     shape = {"stories260k": STORIES_SHAPE, "qwen2-40m": inputs.SHAPE, "tiny": inputs.TINY}[scale]
     folder.mkdir()
     return inputs.write_model(folder, inputs.word_tokenizer(shape["vocab_size"]), shape, seed)
@@ -168,7 +171,7 @@ def main() -> None:
     print(machine, flush=True)
     with tempfile.TemporaryDirectory(prefix="fastalign-peers-") as folder:
         for scale in scales:
-            where = write_inputs(scale, Path(folder) / scale, args.seed)
+            where = write_inputs(scale, args.stories, Path(folder) / scale, args.seed)
             steps = {"tiny": 3, "qwen2-40m": args.large_steps}.get(scale, args.steps)
             for method in args.methods:
                 found = measure(method, scale, where, steps, args, Path(folder))
