@@ -35,6 +35,8 @@ _HOME = {
     "Engine": "generation.engine",
     "SamplingParams": "generation.params",
     "RequestOutput": "generation.params",
+    "patch": "integrations.transformers",
+    "unpatch": "integrations.transformers",
     "env": "environment",
 }
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .modules import FusedLinearGRPO as FusedLinearGRPO
     from .losses.packed import preference_loss as preference_loss
     from .losses.packed import unpaired_loss as unpaired_loss
+    from .integrations.transformers import patch as patch
+    from .integrations.transformers import unpatch as unpatch
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_kl import linear_kl as linear_kl

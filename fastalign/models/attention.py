@@ -115,6 +115,8 @@ def fastalign_attention(
     if calls is not None:
         calls.append({"layer": getattr(module, "layer_idx", len(calls)), "window": sliding_window})
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):  # as sdpa does: rotary embeddings leave q and k wider than v
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if isinstance(attention_layout, TreeLayout):
         out = tree_attention(q, k, v, attention_layout, scale=scale, window=sliding_window, softcap=softcap)
     else:

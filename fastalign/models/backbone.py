@@ -58,7 +58,9 @@ def head_of(model: nn.Module) -> Head:
     family = base.config.model_type
     head = base.get_output_embeddings()
     saved = getattr(head, "modules_to_save", None)  # PEFT trains a full copy of the head
-    if saved is not None:
+    if saved is not None and head.disable_adapters:
+        head = head.original_module
+    elif saved is not None:
         head = saved[head.active_adapter] if isinstance(head.active_adapter, str) else saved[head.active_adapter[0]]
     if not isinstance(head, nn.Linear):
         found = type(head).__name__
@@ -82,8 +84,12 @@ def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
     Returns:
         [T, H] in the model's dtype.
     """
-    layout = TreeLayout(packed.cu_seqlens, packed.parent)
-    return _forward(model, packed.input_ids, packed.position_ids, layout)
+    return tree_hidden_states(model, packed.input_ids, packed.position_ids, TreeLayout(packed.cu_seqlens, packed.parent))
+
+
+def tree_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: TreeLayout) -> Tensor:
+    """`hidden_states` of a tree that is given by its parts, [T, H]."""
+    return _forward(model, input_ids, position_ids, layout)
 
 
 def paged_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: PagedLayout) -> Tensor:
