@@ -54,10 +54,10 @@ FA_SIMD void add_pair(vf& sum, uint32_t a, vu b) {
   sum += to_float(static_cast<uint16_t>(a >> 16)) * (vf)(b & 0xffff0000u);
 }
 
-// A as the tile reads it: the word of (row, pair) lies row * row_bytes + pair * pair_bytes from the start.
+// A as the tile reads it: the word of (row, pair) lies row * row_bytes + pair * pair_bytes from the start of its tile.
 struct Words {
   const unsigned char* start;
-  int64_t row_bytes, pair_bytes;
+  int64_t row_bytes, pair_bytes, tile_bytes;
 };
 
 template <int kCount, bool kDot>
@@ -85,6 +85,8 @@ struct Target {
 
 template <int kCount, bool kDot>
 void tile(const Words& a, const uint32_t* panel, int64_t pairs, const Target& to) {
+  for (int r = 0; r < kCount; ++r)  // the results are out of the cache: they arrive while the sums are taken
+    for (int64_t c = 0; c < to.columns; c += kLanes) __builtin_prefetch(to.out + r * to.stride + c, 1);
   vf sums[kCount][kVectors] = {};
   if (to.bias)
     for (int v = 0; v < kVectors; ++v) {
@@ -110,18 +112,16 @@ void tile(const Words& a, const uint32_t* panel, int64_t pairs, const Target& to
   }
 }
 
-template <bool kDot>
+// As many tiles of kCount rows as fit, then smaller ones: a row's sum is the same in any of them.
+template <int kCount, bool kDot>
 void rows_of_tiles(Words a, int64_t rows, const uint32_t* panel, int64_t pairs, Target to) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    tile<kRows, kDot>(a, panel, pairs, to);
-    a.start += kRows * a.row_bytes;
-    to.out += kRows * to.stride;
+  for (; rows >= kCount; rows -= kCount) {
+    tile<kCount, kDot>(a, panel, pairs, to);
+    a.start += kCount == kRows ? a.tile_bytes : kCount * a.row_bytes;
+    to.out += kCount * to.stride;
   }
-  for (; r < rows; ++r) {
-    tile<1, kDot>(a, panel, pairs, to);
-    a.start += a.row_bytes;
-    to.out += to.stride;
+  if constexpr (kCount > 1) {
+    if (rows > 0) rows_of_tiles<kCount / 2, kDot>(a, rows, panel, pairs, to);
   }
 }
 
@@ -139,20 +139,28 @@ void pack_transposed(const uint16_t* b, int64_t stride, int64_t columns, int64_t
     }
 }
 
-// Columns of [k, columns], columns contiguous → [k/2][width] words, zeros beside and below.
-void pack_interleaved(const uint16_t* b, int64_t stride, int64_t columns, int64_t k, int64_t width, uint32_t* words) {
-  for (int64_t p = 0; p < (k + 1) / 2; ++p, words += width) {
+// [k, columns], columns contiguous → [columns/kWidth][k/2][kWidth] words, zeros beside and below.
+template <int kWidth>
+void pack_interleaved(const uint16_t* b, int64_t stride, int64_t columns, int64_t k, uint32_t* words) {
+  const int64_t pairs = (k + 1) / 2;
+  for (int64_t p = 0; p < pairs; ++p) {
     const uint16_t* low = b + 2 * p * stride;
-    const uint16_t* high = 2 * p + 1 < k ? low + stride : nullptr;
-    for (int64_t c = 0; c < columns; ++c) words[c] = low[c] | (high ? static_cast<uint32_t>(high[c]) << 16 : 0u);
-    for (int64_t c = columns; c < width; ++c) words[c] = 0;
+    const bool both = 2 * p + 1 < k;
+    const uint16_t* high = both ? low + stride : low;
+    const uint32_t mask = both ? 0xffff0000u : 0u;
+    uint32_t* to = words + p * kWidth;
+    int64_t c = 0;
+    for (; c + kWidth <= columns; c += kWidth, to += pairs * kWidth)
+      for (int i = 0; i < kWidth; ++i) to[i] = low[c + i] | (static_cast<uint32_t>(high[c + i]) << 16 & mask);
+    if (c < columns)
+      for (int i = 0; i < kWidth; ++i) to[i] = c + i < columns ? low[c + i] | (static_cast<uint32_t>(high[c + i]) << 16 & mask) : 0u;
   }
 }
 
 template <bool kDot>
 void product_rows_with(const Bf16Product& product) {
   const int64_t pairs = (product.k + 1) / 2, panels = (product.n + kPanel - 1) / kPanel;
-  const Words a{reinterpret_cast<const unsigned char*>(product.a), product.a_stride * 2, 4};
+  const Words a{reinterpret_cast<const unsigned char*>(product.a), product.a_stride * 2, 4, product.a_stride * 2 * kRows};
 #pragma omp parallel
   {
     const std::unique_ptr<uint32_t[]> panel(new uint32_t[pairs * kPanel]);
@@ -161,7 +169,7 @@ void product_rows_with(const Bf16Product& product) {
       const int64_t first = i * kPanel, columns = std::min<int64_t>(kPanel, product.n - first);
       pack_transposed(product.b + first * product.b_stride, product.b_stride, columns, product.k, panel.get());
       const float* bias = product.bias ? product.bias + first : nullptr;
-      rows_of_tiles<kDot>(a, product.m, panel.get(), pairs, {product.out + first, product.out_stride, columns, bias, 1.0f, false});
+      rows_of_tiles<kRows, kDot>(a, product.m, panel.get(), pairs, {product.out + first, product.out_stride, columns, bias, 1.0f, false});
     }
   }
 }
@@ -177,17 +185,17 @@ void product_columns_with(const Bf16Product& product, int64_t begin, int64_t dep
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t first = i * kPanel, columns = std::min<int64_t>(kPanel, product.n - first);
       const uint16_t* b = product.b + begin * product.b_stride + first;
-      pack_interleaved(b, product.b_stride, columns, depth, kPanel, packed.get() + i * pairs * kPanel);
+      pack_interleaved<kPanel>(b, product.b_stride, columns, depth, packed.get() + i * pairs * kPanel);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t row = i * kBlock, rows = std::min<int64_t>(kBlock, product.m - row);
-      pack_interleaved(product.a + begin * product.a_stride + row, product.a_stride, rows, depth, kBlock, block.get());
-      const Words a{reinterpret_cast<const unsigned char*>(block.get()), 4, 4 * kBlock};
+      pack_interleaved<kRows>(product.a + begin * product.a_stride + row, product.a_stride, rows, depth, block.get());
+      const Words a{reinterpret_cast<const unsigned char*>(block.get()), 4, 4 * kRows, 4 * kRows * pairs};
       for (int64_t j = 0; j < panels; ++j) {
         const int64_t first = j * kPanel, columns = std::min<int64_t>(kPanel, product.n - first);
         float* out = product.out + row * product.out_stride + first;
-        rows_of_tiles<kDot>(a, rows, packed.get() + j * pairs * kPanel, pairs, {out, product.out_stride, columns, nullptr, product.alpha, add});
+        rows_of_tiles<kRows, kDot>(a, rows, packed.get() + j * pairs * kPanel, pairs, {out, product.out_stride, columns, nullptr, product.alpha, add});
       }
     }
   }
