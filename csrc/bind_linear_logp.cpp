@@ -102,8 +102,8 @@ void logp_rows(const Tensor& logits, const Tensor& targets, float inv_temperatur
   logits.dtype == DType::f32 ? run(float{}) : run(uint16_t{});
 }
 
-void grad_rows(const Tensor& logits, const Tensor& out, const Tensor& targets, const Tensor& lse, const Tensor& entropy,
-               const Tensor& g_logp, const Tensor& g_entropy, float inv_temperature, float softcap) {
+void grad_rows(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& entropy, const Tensor& g_logp,
+               const Tensor& g_entropy, float inv_temperature, float softcap, const Tensor& out) {
   check_logits("grad_rows", logits, targets);
   check_targets("grad_rows", targets, logits.size(1));
   by_types(logits, out, [&]<typename T, typename U>(T, U) {
@@ -173,8 +173,8 @@ void logp_rows_cuda(const Tensor& logits, const Tensor& targets, float inv_tempe
   logits.dtype == DType::f32 ? run(float{}) : run(uint16_t{});
 }
 
-void grad_rows_cuda(const Tensor& logits, const Tensor& out, const Tensor& targets, const Tensor& lse, const Tensor& entropy,
-                    const Tensor& g_logp, const Tensor& g_entropy, float inv_temperature, float softcap, uintptr_t stream) {
+void grad_rows_cuda(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& entropy, const Tensor& g_logp,
+                    const Tensor& g_entropy, float inv_temperature, float softcap, const Tensor& out, uintptr_t stream) {
   check_logits("grad_rows", logits, targets);
   by_types(logits, out, [&]<typename T, typename U>(T, U) {
     cuda::grad_rows(grad_arguments<T, U>(logits, out, targets, lse, entropy, g_logp, g_entropy, inv_temperature, softcap), stream);
@@ -187,8 +187,8 @@ void grad_rows_cuda(const Tensor& logits, const Tensor& out, const Tensor& targe
 void bind_linear_logp(py::module_& m) {
   m.def("logp_rows", &logp_rows, py::arg("logits"), py::arg("targets"), py::arg("inv_temperature"), py::arg("softcap"), py::arg("logp"),
         py::arg("lse"), py::arg("entropy"), py::arg("correct"));
-  m.def("grad_rows", &grad_rows, py::arg("logits"), py::arg("out"), py::arg("targets"), py::arg("lse"), py::arg("entropy"), py::arg("g_logp"),
-        py::arg("g_entropy"), py::arg("inv_temperature"), py::arg("softcap"));
+  m.def("grad_rows", &grad_rows, py::arg("logits"), py::arg("targets"), py::arg("lse"), py::arg("entropy"), py::arg("g_logp"),
+        py::arg("g_entropy"), py::arg("inv_temperature"), py::arg("softcap"), py::arg("out"));
   m.def("bf16_product_rows", &bf16_product_rows, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"));
   m.def("bf16_product_columns", &bf16_product_columns, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("alpha"), py::arg("add"));
   m.def("has_bf16_dot", &has_dot, "Whether bf16 products run on vdpbf16ps: at the speed of a bf16 GEMM, not of an fp32 one.");

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,6 +67,27 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this machine has no {request.param}")
     yield request.param
     module.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def rounding_interpreter() -> Iterator[None]:
+    """Triton's interpreter cuts fp32 off to bf16; a GPU rounds to nearest even, and so does the interpreter within this fixture."""
+    pytest.importorskip("triton")
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    before = builder.cast_impl
+
+    def cast(self: Any, src: Any, to: Any) -> Any:
+        if src.dtype.scalar.is_fp32() and to.scalar.is_bf16():
+            rounded = torch.from_numpy(src.data).bfloat16().view(torch.uint16)
+            return interpreter.TensorHandle(rounded.numpy(), to.scalar)
+        return before(self, src, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cast_impl", "create_fp_trunc"):
+            patch.setattr(builder, name, cast)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from types import ModuleType
 
@@ -73,10 +74,20 @@ def forced_backend() -> str | None:
     return _forced
 
 
+def load_triton(op: str) -> ModuleType:
+    """The Triton kernels of an op that has them; importing them loads Triton."""
+    return importlib.import_module(f"fastalign.kernels.{op}")
+
+
 @functools.cache
 def has_triton(op: str) -> bool:
     """Whether Triton is installed and has a kernel for this op."""
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(f"fastalign.kernels.{op}") is not None
+
+
+def _interprets() -> bool:
+    """Whether kernels imported now run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def backend_for(op: str, device: torch.device | str = "cpu") -> str:
@@ -87,7 +98,11 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
         device: a torch device or its name.
 
     Returns:
-        "native", "triton" or "reference". A forced backend that has no kernel for the op gives "reference".
+        "native", "triton" or "reference": on the CPU native before reference, on CUDA native before Triton before reference.
+        A forced backend that has no kernel for the op gives "reference".
+
+    Raises:
+        RuntimeError: "triton" is forced on a CPU device, and Triton's interpreter is not on.
     """
     cuda = torch.device(device).type == "cuda"
     if _forced in (None, "native"):
@@ -95,5 +110,10 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
         if module is not None and op in (module.cuda_ops if cuda else module.ops):
             return "native"
     if (_forced == "triton" or (_forced is None and cuda)) and has_triton(op):
+        if not cuda and not _interprets():
+            raise RuntimeError(
+                f"use_backend('triton'): {op} has a Triton kernel, which runs on a GPU; for a CPU tensor set TRITON_INTERPRET=1 in the "
+                "environment before Python starts, move the tensors to CUDA, or force 'native' or 'reference'"
+            )
         return "triton"
     return "reference"

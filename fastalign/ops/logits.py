@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import backend_for, load_native
+from .backend import backend_for, load_native, load_triton
 
 
 def logp_rows(
@@ -32,13 +32,14 @@ def logp_rows(
         ValueError: shapes, dtypes, temperature or softcap are wrong, or a CPU target lies outside the vocabulary.
     """
     inv_temperature, softcap = _scales("logp_rows", logits, targets, temperature, logit_softcap)
-    if not _on_native(logits):
+    backend = _backend(logits)
+    if backend == "reference":
         return _reference_logp(logits, targets, inv_temperature, softcap, entropy)
     num_rows, device = logits.shape[0], logits.device
     logp, lse = torch.empty(num_rows, device=device), torch.empty(num_rows, device=device)
     row_entropy = torch.empty(num_rows if entropy else 0, device=device)
     correct = torch.empty(num_rows, dtype=torch.bool, device=device)
-    _call("logp_rows", logits, targets.contiguous(), inv_temperature, softcap, logp, lse, row_entropy, correct)
+    _call(backend, "logp_rows", logits, targets.contiguous(), inv_temperature, softcap, logp, lse, row_entropy, correct)
     return logp, lse, row_entropy if entropy else None, correct
 
 
@@ -78,13 +79,18 @@ def grad_rows_(
     if g_entropy is not None and entropy is None:
         raise ValueError("grad_rows_: g_entropy needs the rows' entropy: call logp_rows(..., entropy=True)")
     out = logits if out is None else out
-    if not _on_native(logits) or out.dtype not in (logits.dtype, torch.bfloat16):
+    backend = _backend(logits)
+    if backend == "reference" or out.dtype not in (logits.dtype, torch.bfloat16):
         return out.copy_(_reference_grad(logits, targets, lse, entropy, g_logp, g_entropy, inv_temperature, softcap))
     none = torch.empty(0, device=logits.device)
     row_entropy = none if entropy is None else entropy.contiguous()
     upstream = none if g_entropy is None else g_entropy.contiguous()
-    _call("grad_rows", logits, out, targets.contiguous(), lse, row_entropy, g_logp.contiguous(), upstream, inv_temperature, softcap)
-    return out
+    arguments = (targets.contiguous(), lse.contiguous(), row_entropy, g_logp.contiguous(), upstream, inv_temperature, softcap)
+    if backend == "native":
+        _call(backend, "grad_rows", logits, *arguments, out)
+        return out
+    _call(backend, "grad_rows", logits, *arguments)
+    return logits if out is logits else out.copy_(logits.to(out.dtype))  # through a temporary: out may be the logits' own memory
 
 
 def _scales(what: str, logits: Tensor, targets: Tensor, temperature: float, logit_softcap: float | None) -> tuple[float, float]:
@@ -98,17 +104,22 @@ def _scales(what: str, logits: Tensor, targets: Tensor, temperature: float, logi
     return 1.0 / temperature, logit_softcap or 0.0
 
 
-def _on_native(logits: Tensor) -> bool:
-    return logits.dtype in (torch.float32, torch.bfloat16) and backend_for("linear_logp", logits.device) == "native"
+def _backend(logits: Tensor) -> str:
+    return backend_for("linear_logp", logits.device) if logits.dtype in (torch.float32, torch.bfloat16) else "reference"
 
 
-def _call(name: str, logits: Tensor, *arguments: object) -> None:
-    module, _ = load_native()
-    if logits.is_cuda:
-        with torch.cuda.device(logits.device):
-            getattr(module, name + "_cuda")(logits, *arguments, torch.cuda.current_stream().cuda_stream)
-    else:
-        getattr(module, name)(logits, *arguments)
+def _call(backend: str, name: str, logits: Tensor, targets: Tensor, *arguments: object) -> None:
+    module = load_native()[0] if backend == "native" else load_triton("linear_logp")
+    if backend == "triton":
+        _check_targets(targets, logits.shape[1])
+    if not logits.is_cuda:
+        getattr(module, name)(logits, targets, *arguments)
+        return
+    with torch.cuda.device(logits.device):
+        if backend == "native":
+            getattr(module, name + "_cuda")(logits, targets, *arguments, torch.cuda.current_stream().cuda_stream)
+        else:
+            getattr(module, name)(logits, targets, *arguments)
 
 
 def _wide(logits: Tensor) -> Tensor:
