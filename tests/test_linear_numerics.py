@@ -314,3 +314,16 @@ def test_head_dtype_says_what_it_takes():
     for op in OPS:
         with pytest.raises(ValueError, match=f"{op}: head_dtype must be None .* or torch.float32, got torch.float64"):
             nll(op, head_dtype=torch.float64)(hidden, weight, targets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 40])
+def test_cuda_head_dtype_matches_fp64(width):
+    hidden, weight, targets = (t.detach().cuda() for t in inputs(40, width, 5003, torch.bfloat16))
+    hidden.requires_grad_(), weight.requires_grad_()
+    exact, exact_grads = oracle(hidden, weight, targets)
+    for op in OPS:
+        loss = nll(op, head_dtype=torch.float32)(hidden, weight, targets)
+        assert abs(loss.double() - exact) <= 1e-6 * abs(exact)
+        for found, e in zip(torch.autograd.grad(loss, (hidden, weight)), exact_grads, strict=True):
+            assert relative(found, e) <= 4e-3

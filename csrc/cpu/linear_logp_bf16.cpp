@@ -1,6 +1,6 @@
 // Products of bf16 matrices with fp32 results, which no CPU GEMM of torch gives: the logits of a bf16 head unrounded, and its gradient
 // added straight into an fp32 sum.
-//   layout: two consecutive k are one 32-bit word. B is packed once a panel into [k/2][kPanel] words; a word of A is broadcast to the lanes.
+//   layout: two consecutive k are one 32-bit word. B is packed once a panel into [k/2][kPanel] words; a word of A is broadcast.
 //   tile:   kRows x kPanel sums stay in registers over the whole k, so that a result is one running sum, whatever the rows around it.
 //   dot:    vdpbf16ps where the machine has it (two products a lane and instruction); elsewhere two fp32 FMAs on the widened halves.
 #include <algorithm>
@@ -195,7 +195,8 @@ void product_columns_with(const Bf16Product& product, int64_t begin, int64_t dep
       for (int64_t j = 0; j < panels; ++j) {
         const int64_t first = j * kPanel, columns = std::min<int64_t>(kPanel, product.n - first);
         float* out = product.out + row * product.out_stride + first;
-        rows_of_tiles<kRows, kDot>(a, rows, packed.get() + j * pairs * kPanel, pairs, {out, product.out_stride, columns, nullptr, product.alpha, add});
+        const Target to{out, product.out_stride, columns, nullptr, product.alpha, add};
+        rows_of_tiles<kRows, kDot>(a, rows, packed.get() + j * pairs * kPanel, pairs, to);
       }
     }
   }
