@@ -1,17 +1,21 @@
-"""linear_loss, linear_cross_entropy and linear_logp, forward + backward, against torch eager and against their own GEMMs alone.
+"""linear_loss, linear_cross_entropy and linear_logp, forward + backward, against torch and against their own GEMMs alone.
 
-    python bench/bench_linear_logp.py [--quick] [--rounds 5] [--dtype float32 bfloat16] [--clock wall|cpu] [--threads N]
+    python bench/bench_linear_logp.py [--quick] [--rounds 5] [--dtype float32 --dtype bfloat16] [--clock wall|cpu] [--threads N]
 
-The floor is the GEMMs of the op alone (forward, dL/dhidden, dL/dweight) into buffers that exist. With main_grad our head
-gradient goes to memory that exists too; without it, autograd gets a fresh one. torch: F.linear + F.cross_entropy.
+The floor is the GEMMs of the op alone (forward, dL/dhidden, dL/dweight) into buffers that exist. Sides:
+- fastalign: with main_grad, so that the head gradient goes to memory that exists too; "fresh grad": autograd gets a fresh one;
+  "fp32 logits": head_dtype=float32.
+- torch: F.linear, logits upcast to fp32, cross_entropy, as transformers' and TRL's losses do; "16-bit loss": without the upcast.
+- torch.compile: the first of these compiled (not with --quick; left out where no compiler works).
+- torch chunked: torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions().
+- liger: its fused linear cross entropy, Triton, on a GPU alone.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,16 +24,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.harness import Result, header, interleaved, peak_mib
-from fastalign.ops.backend import backend_for
+from bench.harness import peak_mib, run_file
 from fastalign.ops.linear_cross_entropy import linear_cross_entropy
 from fastalign.ops.linear_head import release_buffers
 from fastalign.ops.linear_logp import linear_logp
 from fastalign.ops.linear_loss import linear_loss
+from fastalign.ops.logits import grad_rows_, logp_rows
+
+Run = Callable[[], object]
 
 
-class Case:
-    """Inputs of one shape and dtype, and one forward + backward of each side."""
+class Inputs:
+    """hidden [T, H], weight [V, H], targets [T] of one shape and dtype."""
 
     def __init__(self, rows: int, vocab: int, width: int, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -37,155 +43,231 @@ class Case:
         self.hidden = torch.randn(rows, width, generator=generator).to(device, dtype).requires_grad_()
         self.weight = (torch.randn(vocab, width, generator=generator) * width**-0.5).to(device, dtype).requires_grad_()
         self.targets = torch.randint(vocab, (rows,), generator=generator).to(device)
-        self.half = self.targets.masked_fill(torch.arange(rows, device=device) % 2 == 0, -100)
+        self.shape = f"T={rows} V={vocab} H={width}"
         self.tvh = float(rows) * vocab * width
+        self.main_grad: Tensor | None = None
 
-    def clear(self) -> None:
-        """Forgets the gradients of the last run."""
-        self.hidden.grad = self.weight.grad = None
-
-    def loss(self, *, main_grad: bool = False, frozen: bool = False) -> Callable[[], object]:
-        """linear_loss with a plain negative log-likelihood."""
-        held = torch.zeros(self.vocab, self.width, device=self.hidden.device) if main_grad else None
+    def backward_of(self, loss: Callable[[Tensor, Tensor], Tensor], *, frozen: bool = False, main_grad: bool = False) -> Run:
+        """loss(hidden, weight) and its backward; no gradient is left behind."""
+        weight = self.weight.detach() if frozen else self.weight
+        if main_grad and self.main_grad is None:
+            self.main_grad = torch.zeros(self.vocab, self.width, device=weight.device)
 
         def run() -> None:
-            self.clear()
-            weight = self.weight.detach() if frozen else self.weight
-            if held is not None:
-                weight.main_grad = held  # type: ignore[attr-defined]
-            linear_loss(self.hidden, weight, self.targets, lambda logp, _: -logp.sum() / self.rows)[0].backward()
-            if held is not None:
-                del weight.main_grad  # type: ignore[attr-defined]
+            self.hidden.grad = self.weight.grad = None
+            if main_grad:
+                weight.main_grad = self.main_grad  # type: ignore[attr-defined]
+            try:
+                loss(self.hidden, weight).backward()
+            finally:
+                if main_grad:
+                    del weight.main_grad  # type: ignore[attr-defined]
+                self.hidden.grad = self.weight.grad = None
 
         return run
 
-    def entropy(self, targets: Tensor) -> Callable[[], object]:
-        """linear_cross_entropy."""
-
-        def run() -> None:
-            self.clear()
-            linear_cross_entropy(self.hidden, self.weight, targets).backward()
-
-        return run
-
-    def logp(self) -> Callable[[], object]:
-        """linear_logp and a scalar of it."""
-
-        def run() -> None:
-            self.clear()
-            (-linear_logp(self.hidden, self.weight, self.targets).mean()).backward()
-
-        return run
-
-    def eager(self, targets: Tensor) -> Callable[[], object]:
-        """torch with the logits in memory."""
-
-        def run() -> None:
-            self.clear()
-            F.cross_entropy(F.linear(self.hidden, self.weight), targets).backward()
-
-        return run
-
-    def floor(self, *, frozen: bool = False) -> Callable[[], object]:
-        """The GEMMs alone, into existing buffers."""
+    def gemms(self, *, frozen: bool = False, backward: bool = True) -> Run:
+        """The floor."""
         x, w = self.hidden.detach(), self.weight.detach()
         logits = torch.empty(self.rows, self.vocab, dtype=self.dtype, device=x.device)
-        d_hidden, d_weight = torch.empty_like(x), torch.empty_like(w)
+        d_hidden, d_weight = torch.empty_like(x), torch.empty_like(w if backward and not frozen else w[:0])
 
         def run() -> None:
             torch.mm(x, w.t(), out=logits)
-            torch.mm(logits, w, out=d_hidden)
-            if not frozen:
-                torch.mm(logits.t(), x, out=d_weight)
+            if backward:
+                torch.mm(logits, w, out=d_hidden)
+                if not frozen:
+                    torch.mm(logits.t(), x, out=d_weight)
 
         return run
 
 
-def bench(case: Case, rounds: int, clock: Callable[[], float], *, big: bool) -> list[Result]:
-    """All lines of one shape."""
-    runs: dict[str, Callable[[], object]] = {
-        "floor": case.floor(),
-        "linear_loss (main_grad)": case.loss(main_grad=True),
-        "linear_loss": case.loss(),
-        "linear_cross_entropy": case.entropy(case.targets),
-        "torch": case.eager(case.targets),
-        "linear_cross_entropy (half masked)": case.entropy(case.half),
-        "torch (half masked)": case.eager(case.half),
+def upcast(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def narrow(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def peers(case: Inputs, targets: Tensor, quick: bool, *, frozen: bool = False) -> dict[str, Run]:
+    """Every other side of a cross entropy."""
+    sides = {"torch": case.backward_of(lambda h, w: upcast(h, w, targets), frozen=frozen)}
+    if case.dtype != torch.float32:
+        sides["torch, 16-bit loss"] = case.backward_of(lambda h, w: narrow(h, w, targets), frozen=frozen)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions") and not frozen:
+        options = torch.nn.LinearCrossEntropyOptions()
+        sides["torch chunked"] = case.backward_of(lambda h, w: F.linear_cross_entropy(h, w, targets, options=options))
+    if not quick:
+        fused = torch.compile(upcast)
+        compiled = case.backward_of(lambda h, w: fused(h, w, targets), frozen=frozen)
+        try:
+            compiled()
+            sides["torch.compile"] = compiled
+        except Exception as error:  # whatever a missing or unfit compiler raises
+            print(f"torch.compile is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+    if case.hidden.is_cuda and importlib.util.find_spec("liger_kernel") and not frozen:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        sides["liger"] = case.backward_of(lambda h, w: liger(w, h, targets))
+    return sides
+
+
+def nll(case: Inputs, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
+    """linear_loss of a mean negative log-likelihood."""
+    return lambda h, w: linear_loss(h, w, case.targets, lambda logp, _: -logp.sum() / case.rows, **options)[0]  # type: ignore[arg-type]
+
+
+def case_of(quick: bool, dtype: torch.dtype, device: str) -> Inputs:
+    release_buffers()
+    return Inputs(512, *((32000, 512) if quick else (151936, 896)), dtype, device)
+
+
+def bench_linear_loss(versus, device, quick, dtype):
+    case = case_of(quick, dtype, device)
+    sides = {"fastalign": case.backward_of(nll(case), main_grad=True), "fastalign, fresh grad": case.backward_of(nll(case))}
+    if dtype != torch.float32:
+        sides["fastalign, fp32 logits"] = case.backward_of(nll(case, head_dtype=torch.float32), main_grad=True)
+    sides |= {**peers(case, case.targets, quick), "floor": case.gemms()}
+    versus("linear_loss", case.shape, dtype, sides, flop=6 * case.tvh)
+
+
+def bench_linear_cross_entropy_half_masked(versus, device, quick, dtype):
+    """A prompt as long as its completion: half of the rows cost nothing here. The rate is that of the work that is needed."""
+    case = case_of(quick, dtype, device)
+    half = case.targets.masked_fill(torch.arange(case.rows, device=device) % 2 == 0, -100)
+    ours = case.backward_of(lambda h, w: linear_cross_entropy(h, w, half))
+    needed = Inputs(case.rows // 2, case.vocab, case.width, dtype, device)
+    sides = {"fastalign": ours, **peers(case, half, quick), "floor": needed.gemms()}
+    versus("cross_entropy, half masked", case.shape, dtype, sides, flop=3 * case.tvh)
+
+
+def bench_frozen_head(versus, device, quick, dtype):
+    """LoRA: the head takes no gradient, 4TVH."""
+    case = case_of(quick, dtype, device)
+    ours = {
+        "fastalign": case.backward_of(nll(case), frozen=True),
+        "fastalign, linear_logp": case.backward_of(lambda h, w: -linear_logp(h, w, case.targets).mean(), frozen=True),
     }
-    if big:
-        runs |= {"floor, frozen": case.floor(frozen=True), "linear_loss (frozen head)": case.loss(frozen=True), "linear_logp": case.logp()}
-    best = interleaved(runs, rounds, clock)
-    case.clear()
-    results = []
-    for name, run in runs.items():
-        release_buffers()
-        case.clear()
-        peak = peak_mib(run)
-        case.clear()
-        masked, frozen = "half" in name, "frozen" in name
-        ours = name.startswith("linear")
-        floor = best.get("floor, frozen" if frozen else "floor")
-        eager = best["torch (half masked)" if masked else "torch"]
-        flop = (4 if frozen else 8 if name == "linear_logp" else 3 if masked and ours else 6) * case.tvh
-        results.append(
-            Result(
-                name,
-                f"T={case.rows} V={case.vocab} H={case.width}",
-                str(case.dtype).removeprefix("torch."),
-                backend_for("linear_logp", case.hidden.device) if ours else "torch",
-                best[name],
-                flop,
-                peak,
-                None if not ours else eager,
-                None if not ours or masked else floor,
-            )
-        )
-    return results
+    sides = {**ours, **peers(case, case.targets, quick, frozen=True), "floor": case.gemms(frozen=True)}
+    versus("frozen head", case.shape, dtype, sides, flop=4 * case.tvh)
 
 
-def memory(dtype: torch.dtype, device: str) -> None:
-    """Peak memory of linear_loss as the rows grow: one chunk of logits, whatever T. A narrow head, so that the logits dominate."""
-    for rows in (512, 4096):
-        case = Case(rows, 151936, 64, dtype, device)
-        run = case.loss()
-        run()  # loads what is loaded once
-        release_buffers()
-        case.clear()
-        peak = peak_mib(run)
-        logits = rows * case.vocab * dtype.itemsize / 2**20
-        name = str(dtype).removeprefix("torch.")
-        print(
-            f"memory: linear_loss T={rows} V={case.vocab} H={case.width} {name}: peak {peak:.0f} MiB; all logits would be {logits:.0f} MiB"
-        )
+def bench_linear_logp(versus, device, quick, dtype):
+    """The differentiable log-prob, whose backward computes the logits again: 8TVH, of which the floor does 6."""
+    case = case_of(quick, dtype, device)
+    sides = {"fastalign": case.backward_of(lambda h, w: -linear_logp(h, w, case.targets).mean())}
+    sides |= {"torch": case.backward_of(lambda h, w: upcast(h, w, case.targets)), "floor": case.gemms()}
+    versus("linear_logp", case.shape, dtype, sides, flop=8 * case.tvh)
 
 
-def main() -> None:
-    """Reads the flags, prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one small vocabulary, three rounds")
-    parser.add_argument("--rounds", type=int, default=0, help="interleaved rounds (default 5, quick 3)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads, for a machine that is shared"
-    )
-    parser.add_argument("--threads", type=int, default=0)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vocab, width = (32000, 512) if options.quick else (151936, 896)
-    print(f"{torch.get_num_threads()} threads, {options.clock} time, torch {torch.__version__}")
-    print(header())
-    for name in options.dtype:
-        dtype = getattr(torch, name)
-        case = Case(options.rows, vocab, width, dtype, device)
-        for result in bench(case, options.rounds or (3 if options.quick else 5), clock, big=not options.quick):
-            print(result.line(), flush=True)
-        if not options.quick:
-            memory(dtype, device)
+@torch.no_grad()
+def bench_logp_and_entropy_forward(versus, device, quick, dtype):
+    """Scoring a rollout: log-probs and entropies, no gradient, 2TVH."""
+    case = case_of(quick, dtype, device)
+    hidden, weight, targets = case.hidden.detach(), case.weight.detach(), case.targets
+
+    def eager(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = torch.log_softmax(logits, -1)
+        return log_p.gather(1, targets[:, None]), -(log_p.exp() * log_p).sum(-1)
+
+    sides: dict[str, Run] = {"fastalign": lambda: linear_logp(hidden, weight, targets, return_entropy=True)}
+    if dtype != torch.float32:
+        sides["fastalign, fp32 logits"] = lambda: linear_logp(hidden, weight, targets, return_entropy=True, head_dtype=torch.float32)
+        sides["torch, 16-bit loss"] = lambda: eager(F.linear(hidden, weight))
+    sides |= {"torch": lambda: eager(F.linear(hidden, weight).float()), "floor": case.gemms(backward=False)}
+    versus("logp + entropy, forward", case.shape, dtype, sides, flop=2 * case.tvh)
+
+
+def rows_of_logits(quick: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, str]:
+    """Logits, targets and their shape's name."""
+    rows, vocab = (64, 32000) if quick else (512, 151936)
+    logits = (torch.randn(rows, vocab, device=device) * 3).to(dtype)
+    return logits, torch.randint(vocab, (rows,), device=device), f"T={rows} V={vocab}"
+
+
+def bench_logp_rows(versus, device, quick, dtype):
+    """The pass over existing logits, one read of them; the floor is a copy (a read and a write)."""
+    logits, targets, shape = rows_of_logits(quick, dtype, device)
+    other = torch.empty_like(logits)
+    sides = {
+        "fastalign": lambda: logp_rows(logits, targets),
+        "fastalign, + entropy": lambda: logp_rows(logits, targets, entropy=True),
+        "torch": lambda: torch.log_softmax(logits, -1).gather(1, targets[:, None]),
+        "floor": lambda: other.copy_(logits),
+    }
+    versus("row pass: logp", shape, dtype, sides, bytes=float(logits.nbytes), memory=False)
+
+
+def bench_grad_rows(versus, device, quick, dtype):
+    """The gradient's pass, a read and a write in place (of a gradient, from the second round on: the same work); the floor is a copy."""
+    logits, targets, shape = rows_of_logits(quick, dtype, device)
+    other, g = logits.clone(), torch.full((len(logits),), 1 / len(logits), device=device)
+    _, lse, entropy, _ = logp_rows(logits, targets, entropy=True)
+    sides = {
+        "fastalign": lambda: grad_rows_(other, targets, lse, None, g, None),
+        "fastalign, + entropy": lambda: grad_rows_(other, targets, lse, entropy, g, g),
+        "floor": lambda: other.copy_(logits),
+    }
+    versus("row pass: gradient", shape, dtype, sides, bytes=2.0 * logits.nbytes, memory=False)
+
+
+def objectives(rows: int) -> dict[str, tuple[Callable[..., Tensor], list[int] | None]]:
+    """(objective, units) of losses whose memory is measured: a supervised one, a preference, a clipped policy."""
+    advantages = torch.randn(rows)
+
+    def sft(logp: Tensor, span: slice) -> Tensor:
+        return -logp.sum() / rows
+
+    def dpo(logp: Tensor, span: slice) -> Tensor:  # pairs of 2 × 128 rows
+        win, lose = logp.view(-1, 2, 128).sum(2).unbind(1)
+        return -F.logsigmoid(0.1 * (win - lose)).sum()
+
+    def grpo(logp: Tensor, span: slice) -> Tensor:
+        ratio, advantage = torch.exp(logp - logp.detach()), advantages[span].to(logp.device)
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / rows
+
+    return {"sft": (sft, None), "dpo": (dpo, list(range(0, rows + 1, 256))), "grpo": (grpo, None)}
+
+
+def memory_sweep(
+    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768),
+    *,
+    vocab: int = 32000,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    torch_up_to: int = 4096,
+) -> Iterator[tuple[str, int, float]]:
+    """(op, T, peak MiB of a forward + backward) with a narrow head, so that the logits dominate; torch's sides up to `torch_up_to` rows."""
+    for rows in sizes:
+        case = Inputs(rows, vocab, 64, dtype, device)
+        losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "linear_logp": lambda h, w, y=case.targets: -linear_logp(h, w, y).mean(),  # type: ignore[misc]
+            "linear_cross_entropy": lambda h, w, y=case.targets: linear_cross_entropy(h, w, y),  # type: ignore[misc]
+        }
+        for name, (objective, units) in objectives(rows).items():
+            losses[f"linear_loss ({name})"] = lambda h, w, y=case.targets, f=objective, u=units: linear_loss(h, w, y, f, units=u)[0]  # type: ignore[misc]
+        if rows <= torch_up_to:
+            losses["torch"] = lambda h, w, y=case.targets: upcast(h, w, y)  # type: ignore[misc]
+        for name, loss in losses.items():
+            release_buffers()
+            yield name, rows, peak_mib(case.backward_of(loss))
+
+
+def bench_memory(capsys, quick, dtype, device):
+    """Peak memory must not grow with the rows beyond their own hidden states and numbers."""
+    sizes = (1024, 4096) if quick else (512, 1024, 2048, 4096)
+    for _ in memory_sweep((512,), dtype=dtype, device=device):
+        pass  # loads what is loaded once
+    peaks: dict[str, list[float]] = {}
+    for op, rows, peak in memory_sweep(sizes, vocab=32000 if quick else 151936, dtype=dtype, device=device, torch_up_to=1024):
+        peaks.setdefault(op, []).append(peak)
+        with capsys.disabled():
+            print(f"memory: {op:<24} {str(dtype).removeprefix('torch.'):<9} T={rows:<6} peak {peak:8.0f} MiB", flush=True)
+    flat = {op: values for op, values in peaks.items() if op != "torch"}
+    assert all(values[-1] <= 1.25 * values[1 if len(sizes) > 2 else 0] + 64 for values in flat.values()), flat
 
 
 if __name__ == "__main__":
-    main()
+    run_file(__file__)

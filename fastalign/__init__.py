@@ -49,13 +49,13 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from .generation.engine import Engine as Engine
     from .generation.params import RequestOutput as RequestOutput
     from .generation.params import SamplingParams as SamplingParams
+    from .integrations.transformers import patch as patch
+    from .integrations.transformers import unpatch as unpatch
+    from .losses.packed import preference_loss as preference_loss
+    from .losses.packed import unpaired_loss as unpaired_loss
     from .modules import FusedLinearCrossEntropy as FusedLinearCrossEntropy
     from .modules import FusedLinearDPO as FusedLinearDPO
     from .modules import FusedLinearGRPO as FusedLinearGRPO
-    from .losses.packed import preference_loss as preference_loss
-    from .losses.packed import unpaired_loss as unpaired_loss
-    from .integrations.transformers import patch as patch
-    from .integrations.transformers import unpatch as unpatch
     from .ops.backend import use_backend as use_backend
     from .ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops.linear_kl import linear_kl as linear_kl

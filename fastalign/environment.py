@@ -11,12 +11,9 @@ from typing import Any
 import torch
 
 from .ops.attention_routes import available_routes
-from .ops.backend import backend_for, forced_backend, load_native
 from .ops.backend import backend_for, forced_backend, has_triton, load_native
 
-OPS = ("linear_logp", "linear_kl", "scan", "attention", "adamw", "sample")
-OPS = ("linear_logp", "scan", "preference", "attention", "adamw", "sample")
-OPS = ("linear_logp", "scan", "policy", "attention", "adamw", "sample")
+OPS = ("linear_logp", "linear_kl", "scan", "preference", "policy", "attention", "sample", "adamw")
 PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify")
 
 

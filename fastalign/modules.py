@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .losses.packed import preference_loss
 from .losses.policy import AGGREGATES, KL, POLICY, token_weights
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logp import linear_logp
 from .ops.linear_loss import linear_loss, units_of
-from .ops.preference import preference_loss
 
 
 class FusedLinearCrossEntropy(nn.Module):
@@ -99,8 +99,8 @@ class FusedLinearDPO(nn.Module):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.ignore_index, self.beta, self.temperature, self.use_ref_model = ignore_index, beta, temperature, use_ref_model
-        self.loss_type, self.options = "dpo" if loss_type == "sigmoid" else loss_type, dict(options or {})
+        self.ignore_index, self.temperature, self.use_ref_model = ignore_index, temperature, use_ref_model
+        self.loss_type, self.options = "dpo" if loss_type == "sigmoid" else loss_type, {"beta": beta} | dict(options or {})
 
     def forward(
         self,
@@ -136,7 +136,7 @@ class FusedLinearDPO(nn.Module):
             here = units_of(span, units)
             inside = cu_targets[2 * here.start : 2 * here.stop + 1] - cu_targets[2 * here.start]
             ref = None if ref_logp is None else ref_logp[span]
-            losses, found = preference_loss(logp, inside, loss=self.loss_type, ref_logp=ref, beta=self.beta, **self.options)
+            losses, found = preference_loss(logp, inside, loss=self.loss_type, options=self.options, ref_logp=ref)
             return losses.sum() / pairs, {name: value.sum() / pairs for name, value in found.items()}
 
         units = cu_targets[::2].contiguous()

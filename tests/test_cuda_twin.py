@@ -19,17 +19,21 @@ def oracle(logits, targets, g_logp, g_entropy, temperature, softcap):
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 1001, 16384 + 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 5.0)])
-def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, temperature, softcap):
+@pytest.mark.parametrize(
+    "dtype, out, off",  # out: a gradient beside the logits; off 4: its packs are stored whole
+    [(torch.float32, None, 3), (torch.bfloat16, None, 3), (torch.float32, torch.bfloat16, 3), (torch.float32, torch.bfloat16, 4)],
+)
+def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, out, off, temperature, softcap):
     suffix, num_rows = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], 2
     buffer = torch.full((num_rows, vocab + 9), math.nan, dtype=dtype)  # rows that start off a 16-byte boundary, among poison
-    logits = buffer[:, 3 : 3 + vocab]
+    logits = buffer[:, off : off + vocab]
     logits.copy_((torch.randn(num_rows, vocab) * 4).to(dtype))
     targets = torch.randint(0, vocab, (num_rows,))
     if vocab > 100 and not softcap:
         logits[0, 5:90], targets[0] = -math.inf, 2
     before = logits.clone()
+    to = logits if out is None else torch.full((num_rows, vocab + 9), math.nan, dtype=out)[:, off : off + vocab]
     logp, lse, entropy = (torch.full((num_rows,), math.nan) for _ in range(3))
     correct = torch.zeros(num_rows, dtype=torch.bool)
     g_logp, g_entropy = torch.randn(num_rows), torch.randn(num_rows)
@@ -37,11 +41,14 @@ def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, temperat
     results = [tensor.data_ptr() for tensor in (logp, lse, entropy, correct)]
     getattr(cuda_twin, f"logp_rows_{suffix}")(*rows, 1 / temperature, softcap, *results)
     upstream = [tensor.data_ptr() for tensor in (lse, entropy, g_logp, g_entropy)]
-    getattr(cuda_twin, f"grad_rows_{suffix}")(*rows, *upstream, 1 / temperature, softcap)
+    suffix += "_bf16" if out is not None else ""
+    getattr(cuda_twin, f"grad_rows_{suffix}")(*rows[:4], to.data_ptr(), to.stride(0), rows[4], *upstream, 1 / temperature, softcap)
     want_logp, want_entropy, want = oracle(before, targets, g_logp, g_entropy, temperature, softcap)
     torch.testing.assert_close(logp.double(), want_logp, rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-6, atol=3e-6)
-    torch.testing.assert_close(logits.double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)
+    torch.testing.assert_close(to.double(), want, rtol=2**-8 if to.dtype == torch.bfloat16 else 1e-5, atol=2e-6)
     assert torch.equal(correct, before.argmax(1) == targets)
-    assert buffer[:, :3].isnan().all()
-    assert buffer[:, 3 + vocab :].isnan().all()
+    assert out is None or torch.equal(logits, before)
+    whole = to._base
+    assert whole[:, :off].isnan().all()
+    assert whole[:, off + vocab :].isnan().all()

@@ -251,7 +251,7 @@ def test_linear_logp_custom_ops_hold_their_contract():
     from fastalign.ops.linear_passes import backward_op, forward_op, frozen_op
 
     hidden, weight, targets = (t.detach() for t in inputs(6, 5, 11, torch.float32))
-    options = (0.8, None, -100)
+    options = (0.8, None, -100, False)
     lse, entropy = torch.randn(6), torch.rand(6)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op, (hidden, weight, None, targets, *options, True), test_utils=checks)

@@ -1,5 +1,5 @@
 // logp_rows: one read of the row from memory. Blocks of 16 KiB stay in L1: their maximum first, then sum e^(z-m) and, for the entropy,
-// sum (z-m) e^(z-m); blocks are merged in double. grad_rows: one read and one write, in place.
+// sum (z-m) e^(z-m); blocks are merged in double. grad_rows: one read and one write.
 #include "linear_logp.h"
 
 #include <cmath>
@@ -137,30 +137,31 @@ float grad_target(float x, const RowGrad& g) {
   return (from_entropy - g.g_logp * std::expm1(logp)) * slope;
 }
 
-template <bool kSoftcap, bool kEntropy, typename T>
-void grad_row(const GradRows<T>& rows, const Soften& s, int64_t row) {
-  T* x = rows.logits + row * rows.row_stride;
+template <bool kSoftcap, bool kEntropy, typename T, typename U>
+void grad_row(const GradRows<T, U>& rows, const Soften& s, int64_t row) {
+  const T* x = rows.logits + row * rows.row_stride;
+  U* out = rows.out + row * rows.out_stride;
   const RowGrad g{s, rows.lse[row], rows.g_logp[row], kEntropy ? rows.g_entropy[row] : 0.0f, kEntropy ? rows.entropy[row] : 0.0f};
   if (g.g_logp == 0.0f && g.g_entropy == 0.0f) {
-    std::memset(x, 0, sizeof(T) * rows.vocab);
+    std::memset(out, 0, sizeof(U) * rows.vocab);
     return;
   }
   const float at_target = grad_target(to_float(x[rows.targets[row]]), g);
   int64_t i = 0;
-  for (; i + kLanes <= rows.vocab; i += kLanes) store(x + i, grad_lanes<kSoftcap, kEntropy>(load(x + i), g));
-  if (i < rows.vocab) store_part(x + i, grad_lanes<kSoftcap, kEntropy>(load_part(x + i, rows.vocab - i, 0.0f), g), rows.vocab - i);
-  from_float(x + rows.targets[row], at_target);
+  for (; i + kLanes <= rows.vocab; i += kLanes) store(out + i, grad_lanes<kSoftcap, kEntropy>(load(x + i), g));
+  if (i < rows.vocab) store_part(out + i, grad_lanes<kSoftcap, kEntropy>(load_part(x + i, rows.vocab - i, 0.0f), g), rows.vocab - i);
+  from_float(out + rows.targets[row], at_target);
 }
 
-template <bool kSoftcap, bool kEntropy, typename T>
-void grad_all(const GradRows<T>& rows) {
+template <bool kSoftcap, bool kEntropy, typename T, typename U>
+void grad_all(const GradRows<T, U>& rows) {
   const Soften s{rows.softcap, kSoftcap ? 1.0f / rows.softcap : 0.0f, rows.inv_temperature};
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows.num_rows; ++row) grad_row<kSoftcap, kEntropy>(rows, s, row);
 }
 
-template <typename T>
-void grad_dispatch(const GradRows<T>& rows) {
+template <typename T, typename U>
+void grad_dispatch(const GradRows<T, U>& rows) {
   if (rows.softcap > 0.0f)
     rows.g_entropy ? grad_all<true, true>(rows) : grad_all<true, false>(rows);
   else
@@ -173,5 +174,6 @@ void logp_rows(const LogpRows<float>& rows) { logp_dispatch(rows); }
 void logp_rows(const LogpRows<uint16_t>& rows) { logp_dispatch(rows); }
 void grad_rows(const GradRows<float>& rows) { grad_dispatch(rows); }
 void grad_rows(const GradRows<uint16_t>& rows) { grad_dispatch(rows); }
+void grad_rows(const GradRows<float, uint16_t>& rows) { grad_dispatch(rows); }
 
 }  // namespace fa::FA_ISA

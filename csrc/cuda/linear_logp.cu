@@ -160,25 +160,40 @@ __device__ __forceinline__ float grad_element(float x, const RowGrad& g, bool is
   return (from_entropy - g.g_logp * expm1f(logp)) * slope;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) grad_kernel(GradRows<T> rows, Soften s) {
+// As many elements of U as a pack of T has, in one store.
+template <typename T, typename U>
+struct alignas(Pack<T>::kSize * sizeof(U)) Packed {
+  U lane[Pack<T>::kSize];
+};
+
+template <typename T, typename U>
+__global__ void __launch_bounds__(kThreads) grad_kernel(GradRows<T, U> rows, Soften s) {
   const int64_t row = blockIdx.x, begin = blockIdx.y * kGradTile;
   const int64_t n = rows.vocab - begin < kGradTile ? rows.vocab - begin : kGradTile;
-  T* x = rows.logits + row * rows.row_stride + begin;
+  const T* x = rows.logits + row * rows.row_stride + begin;
+  U* out = rows.out + row * rows.out_stride + begin;
   const int64_t target = rows.targets[row] - begin;
   const float g_entropy = rows.g_entropy ? rows.g_entropy[row] : 0.0f;
   const RowGrad g{s, rows.lse[row], rows.g_logp[row], g_entropy, rows.g_entropy ? rows.entropy[row] : 0.0f};
   const bool dead = g.g_logp == 0.0f && g.g_entropy == 0.0f;
   const int64_t head = head_of(x, n), packs = (n - head) / Pack<T>::kSize, tail = head + packs * Pack<T>::kSize;
-  auto one = [&](int64_t i) { from_float(x[i], dead ? 0.0f : grad_element(to_float(x[i]), g, i == target)); };
+  const bool together = reinterpret_cast<uintptr_t>(out + head) % alignof(Packed<T, U>) == 0;
+  auto one = [&](int64_t i) { from_float(out[i], dead ? 0.0f : grad_element(to_float(x[i]), g, i == target)); };
   for (int64_t i = threadIdx.x; i < head; i += kThreads) one(i);
-  Pack<T>* aligned = reinterpret_cast<Pack<T>*>(x + head);
+  const Pack<T>* aligned = reinterpret_cast<const Pack<T>*>(x + head);
   for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
-    Pack<T> pack = aligned[i];
+    const int64_t first = head + i * Pack<T>::kSize;
+    const Pack<T> pack = aligned[i];
+    Packed<T, U> result;
 #pragma unroll
     for (int k = 0; k < Pack<T>::kSize; ++k)
-      from_float(pack.lane[k], dead ? 0.0f : grad_element(to_float(pack.lane[k]), g, head + i * Pack<T>::kSize + k == target));
-    aligned[i] = pack;
+      from_float(result.lane[k], dead ? 0.0f : grad_element(to_float(pack.lane[k]), g, first + k == target));
+    if (together) {
+      *reinterpret_cast<Packed<T, U>*>(out + first) = result;
+    } else {
+#pragma unroll
+      for (int k = 0; k < Pack<T>::kSize; ++k) out[first + k] = result.lane[k];
+    }
   }
   for (int64_t i = tail + threadIdx.x; i < n; i += kThreads) one(i);
 }
@@ -193,11 +208,11 @@ void launch_logp(const LogpRows<T>& rows, uintptr_t stream) {
          soften_of(rows.softcap, rows.inv_temperature));
 }
 
-template <typename T>
-void launch_grad(const GradRows<T>& rows, uintptr_t stream) {
+template <typename T, typename U>
+void launch_grad(const GradRows<T, U>& rows, uintptr_t stream) {
   if (rows.num_rows == 0 || rows.vocab == 0) return;
   const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>((rows.vocab + kGradTile - 1) / kGradTile));
-  launch("grad_rows", &grad_kernel<T>, grid, kThreads, stream, rows, soften_of(rows.softcap, rows.inv_temperature));
+  launch("grad_rows", &grad_kernel<T, U>, grid, kThreads, stream, rows, soften_of(rows.softcap, rows.inv_temperature));
 }
 
 }  // namespace
@@ -206,5 +221,6 @@ void logp_rows(const LogpRows<float>& rows, uintptr_t stream) { launch_logp(rows
 void logp_rows(const LogpRows<uint16_t>& rows, uintptr_t stream) { launch_logp(rows, stream); }
 void grad_rows(const GradRows<float>& rows, uintptr_t stream) { launch_grad(rows, stream); }
 void grad_rows(const GradRows<uint16_t>& rows, uintptr_t stream) { launch_grad(rows, stream); }
+void grad_rows(const GradRows<float, uint16_t>& rows, uintptr_t stream) { launch_grad(rows, stream); }
 
 }  // namespace fa::cuda

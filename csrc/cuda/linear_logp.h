@@ -11,5 +11,6 @@ void logp_rows(const LogpRows<float>& rows, uintptr_t stream);
 void logp_rows(const LogpRows<uint16_t>& rows, uintptr_t stream);
 void grad_rows(const GradRows<float>& rows, uintptr_t stream);
 void grad_rows(const GradRows<uint16_t>& rows, uintptr_t stream);
+void grad_rows(const GradRows<float, uint16_t>& rows, uintptr_t stream);  // out: memory of its own, or another row's would be overwritten
 
 }  // namespace fa::cuda

@@ -94,10 +94,8 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
     """The backend that runs `op` on `device`.
 
     Args:
-        op: the stem of its native source: "linear_logp", "linear_kl", "scan", "adamw", "attention" or "sample".
-        op: the stem of its native source: "linear_logp", "scan", "preference", "adamw", "attention" or "sample".
-        op: the stem of its native source: "linear_logp", "scan", "policy", "adamw", "attention" or "sample".
-        op: the stem of its native source, or of its Triton kernels: "linear_logp", "scan", "adamw", "attention" or "sample".
+        op: the stem of its native source or Triton kernels: "linear_logp", "linear_kl", "scan", "preference", "policy", "attention",
+            "sample" or "adamw".
         device: a torch device or its name.
 
     Returns:

@@ -11,6 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from fastalign.ops.gemm import add_natively
 from fastalign.ops.linear_head import MIN_GEMM_ROWS, give, take
 
 BLOCK_BYTES = 4 << 20  # a block of a 16-bit product that stays in cache until it is added
@@ -22,7 +23,9 @@ def add_product_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float
     if dlogits.dtype == total.dtype:
         total.addmm_(dlogits.t(), hidden, beta=0 if first else 1, alpha=alpha)
         return
-    block = max(64, BLOCK_BYTES // (hidden.shape[1] * dlogits.element_size()))  # no CPU GEMM adds bf16 products into fp32
+    if add_natively(total, dlogits, hidden, alpha=alpha, first=first):
+        return
+    block = max(64, BLOCK_BYTES // (hidden.shape[1] * dlogits.element_size()))  # no GEMM of torch's adds bf16 products into fp32
     for v in range(0, dlogits.shape[1], block):
         part = torch.mm(dlogits[:, v : v + block].t(), hidden)
         if first:

@@ -60,21 +60,28 @@ class RowGrads(NamedTuple):
 
 def forward_chunk(head: Head, hidden: Tensor, targets: Tensor, *, entropy: bool, buffer: Tensor | None = None) -> tuple[Tensor, Rows]:
     """hidden [n, H] → (logits [n, V] in `buffer`, per-row results). 2nVH."""
-    logits = head_logits(hidden, head.weight, head.bias, out=buffer)
+    logits = head_logits(hidden, head.weight, head.bias, out=buffer, wide=head.wide)
     found = logp_rows(logits, targets, temperature=head.temperature, logit_softcap=head.logit_softcap, entropy=entropy)
     return logits, Rows(*found)
 
 
 def dlogits_(head: Head, logits: Tensor, targets: Tensor, rows: Rows, grads: RowGrads) -> Tensor:
-    """Turns the logits of a chunk into their gradient, in place."""
+    """Turns the logits of a chunk into their gradient in the dtype of the head, in the memory of the logits (a GPU's wide ones: beside)."""
+    out = logits
+    if head.wide:
+        out = torch.empty_like(logits, dtype=head.weight.dtype) if logits.is_cuda else front_half(logits, head.weight.dtype)
     g_logp = grads.logp if grads.lse is None else grads.logp - grads.lse
-    grad_rows_(
-        logits, targets, rows.lse, rows.entropy, g_logp, grads.entropy, temperature=head.temperature, logit_softcap=head.logit_softcap
-    )
+    cap, temperature = head.logit_softcap, head.temperature
+    grad_rows_(logits, targets, rows.lse, rows.entropy, g_logp, grads.entropy, temperature=temperature, logit_softcap=cap, out=out)
     if grads.lse is not None:  # g_lse·p = g_lse·onehot − g_lse (onehot − p)
         assert head.logit_softcap is None
-        logits.scatter_add_(1, targets[:, None], (grads.lse / head.temperature)[:, None].to(logits.dtype))
-    return logits
+        out.scatter_add_(1, targets[:, None], (grads.lse / head.temperature)[:, None].to(out.dtype))
+    return out
+
+
+def front_half(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first half of each fp32 row [n, V] as a row of V 16-bit elements."""
+    return logits.view(dtype)[:, : logits.shape[1]]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.ops.linear_chunks import RowGrads, Rows
 from fastalign.ops.linear_fused import Fused, tie, wanted_gradients
-from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, chunk_rows, compute_dtype, even_chunks
+from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, compute_dtype, even_chunks, wants_wide
 from fastalign.ops.linear_logp import LinearLogp
 from fastalign.ops.linear_passes import Kept
 
@@ -33,6 +33,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     options: object = None,
+    head_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Cross entropy of linear(input, linear_weight, linear_bias), same call as torch.nn.functional.linear_cross_entropy.
 
@@ -42,6 +43,7 @@ def linear_cross_entropy(
         ignore_index: rows with this target cost nothing and add nothing (None: -100).
         label_smoothing: in [0, 1]; z_loss: adds z_loss · log-sum-exp² to every row that is kept, before the reduction.
         options: torch's chunking options; accepted and ignored with a note, chunks are chosen here.
+        head_dtype: torch.float32 keeps the logits of 16-bit inputs in fp32, as in `linear_logp`.
 
     Returns:
         fp32 (fp64 for fp64 inputs): a scalar, or [N] for reduction "none". Where every row is ignored the mean is 0
@@ -73,11 +75,13 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            head_dtype=head_dtype,
         )
         return loss.reshape(())
     check_inputs(OP, input, linear_weight, target, linear_bias, 1.0, None)
     ignore = -100 if ignore_index is None else ignore_index
     terms = _Terms(input, linear_weight, target.long(), linear_bias, weight, ignore, label_smoothing, z_loss)
+    terms.wide_logits = wants_wide(OP, terms.dtype, head_dtype)
     return terms.each() if reduction == "none" else terms.total(reduction == "mean")
 
 
@@ -110,7 +114,7 @@ class _Terms:
         row_weight = ones if self.class_weight is None else self.class_weight[safe]
         self.row_weight = torch.where(self.kept, row_weight, torch.zeros_like(ones))
         self.share = smoothing / vocab_size
-        self.smoothing, self.z_loss = smoothing, z_loss
+        self.smoothing, self.z_loss, self.wide_logits = smoothing, z_loss, False
         self.mass = float(vocab_size) if self.class_weight is None else self.class_weight.sum()
 
     def rows(self, rows: Rows, row_weight: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ class _Terms:
         """[N] losses; the gradient recomputes the logits (8TVH)."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         more = bool(self.smoothing or self.z_loss)
-        options = (1.0, None, self.ignore_index)
+        options = (1.0, None, self.ignore_index, self.wide_logits)
         logp, _, lse = LinearLogp.apply(self.hidden.to(self.dtype), self.head.to(self.dtype), bias, self.targets, options, False, more)
         loss = self.rows(Rows(logp, logp if lse is None else lse, None, self.kept), self.row_weight)
         if self.smoothing:
@@ -156,7 +160,7 @@ class _Terms:
 
     def _fused(self, scale: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().to(self.dtype)
-        head = Head(blas_ready(self.head.detach().to(self.dtype)), bias, 1.0, None)
+        head = Head(blas_ready(self.head.detach().to(self.dtype)), bias, 1.0, None, self.wide_logits)
         kept = Kept.where(self.kept)
         wanted = wanted_gradients(self.hidden, self.head, self.bias)
         hidden, targets, row_weight = (kept.of(t) for t in (self.hidden.detach().to(self.dtype), self.targets, self.row_weight))
@@ -167,7 +171,7 @@ class _Terms:
             loss = loss + scale * self.rows(rows, row_weight[span]).sum()
             return self.slopes(rows, row_weight[span], scale) if any(wanted) else None
 
-        chunks = even_chunks(0, len(targets), chunk_rows(self.head.shape[0], self.dtype.itemsize, None)[0])
+        chunks = even_chunks(0, len(targets), head.chunk_rows(None)[0])
         with torch.no_grad():
             fused = Fused(head, hidden, targets, wanted, None, len(chunks), entropy=False)
             for span in chunks:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastalign.ops.head_gradient import Loan
 from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, backward_chunk, forward_chunk, join_rows
-from fastalign.ops.linear_head import Head, borrowed, even_chunks
+from fastalign.ops.linear_head import Head, even_chunks
 from fastalign.ops.once import once
 
 Judge = Callable[[Rows, slice], RowGrads | None]
@@ -63,7 +63,7 @@ class Fused:
         parts = even_chunks(span.start, span.stop, chunk)
         self.num_chunks += len(parts) - 1
         self.into.keep_fp32()
-        with borrowed(chunk, self.head.weight.shape[0], self.head.weight) as buffer:
+        with self.head.borrowed(chunk) as buffer:
             found = [self._forward(part, buffer)[1] for part in parts]
             rows = join_rows(found, self.head.weight)
             grads = judge(rows, span)
@@ -77,7 +77,7 @@ class Fused:
     def _buffer(self, rows: int) -> AbstractContextManager[Tensor]:
         if self.loan is not None and self.loan.for_factors:
             return nullcontext(self.loan.buffer())
-        return borrowed(rows, self.head.weight.shape[0], self.head.weight)
+        return self.head.borrowed(rows)
 
     def _forward(self, span: slice, buffer: Tensor) -> tuple[Tensor, Rows]:
         self._gemm_rows += span.stop - span.start

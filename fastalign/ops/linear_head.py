@@ -1,7 +1,8 @@
 """What every op on hidden × head shares: input checks, the logits GEMM, chunk sizes, the buffers that outlive a call.
 
-Numerics. The logits have the dtype of the GEMM: the CPU's bf16 GEMM rounds them to bf16 (up to 0.06 nats at
-logp ≈ −14); everything after them (log-sum-exp, logp, entropy, losses) is fp32. The head gradient is summed in fp32.
+Numerics. The logits have the dtype of the GEMM: a bf16 GEMM rounds them to bf16 (up to 0.06 nats at logp ≈ −14), unless
+`head_dtype=torch.float32` asks for its fp32 sums (`gemm.wide_product`); everything after them (log-sum-exp, logp, entropy,
+losses) is fp32. The head gradient is summed in fp32.
 In fp32 and bf16 a row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16. On an
 AVX-512 CPU the fp32 result was measured to depend on the number of rows below 2 (oneDNN, see `gemm`) or below 12 (MKL), and
 never from 16 on; fp64 differs.
@@ -10,14 +11,14 @@ never from 16 on; fp64 differs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops.gemm import product, uses_onednn
+from fastalign.ops.gemm import product, uses_onednn, wide_product
 
 MIN_GEMM_ROWS = 16
 CHUNK_ROWS = 512  # below this the bf16 head gradient's pass over [V, H] shows (two naive chunks cost 1.58×, measured)
@@ -27,16 +28,33 @@ MAX_CHUNK_BYTES = 1 << 30  # how far a chunk may grow to hold one unit
 
 @dataclass(frozen=True)
 class Head:
-    """A head as the loops read it: detached, in the dtype of the GEMM. weight [V, H], bias [V] or None."""
+    """A head as the loops read it: detached, in the dtype of the GEMM. weight [V, H], bias [V] or None.
+
+    wide: the logits of 16-bit operands are fp32; their gradient has the dtype of the weight again.
+    """
 
     weight: Tensor
     bias: Tensor | None
     temperature: float
     logit_softcap: float | None
+    wide: bool = False
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """What the logits are stored in."""
+        return torch.float32 if self.wide else self.weight.dtype
+
+    def chunk_rows(self, max_chunk_bytes: int | None) -> tuple[int, int]:
+        """`chunk_rows` of this head's logits."""
+        return chunk_rows(self.weight.shape[0], self.logits_dtype.itemsize, max_chunk_bytes)
+
+    def borrowed(self, rows: int) -> AbstractContextManager[Tensor]:
+        """A work buffer for the logits of `rows` rows."""
+        return borrowed(rows, self.weight.shape[0], self.weight, dtype=self.logits_dtype)
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """hidden [N, H] · weight [V, H]ᵀ + bias → logits [N, V] in the inputs' dtype; the same bits for a row in any batch.
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, wide: bool = False) -> Tensor:
+    """hidden [N, H] · weight [V, H]ᵀ + bias → logits [N, V] in the inputs' dtype (`wide`: fp32); the same bits for a row in any batch.
 
     Args:
         out: a buffer of at least max(N, 16) rows of V; a view of its first N rows is returned, unless the GEMM is oneDNN's,
@@ -45,6 +63,8 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
     rows = hidden.shape[0]
     if rows < MIN_GEMM_ROWS:
         hidden = F.pad(hidden, (0, 0, 0, MIN_GEMM_ROWS - rows))
+    if wide:
+        return wide_product(hidden, weight, bias, None if out is None else out[: hidden.shape[0]])[:rows]
     if uses_onednn(hidden, weight, bias):
         return product(hidden, weight, bias)[:rows]
     out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out[: hidden.shape[0]]
@@ -97,10 +117,10 @@ def give(flat: Tensor) -> None:
 
 
 @contextmanager
-def borrowed(rows: int, columns: int, like: Tensor) -> Iterator[Tensor]:
-    """A work buffer [max(rows, 16), columns] with the dtype and device of `like`, kept between calls."""
+def borrowed(rows: int, columns: int, like: Tensor, *, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """A work buffer [max(rows, 16), columns] on the device of `like`, with its dtype unless another is named; kept between calls."""
     rows = max(rows, MIN_GEMM_ROWS)
-    flat = take(rows * columns, like.dtype, like.device)
+    flat = take(rows * columns, dtype or like.dtype, like.device)
     try:
         yield flat[: rows * columns].view(rows, columns)
     finally:
@@ -125,10 +145,22 @@ def compute_dtype(op: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def wants_wide(op: str, dtype: torch.dtype, head_dtype: torch.dtype | None) -> bool:
+    """Whether the logits must be wider than the GEMM's operands; raises ValueError for a head_dtype that is not offered."""
+    if head_dtype not in (None, torch.float32):
+        raise ValueError(f"{op}: head_dtype must be None (the inputs' dtype) or torch.float32, got {head_dtype}")
+    return head_dtype is torch.float32 and dtype.itemsize < 4
+
+
 def check_inputs(
     op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, logit_softcap: float | None
 ) -> None:
-    """Shapes, dtypes and options; raises ValueError or TypeError that says what was expected."""
+    """Shapes, dtypes and options; raises ValueError or TypeError that says what was expected, RuntimeError inside torch.func."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: torch.func and vmap are not supported: the gradient is taken chunk by chunk, outside autograd; call backward() or"
+            " torch.autograd.grad, or transform the plain torch version in fastalign.ops.reference"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: expected hidden [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
     if targets.shape != hidden.shape[:1]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_head import check_inputs, compute_dtype
+from fastalign.ops.linear_head import check_inputs, compute_dtype, wants_wide
 from fastalign.ops.linear_passes import backward_op, forward_op, frozen_op, logp_backward, logp_forward, logp_frozen
 from fastalign.ops.once import once
 
@@ -27,12 +27,14 @@ def linear_logp(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    head_dtype: torch.dtype | None = None,
 ) -> Any:
     """Log-prob of each target under softmax(cap(hidden · weightᵀ + bias) / temperature), without the [N, V] logits.
 
     Args:
         hidden: [N, H]; weight: [V, H], of the same dtype outside autocast; targets: [N] int64; bias: [V].
         ignore_index: rows with this target are left out of every GEMM.
+        head_dtype: torch.float32 keeps the logits of 16-bit inputs in fp32 (the GEMM's own sums, not rounded to 16 bits).
 
     Returns:
         logp [N] in nats, fp32 (fp64 for fp64 inputs), 0 where ignored; with `return_entropy`, (logp, entropy).
@@ -40,18 +42,18 @@ def linear_logp(
 
     Raises:
         ValueError: shapes that do not fit, two dtypes outside autocast, a target outside the vocabulary (names the row).
-        RuntimeError: on a second differentiation.
+        RuntimeError: on a second differentiation, or inside torch.func and vmap.
     """
     check_inputs("linear_logp", hidden, weight, targets, bias, temperature, logit_softcap)
     dtype = compute_dtype("linear_logp", hidden, weight)
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    options = (float(temperature), logit_softcap, int(ignore_index))
+    options = (float(temperature), logit_softcap, int(ignore_index), wants_wide("linear_logp", dtype, head_dtype))
     logp, entropy, _ = LinearLogp.apply(hidden, weight, bias, targets.long(), options, return_entropy, False)
     return (logp, entropy) if return_entropy else logp
 
 
 class LinearLogp(torch.autograd.Function):
-    """(hidden, weight, bias, targets, (temperature, logit_softcap, ignore_index), ...) → (logp, entropy | None, lse | None)."""
+    """(hidden, weight, bias, targets, (temperature, logit_softcap, ignore_index, wide), ...) → (logp, entropy | None, lse | None)."""
 
     @staticmethod
     def forward(
@@ -60,7 +62,7 @@ class LinearLogp(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        options: tuple[float, float | None, int],
+        options: tuple[float, float | None, int, bool],
         return_entropy: bool,
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:

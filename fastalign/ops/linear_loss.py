@@ -16,7 +16,7 @@ from torch import Tensor
 from fastalign.ops.head_gradient import lend_for
 from fastalign.ops.linear_chunks import RowGrads, Rows, join_rows
 from fastalign.ops.linear_fused import Fused, tie, wanted_gradients
-from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, chunk_rows, compute_dtype, even_chunks
+from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, compute_dtype, even_chunks, wants_wide
 from fastalign.ops.linear_traced import Traced
 from fastalign.ops.objective import evaluate
 
@@ -35,6 +35,7 @@ def linear_loss(
     logit_softcap: float | None = None,
     return_entropy: bool = False,
     max_chunk_bytes: int | None = None,
+    head_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Sum of an objective over units of rows, and its gradient, without the [N, V] logits.
 
@@ -46,6 +47,7 @@ def linear_loss(
         units: CPU int offsets [U+1] from 0 to N, empty units allowed; None: every row is a unit.
         max_chunk_bytes: how many bytes of logits may exist at once (None: 1 GiB, of which a chunk takes what is fast).
             A chunk grows to hold one unit; a unit that does not fit takes two passes, 8TVH.
+        head_dtype: torch.float32 keeps the logits of 16-bit inputs in fp32, as in `linear_logp`.
 
     Returns:
         The scalar (fp32) and metrics: detached `logp`, `entropy` (nats) and `correct` (bool) [N], `flops_tvh` (in T·V·H),
@@ -55,7 +57,7 @@ def linear_loss(
     Raises:
         ValueError: shapes, dtypes, targets outside the vocabulary (named by row), units that do not cover the rows, an
             objective that returns no scalar or captures tensors that require gradients.
-        RuntimeError: on a second differentiation.
+        RuntimeError: on a second differentiation, or inside torch.func and vmap.
     """
     check_inputs("linear_loss", hidden, weight, targets, bias, temperature, logit_softcap)
     dtype = compute_dtype("linear_loss", hidden, weight)
@@ -63,14 +65,15 @@ def linear_loss(
     if not torch.compiler.is_compiling():
         check_targets("linear_loss", targets, weight.shape[0], None)
     bias_read = None if bias is None else bias.detach().to(dtype)
-    head = Head(blas_ready(weight.detach().to(dtype)), bias_read, float(temperature), logit_softcap)
-    rows, limit = chunk_rows(weight.shape[0], head.weight.element_size(), max_chunk_bytes)
+    wide = wants_wide("linear_loss", dtype, head_dtype)
+    head = Head(blas_ready(weight.detach().to(dtype)), bias_read, float(temperature), logit_softcap, wide)
+    rows, limit = head.chunk_rows(max_chunk_bytes)
     chunks = plan(_offsets(units, len(targets)), len(targets), rows, limit)
     wanted = wanted_gradients(hidden, weight, bias)
     judge = _Judge(objective, return_entropy, any(wanted))
     x = hidden.detach().to(dtype).contiguous()
     only_chunk = len(targets) if len(chunks) == 1 and len(targets) <= limit else 0
-    loan = lend_for(weight, dtype, only_chunk) if wanted[1] else None
+    loan = lend_for(weight, head.logits_dtype, only_chunk) if wanted[1] else None
     with torch.no_grad():
         if torch.compiler.is_compiling():
             fused: Fused | Traced = Traced(head, x, targets, wanted, len(chunks))

@@ -190,8 +190,8 @@ def _gradients(
             owned = (targets[s] >= shard.start) & (targets[s] < shard.stop)
             column = torch.where(owned, targets[s] - shard.start, 0)
             first = _other_gradient(logits[:, 0], head, lse[s], entropy[s], g, g_entropy)
-            scales = {"temperature": head.temperature, "logit_softcap": head.logit_softcap}
-            grad_rows_(logits, column, lse[s], entropy[s], g, g_entropy, **scales)
+            known = (lse[s], entropy[s], g, g_entropy)
+            grad_rows_(logits, column, *known, temperature=head.temperature, logit_softcap=head.logit_softcap)
             # the kernel takes its target column for the target; where another rank owns the target, column 0 is like any other
             logits[:, 0] = torch.where(owned, logits[:, 0], first.to(logits.dtype))
             into.add(head, logits, hidden[s], s)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, dlogits_, forward_chunk, join_rows
-from fastalign.ops.linear_head import Head, blas_ready, borrowed, check_targets, chunk_rows, even_chunks, head_logits
+from fastalign.ops.linear_head import Head, blas_ready, check_targets, even_chunks, head_logits
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,17 @@ def logp_forward(
     temperature: float,
     logit_softcap: float | None,
     ignore_index: int,
+    wide: bool,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, entropy, correct), each [N] and 0 where ignored. 2TVH over the rows that are kept."""
     check_targets("linear_logp", targets, weight.shape[0], ignore_index)
-    head = Head(blas_ready(weight), bias, temperature, logit_softcap)
+    head = Head(blas_ready(weight), bias, temperature, logit_softcap, wide)
     kept = Kept.where(targets != ignore_index)
     x, y = kept.of(hidden), kept.of(targets)
     found: list[Rows] = []
-    rows, _ = chunk_rows(weight.shape[0], weight.element_size(), None)
-    with borrowed(min(rows, len(y)), weight.shape[0], weight) as buffer:
+    rows, _ = head.chunk_rows(None)
+    with head.borrowed(min(rows, len(y))) as buffer:
         for s in even_chunks(0, len(y), rows):
             found.append(forward_chunk(head, x[s], y[s], entropy=entropy, buffer=buffer)[1])
     return kept.join(found, x, entropy)
@@ -77,17 +78,18 @@ def logp_frozen(
     temperature: float,
     logit_softcap: float | None,
     ignore_index: int,
+    wide: bool,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], dlogp/dhidden [N, H], dentropy/dhidden [N, H]) in one pass: 4TVH, 6 with entropy."""
     check_targets("linear_logp", targets, weight.shape[0], ignore_index)
-    head = Head(blas_ready(weight), bias, temperature, logit_softcap)
+    head = Head(blas_ready(weight), bias, temperature, logit_softcap, wide)
     kept = Kept.where(targets != ignore_index)
     x, y = kept.of(hidden), kept.of(targets)
     found: list[Rows] = []
     slope, slope_entropy = torch.empty_like(x), torch.empty_like(x if entropy else x[:0])
-    rows, _ = chunk_rows(weight.shape[0], weight.element_size(), None)
-    with borrowed(min(rows, len(y)), weight.shape[0], weight) as buffer:
+    rows, _ = head.chunk_rows(None)
+    with head.borrowed(min(rows, len(y))) as buffer:
         for s in even_chunks(0, len(y), rows):
             logits, r = forward_chunk(head, x[s], y[s], entropy=entropy, buffer=buffer)
             found.append(r)
@@ -112,23 +114,24 @@ def logp_backward(
     temperature: float,
     logit_softcap: float | None,
     ignore_index: int,
+    wide: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtype of the GEMM; rows that are ignored or have no upstream gradient cost nothing."""
-    head = Head(blas_ready(weight), bias, temperature, logit_softcap)
+    head = Head(blas_ready(weight), bias, temperature, logit_softcap, wide)
     all_grads = RowGrads(g_logp, g_entropy, g_lse)
     kept = Kept.where(all_grads.active() & (targets != ignore_index))
     x, y, lse = kept.of(hidden), kept.of(targets), kept.of(lse)
     grads = all_grads if kept.index is None else all_grads.of(kept.index)
     ent = None if g_entropy is None else kept.of(entropy)
-    rows, _ = chunk_rows(weight.shape[0], weight.element_size(), None)
+    rows, _ = head.chunk_rows(None)
     chunks = even_chunks(0, len(y), rows)
     into = Gradients.of(head, len(y), (need_hidden, need_weight, need_bias), only_chunk=len(chunks) == 1)
-    with borrowed(min(rows, len(y)), weight.shape[0], weight) as buffer:
+    with head.borrowed(min(rows, len(y))) as buffer:
         for s in chunks:
-            logits = head_logits(x[s], head.weight, bias, out=buffer)
+            logits = head_logits(x[s], head.weight, bias, out=buffer, wide=wide)
             known = Rows(lse[s], lse[s], None if ent is None else ent[s], lse[s])
             into.add(head, dlogits_(head, logits, y[s], known, grads.of(s)), x[s], s)
     none, d_weight = weight.new_empty(0), into.head_gradient()
@@ -145,19 +148,19 @@ backward_op = torch.library.custom_op("fastalign::linear_logp_backward", logp_ba
 
 
 @forward_op.register_fake
-def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, entropy):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, wide, entropy):  # type: ignore[no-untyped-def]
     row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     return row, torch.empty_like(row), torch.empty_like(row) if entropy else row.new_empty(0), torch.empty_like(row, dtype=torch.bool)
 
 
 @frozen_op.register_fake
-def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, entropy):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, temperature, logit_softcap, ignore_index, wide, entropy):  # type: ignore[no-untyped-def]
     row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     slope, none = hidden.new_empty(hidden.shape), hidden.new_empty(0, hidden.shape[1])
     return row, torch.empty_like(row) if entropy else row.new_empty(0), slope, torch.empty_like(slope) if entropy else none
 
 
 @backward_op.register_fake
-def _(g_logp, g_entropy, g_lse, hidden, weight, bias, targets, lse, entropy, temperature, logit_softcap, ignore_index, *need):  # type: ignore[no-untyped-def]
+def _(g_logp, g_entropy, g_lse, hidden, weight, bias, targets, lse, entropy, temperature, logit_softcap, ignore_index, wide, *need):  # type: ignore[no-untyped-def]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(weight.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True))

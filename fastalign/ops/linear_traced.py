@@ -59,14 +59,14 @@ class Traced:
     def _forward(self, span: slice) -> tuple[Tensor, Rows]:
         self._gemm_rows += span.stop - span.start
         head = self.head
-        out = chunk_op(self.hidden[span], head.weight, head.bias, self.targets[span], head.temperature, head.logit_softcap)
+        out = chunk_op(self.hidden[span], head.weight, head.bias, self.targets[span], head.temperature, head.logit_softcap, head.wide)
         return out[0], Rows(*out[1:])
 
     def _backward(self, logits: Tensor, span: slice, rows: Rows, grads: RowGrads) -> None:
         head = self.head
         assert rows.entropy is not None
         known = (rows.lse, rows.entropy, grads.logp, grads.entropy)
-        options = (head.temperature, head.logit_softcap, *self.wanted)
+        options = (head.temperature, head.logit_softcap, head.wide, *self.wanted)
         d_hidden, d_weight, d_bias = chunk_grads_op(logits, self.hidden[span], head.weight, head.bias, self.targets[span], *known, *options)
         self._parts.append(d_hidden)
         self._weight = d_weight if self._weight is None else self._weight + d_weight
@@ -75,11 +75,11 @@ class Traced:
 
 
 def chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, logit_softcap: float | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, logit_softcap: float | None, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logits [n, V], logp, lse, entropy, correct [n]) of one chunk."""
     check_targets("linear_loss", targets, weight.shape[0], None)
-    head = Head(weight, bias, temperature, logit_softcap)
+    head = Head(weight, bias, temperature, logit_softcap, wide)
     logits, rows = forward_chunk(head, hidden, targets, entropy=True)
     assert rows.entropy is not None
     return logits, rows.logp, rows.lse, rows.entropy, rows.correct
@@ -97,12 +97,13 @@ def chunk_grads(
     g_entropy: Tensor | None,
     temperature: float,
     logit_softcap: float | None,
+    wide: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dhidden [n, H], dL/dweight [V, H] fp32, dL/dbias [V] fp32) of one chunk, empty where not needed; overwrites the logits."""
-    head = Head(weight, bias, temperature, logit_softcap)
+    head = Head(weight, bias, temperature, logit_softcap, wide)
     into = Gradients.of(head, len(targets), (need_hidden, need_weight, need_bias))
     rows = Rows(lse, lse, entropy, lse)
     backward_chunk(head, logits, hidden, targets, rows, RowGrads(g_logp, g_entropy), into, slice(0, len(targets)))
@@ -116,14 +117,14 @@ chunk_grads_op = torch.library.custom_op("fastalign::linear_chunk_grads", chunk_
 
 
 @chunk_op.register_fake
-def _(hidden, weight, bias, targets, temperature, logit_softcap):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, temperature, logit_softcap, wide):  # type: ignore[no-untyped-def]
     row = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32 if wide else hidden.dtype)
     return logits, row, torch.empty_like(row), torch.empty_like(row), torch.empty_like(row, dtype=torch.bool)
 
 
 @chunk_grads_op.register_fake
-def _(logits, hidden, weight, bias, targets, lse, entropy, g_logp, g_entropy, temperature, softcap, *need):  # type: ignore[no-untyped-def]
+def _(logits, hidden, weight, bias, targets, lse, entropy, g_logp, g_entropy, temperature, softcap, wide, *need):  # type: ignore[no-untyped-def]
     wide = torch.promote_types(weight.dtype, torch.float32)
     found = (torch.empty_like(hidden), torch.empty_like(weight, dtype=wide), weight.new_empty(weight.shape[0], dtype=wide))
     return tuple(value if wanted else weight.new_empty(0) for value, wanted in zip(found, need, strict=True))

@@ -53,11 +53,12 @@ def grad_rows_(
     *,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Turn logits into their gradient, in place.
 
     dlogits = (g_logp * (onehot - p) - g_entropy * p * (log p + H)) / temperature * dsoftcap. Computed in fp32, stored in the
-    dtype of the logits. A row whose gradients are both zero becomes zeros, whatever its logits.
+    dtype of the result. A row whose gradients are both zero becomes zeros, whatever its logits.
 
     Args:
         logits: [N, V] fp32 or bf16; overwritten.
@@ -65,9 +66,11 @@ def grad_rows_(
         g_logp: [N] fp32, dL/dlogp.
         g_entropy: [N] fp32, dL/dentropy, or None.
         temperature, logit_softcap: as in `logp_rows`.
+        out: where the gradient goes, [N, V] in the dtype of the logits or, for fp32 logits, bf16; on the CPU it may be the
+            first half of the logits' own rows. None: the logits.
 
     Returns:
-        `logits`.
+        `out`.
 
     Raises:
         ValueError: as `logp_rows`, or g_entropy without entropy.
@@ -75,15 +78,19 @@ def grad_rows_(
     inv_temperature, softcap = _scales("grad_rows_", logits, targets, temperature, logit_softcap)
     if g_entropy is not None and entropy is None:
         raise ValueError("grad_rows_: g_entropy needs the rows' entropy: call logp_rows(..., entropy=True)")
+    out = logits if out is None else out
     backend = _backend(logits)
-    if backend == "reference":
-        return _reference_grad_(logits, targets, lse, entropy, g_logp, g_entropy, inv_temperature, softcap)
+    if backend == "reference" or out.dtype not in (logits.dtype, torch.bfloat16):
+        return out.copy_(_reference_grad(logits, targets, lse, entropy, g_logp, g_entropy, inv_temperature, softcap))
     none = torch.empty(0, device=logits.device)
     row_entropy = none if entropy is None else entropy.contiguous()
     upstream = none if g_entropy is None else g_entropy.contiguous()
     arguments = (targets.contiguous(), lse.contiguous(), row_entropy, g_logp.contiguous(), upstream, inv_temperature, softcap)
+    if backend == "native":
+        _call(backend, "grad_rows", logits, *arguments, out)
+        return out
     _call(backend, "grad_rows", logits, *arguments)
-    return logits
+    return logits if out is logits else out.copy_(logits.to(out.dtype))  # through a temporary: out may be the logits' own memory
 
 
 def _scales(what: str, logits: Tensor, targets: Tensor, temperature: float, logit_softcap: float | None) -> tuple[float, float]:
@@ -148,7 +155,7 @@ def _reference_logp(
     return logp, lse, row_entropy, correct
 
 
-def _reference_grad_(
+def _reference_grad(
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
@@ -169,4 +176,4 @@ def _reference_grad_(
     if softcap:
         grad *= 1 - torch.tanh(_wide(logits) / softcap) ** 2
     dead = g_logp == 0 if g_entropy is None else (g_logp == 0) & (g_entropy == 0)
-    return logits.copy_(grad.masked_fill_(dead[:, None], 0.0))
+    return grad.masked_fill_(dead[:, None], 0.0)
