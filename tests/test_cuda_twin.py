@@ -52,3 +52,22 @@ def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, out, off
     whole = to._base
     assert whole[:, :off].isnan().all()
     assert whole[:, off + vocab :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_rows_do_not_depend_on_where_they_lie(cuda_twin, dtype):
+    """The same row at every offset from a 16-byte boundary: the same bits."""
+    suffix, vocab = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], 4099
+    values = (torch.randn(vocab) * 4).to(dtype)
+    found = []
+    for offset in range(8):
+        buffer = torch.full((vocab + 8,), math.nan, dtype=dtype)
+        row = buffer[offset : offset + vocab]
+        row.copy_(values)
+        logp, lse, entropy = (torch.full((1,), math.nan) for _ in range(3))
+        target, correct = torch.tensor([7]), torch.zeros(1, dtype=torch.bool)
+        results = [tensor.data_ptr() for tensor in (logp, lse, entropy, correct)]
+        getattr(cuda_twin, f"logp_rows_{suffix}")(row.data_ptr(), 1, vocab, vocab, target.data_ptr(), 1.0, 0.0, *results)
+        found.append((logp.item(), lse.item(), entropy.item()))
+    assert len(set(found)) == 1
+    assert not math.isnan(found[0][0])

@@ -113,16 +113,19 @@ __global__ void __launch_bounds__(kThreads) logp_kernel(LogpRows<T> rows, Soften
   const int64_t row = blockIdx.x;
   const T* x = rows.logits + row * rows.row_stride;
   RowState state{{}, -INFINITY, rows.vocab};
-  const int64_t head = head_of(x, rows.vocab), packs = (rows.vocab - head) / Pack<T>::kSize;
-  const int64_t tail = head + packs * Pack<T>::kSize;
-  for (int64_t i = threadIdx.x; i < head; i += kThreads) {
-    const T one[1] = {x[i]};
-    absorb<kEntropy>(state, one, i, s);
-  }
-  const Pack<T>* aligned = reinterpret_cast<const Pack<T>*>(x + head);
+  // Packs are counted from the row's first element, wherever it lies: what a thread sums does not depend on the address.
+  const int64_t packs = rows.vocab / Pack<T>::kSize, tail = packs * Pack<T>::kSize;
+  const bool together = reinterpret_cast<uintptr_t>(x) % alignof(Pack<T>) == 0;
   for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
-    const Pack<T> pack = aligned[i];
-    absorb<kEntropy>(state, pack.lane, head + i * Pack<T>::kSize, s);
+    const int64_t first = i * Pack<T>::kSize;
+    Pack<T> pack;
+    if (together) {
+      pack = *reinterpret_cast<const Pack<T>*>(x + first);
+    } else {
+#pragma unroll
+      for (int k = 0; k < Pack<T>::kSize; ++k) pack.lane[k] = x[first + k];
+    }
+    absorb<kEntropy>(state, pack.lane, first, s);
   }
   for (int64_t i = tail + threadIdx.x; i < rows.vocab; i += kThreads) {
     const T one[1] = {x[i]};

@@ -200,4 +200,4 @@ def _trainable(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tup
         )
     options = ctx.options
     more = (hidden, weight, bias, targets, lse, lse.new_empty(0) if entropy is None else entropy)
-    return logp_backward(g_logp, g_entropy, None, *more, options.temperature, options.logit_softcap, -100, *ctx.wanted)
+    return logp_backward(g_logp, g_entropy, None, *more, options.temperature, options.logit_softcap, -100, False, *ctx.wanted)
