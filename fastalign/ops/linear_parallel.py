@@ -152,6 +152,7 @@ def _local_rows(head: Head, hidden: Tensor, targets: Tensor, shard: _Shard) -> _
             column = torch.where(owned, targets[s] - shard.start, 0)
             top, at_target = (_soften(logits.gather(1, c[:, None])[:, 0], head) for c in (best, column))
             parts.append(_Local(top, -logp.double(), entropy.double(), torch.where(owned, at_target, 0.0)))
+            del logits  # else it lives until the next chunk's are there
     empty = torch.empty(0, dtype=torch.float64, device=hidden.device)
     return _Local(*(torch.cat(columns) for columns in zip(*parts, strict=True))) if parts else _Local(empty, empty, empty, empty)
 
@@ -195,6 +196,7 @@ def _gradients(
             # the kernel takes its target column for the target; where another rank owns the target, column 0 is like any other
             logits[:, 0] = torch.where(owned, logits[:, 0], first.to(logits.dtype))
             into.add(head, logits, hidden[s], s)
+            del logits
     return into
 
 
