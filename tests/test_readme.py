@@ -1,14 +1,12 @@
 """The README says what was measured."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from bench import readme
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_readme_figures_are_those_of_the_results():
