@@ -121,7 +121,7 @@ def nll(case: Inputs, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
 
 def case_of(quick: bool, dtype: torch.dtype, device: str) -> Inputs:
     release_buffers()
-    return Inputs(512, *((32000, 512) if quick else (151936, 896)), dtype, device)
+    return Inputs(*((256, 32000, 512) if quick else (512, 151936, 896)), dtype, device)
 
 
 def bench_linear_loss(versus, device, quick, dtype):
