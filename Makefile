@@ -56,9 +56,8 @@ format: setup
 	$(PY) -m ruff check --fix-only -q .
 	$(PY) -m ruff format .
 
-# The benches need pytest-benchmark, and run against the peers that are installed; QUICK=--quick for three minutes.
+# The ops against torch and the peers that are installed; QUICK=--quick for three minutes.
 bench: setup
-	$(PY) -m pip install -q -c constraints.txt pytest-benchmark
 	$(OFFLINE) $(PY) -m bench.suite --json runs/bench/suite.json $(QUICK)
 
 # Everything that needs a GPU, on a machine that has one, with its own Python as it is (no venv, nothing downloaded): native build,
