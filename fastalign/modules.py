@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .catalogue import nearest
 from .losses.packed import preference_loss
 from .losses.policy import AGGREGATES, KL, POLICY, token_weights
+from .losses.preference import PREFERENCE
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logp import linear_logp
 from .ops.linear_loss import linear_loss, units_of
@@ -82,7 +84,7 @@ class FusedLinearDPO(nn.Module):
 
     Args:
         loss_type: a row of `losses.preference.PREFERENCE` ("sigmoid" is read as "dpo"), with its own `options`.
-        beta: the row's β; ignore_index: target of rows that are not scored.
+        beta: the row's β, where it has one; ignore_index: target of rows that are not scored.
         use_ref_model: False for rows without a reference (simpo, orpo, cpo): no reference is read.
 
     Liger returns a tuple of statistics beside the loss; here it is a dict under TRL's names, without the mean logits.
@@ -100,7 +102,12 @@ class FusedLinearDPO(nn.Module):
     ) -> None:
         super().__init__()
         self.ignore_index, self.temperature, self.use_ref_model = ignore_index, temperature, use_ref_model
-        self.loss_type, self.options = "dpo" if loss_type == "sigmoid" else loss_type, {"beta": beta} | dict(options or {})
+        self.loss_type = "dpo" if loss_type == "sigmoid" else loss_type
+        if self.loss_type not in PREFERENCE:
+            raise ValueError(f"FusedLinearDPO: loss_type: {nearest(self.loss_type, PREFERENCE)}")
+        known = PREFERENCE[self.loss_type].options
+        self.options = {name: value for name, value in {"beta": beta}.items() if name in known} | dict(options or {})
+        self.couples_pairs = any(default is None for default in known.values())  # it takes from the batch what is not given
 
     def forward(
         self,
@@ -140,7 +147,8 @@ class FusedLinearDPO(nn.Module):
             return losses.sum() / pairs, {name: value.sum() / pairs for name, value in found.items()}
 
         units = cu_targets[::2].contiguous()
-        loss, metrics = linear_loss(hidden, lin_weight, targets, objective, units=units, bias=bias, temperature=self.temperature)
+        whole = units[[0, -1]] if self.couples_pairs else units
+        loss, metrics = linear_loss(hidden, lin_weight, targets, objective, units=whole, bias=bias, temperature=self.temperature)
         return loss, {name: value for name, value in metrics.items() if "/" in name}
 
 
@@ -177,8 +185,12 @@ class FusedLinearGRPO(nn.Module):
             raise ValueError("FusedLinearGRPO: aggregate='budget' needs max_completion_length")
         self.row, self.aggregate, self.kl, self.beta = POLICY[loss_type], aggregate, KL[kl], beta
         self.temperature, self.max_completion_length = temperature, max_completion_length
-        clip = {} if loss_type == "reinforce" else {"epsilon": epsilon_low, "epsilon_high": epsilon_high}
-        self.options = clip | dict(options or {})
+        known = self.row.function.__kwdefaults__ or {}
+        for name in options or {}:
+            if name not in known:
+                raise ValueError(f"FusedLinearGRPO: {loss_type} has no option {name!r}; options: {', '.join(known) or 'none'}")
+        clip = {"epsilon": epsilon_low, "epsilon_high": epsilon_high}
+        self.options = {name: value for name, value in clip.items() if name in known} | dict(options or {})
 
     def forward(
         self,
@@ -239,7 +251,8 @@ class FusedLinearGRPO(nn.Module):
     def _clipped(self, log_ratio: Tensor, advantages: Tensor, count: int) -> dict[str, Tensor]:
         if "epsilon" not in self.options or self.row.unit == "sequence":
             return {}
-        low, high = 1 - self.options["epsilon"], 1 + self.options["epsilon_high"]
+        epsilon, above = self.options["epsilon"], self.options["epsilon_high"]
+        low, high = 1 - epsilon, 1 + (epsilon if above is None else above)
         ratio = log_ratio.exp()
         return {"clip_ratio": (((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))).sum() / count}
 
