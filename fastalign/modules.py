@@ -109,6 +109,7 @@ class FusedLinearDPO(nn.Module):
         self.options = {name: value for name, value in {"beta": beta}.items() if name in known} | dict(options or {})
         self.couples_pairs = any(default is None for default in known.values())  # it takes from the batch what is not given
 
+    @torch.compiler.disable  # how many rows are scored, and in which pairs, is read from the targets
     def forward(
         self,
         lin_weight: Tensor,

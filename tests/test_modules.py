@@ -221,3 +221,15 @@ def test_modules_dpo_takes_every_row_in_chunks_of_any_size(loss_type, num_rows, 
 def test_modules_dpo_unknown_row():
     with pytest.raises(ValueError, match="loss_type: unknown dpoo; did you mean dpo"):
         fa.FusedLinearDPO(loss_type="dpoo")
+
+
+def test_modules_dpo_inside_torch_compile():
+    hidden, weight, _, targets, mask = padded()
+    module, target, ref = fa.FusedLinearDPO(), targets.masked_fill(~mask, -100), torch.randn_like(hidden)
+    found = []
+    for run in (module, torch.compile(module, backend="aot_eager")):
+        leaf = leaves(hidden)[0]
+        loss, _ = run(weight, leaf, target, None, ref, weight)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(found[1], found[0])
