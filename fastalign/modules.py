@@ -128,6 +128,8 @@ class FusedLinearDPO(nn.Module):
         """
         if len(input) % 2:
             raise ValueError(f"FusedLinearDPO: expected chosen and rejected, an even number of sequences, got {len(input)}")
+        given = {"target": target, "ref_input": ref_input if self.use_ref_model else None}
+        _expect_rows("FusedLinearDPO", "input [2P, T, H]", input.shape[:2], given)
         pairs = len(input) // 2
         order = torch.arange(2 * pairs, device=input.device).view(2, pairs).t().reshape(-1)  # chosen and rejected side by side
         rows, cu_targets = _scored(target[order], self.ignore_index)
@@ -213,6 +215,8 @@ class FusedLinearGRPO(nn.Module):
         """
         if self.beta > 0 and ref_per_token_logps is None:
             raise ValueError(f"FusedLinearGRPO: beta={self.beta} needs ref_per_token_logps; pass beta=0 for no KL")
+        given = {"attention_mask": attention_mask, "ref_per_token_logps": ref_per_token_logps, "old_per_token_logps": old_per_token_logps}
+        _expect_rows("FusedLinearGRPO", "input [B, T, H]", input.shape[:2], {"selected_token_ids": selected_token_ids} | given)
         marked = torch.where(attention_mask.bool(), selected_token_ids, -100)
         rows, cu_targets = _scored(marked, -100)
         count, lengths = max(len(rows), 1), cu_targets.diff()
@@ -256,6 +260,13 @@ class FusedLinearGRPO(nn.Module):
         low, high = 1 - epsilon, 1 + (epsilon if above is None else above)
         ratio = log_ratio.exp()
         return {"clip_ratio": (((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))).sum() / count}
+
+
+def _expect_rows(op: str, of: str, shape: torch.Size, given: dict[str, Tensor | None]) -> None:
+    """Rows are cut out of the flattened tensors: a shape that does not fit would shift them."""
+    for name, value in given.items():
+        if value is not None and value.shape[:2] != shape:
+            raise ValueError(f"{op}: {name}: expected {list(shape)}, the rows of {of}, got {list(value.shape)}")
 
 
 def _scored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

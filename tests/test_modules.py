@@ -233,3 +233,22 @@ def test_modules_dpo_inside_torch_compile():
         loss.backward()
         found.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("change", ["input", "attention_mask", "ref_per_token_logps", "old_per_token_logps"])
+def test_modules_grpo_rejects_rows_that_do_not_line_up(change):
+    hidden, weight, _, targets, mask = padded()
+    per_token = torch.randn(SHAPE[:2])
+    given = {"input": hidden, "attention_mask": mask, "ref_per_token_logps": per_token, "old_per_token_logps": per_token}
+    given[change] = torch.cat((given[change], given[change][:, :1]), 1)
+    with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
+        fa.FusedLinearGRPO()(lin_weight=weight, selected_token_ids=targets, advantages=torch.ones(4), **given)
+
+
+@pytest.mark.parametrize("change", ["input", "target", "ref_input"])
+def test_modules_dpo_rejects_rows_that_do_not_line_up(change):
+    hidden, weight, _, targets, _ = padded()
+    given = {"input": hidden, "target": targets, "ref_input": hidden}
+    given[change] = torch.cat((given[change], given[change][:, :1]), 1)
+    with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
+        fa.FusedLinearDPO()(weight, ref_weight=weight, **given)
