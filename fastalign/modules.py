@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .catalogue import nearest
 from .losses.packed import preference_loss
 from .losses.policy import AGGREGATES, KL, POLICY, token_weights
+from .losses.preference import PREFERENCE
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logp import linear_logp
 from .ops.linear_loss import linear_loss, units_of
@@ -82,7 +84,7 @@ class FusedLinearDPO(nn.Module):
 
     Args:
         loss_type: a row of `losses.preference.PREFERENCE` ("sigmoid" is read as "dpo"), with its own `options`.
-        beta: the row's β; ignore_index: target of rows that are not scored.
+        beta: the row's β, where it has one; ignore_index: target of rows that are not scored.
         use_ref_model: False for rows without a reference (simpo, orpo, cpo): no reference is read.
 
     Liger returns a tuple of statistics beside the loss; here it is a dict under TRL's names, without the mean logits.
@@ -100,8 +102,14 @@ class FusedLinearDPO(nn.Module):
     ) -> None:
         super().__init__()
         self.ignore_index, self.temperature, self.use_ref_model = ignore_index, temperature, use_ref_model
-        self.loss_type, self.options = "dpo" if loss_type == "sigmoid" else loss_type, {"beta": beta} | dict(options or {})
+        self.loss_type = "dpo" if loss_type == "sigmoid" else loss_type
+        if self.loss_type not in PREFERENCE:
+            raise ValueError(f"FusedLinearDPO: loss_type: {nearest(self.loss_type, PREFERENCE)}")
+        known = PREFERENCE[self.loss_type].options
+        self.options = {name: value for name, value in {"beta": beta}.items() if name in known} | dict(options or {})
+        self.couples_pairs = any(default is None for default in known.values())  # it takes from the batch what is not given
 
+    @torch.compiler.disable  # how many rows are scored, and in which pairs, is read from the targets
     def forward(
         self,
         lin_weight: Tensor,
@@ -120,6 +128,8 @@ class FusedLinearDPO(nn.Module):
         """
         if len(input) % 2:
             raise ValueError(f"FusedLinearDPO: expected chosen and rejected, an even number of sequences, got {len(input)}")
+        given = {"target": target, "ref_input": ref_input if self.use_ref_model else None}
+        _expect_rows("FusedLinearDPO", "input [2P, T, H]", input.shape[:2], given)
         pairs = len(input) // 2
         order = torch.arange(2 * pairs, device=input.device).view(2, pairs).t().reshape(-1)  # chosen and rejected side by side
         rows, cu_targets = _scored(target[order], self.ignore_index)
@@ -140,7 +150,8 @@ class FusedLinearDPO(nn.Module):
             return losses.sum() / pairs, {name: value.sum() / pairs for name, value in found.items()}
 
         units = cu_targets[::2].contiguous()
-        loss, metrics = linear_loss(hidden, lin_weight, targets, objective, units=units, bias=bias, temperature=self.temperature)
+        whole = units[[0, -1]] if self.couples_pairs else units
+        loss, metrics = linear_loss(hidden, lin_weight, targets, objective, units=whole, bias=bias, temperature=self.temperature)
         return loss, {name: value for name, value in metrics.items() if "/" in name}
 
 
@@ -177,8 +188,12 @@ class FusedLinearGRPO(nn.Module):
             raise ValueError("FusedLinearGRPO: aggregate='budget' needs max_completion_length")
         self.row, self.aggregate, self.kl, self.beta = POLICY[loss_type], aggregate, KL[kl], beta
         self.temperature, self.max_completion_length = temperature, max_completion_length
-        clip = {} if loss_type == "reinforce" else {"epsilon": epsilon_low, "epsilon_high": epsilon_high}
-        self.options = clip | dict(options or {})
+        known = self.row.function.__kwdefaults__ or {}
+        for name in options or {}:
+            if name not in known:
+                raise ValueError(f"FusedLinearGRPO: {loss_type} has no option {name!r}; options: {', '.join(known) or 'none'}")
+        clip = {"epsilon": epsilon_low, "epsilon_high": epsilon_high}
+        self.options = {name: value for name, value in clip.items() if name in known} | dict(options or {})
 
     def forward(
         self,
@@ -200,6 +215,8 @@ class FusedLinearGRPO(nn.Module):
         """
         if self.beta > 0 and ref_per_token_logps is None:
             raise ValueError(f"FusedLinearGRPO: beta={self.beta} needs ref_per_token_logps; pass beta=0 for no KL")
+        given = {"attention_mask": attention_mask, "ref_per_token_logps": ref_per_token_logps, "old_per_token_logps": old_per_token_logps}
+        _expect_rows("FusedLinearGRPO", "input [B, T, H]", input.shape[:2], {"selected_token_ids": selected_token_ids} | given)
         marked = torch.where(attention_mask.bool(), selected_token_ids, -100)
         rows, cu_targets = _scored(marked, -100)
         count, lengths = max(len(rows), 1), cu_targets.diff()
@@ -239,9 +256,17 @@ class FusedLinearGRPO(nn.Module):
     def _clipped(self, log_ratio: Tensor, advantages: Tensor, count: int) -> dict[str, Tensor]:
         if "epsilon" not in self.options or self.row.unit == "sequence":
             return {}
-        low, high = 1 - self.options["epsilon"], 1 + self.options["epsilon_high"]
+        epsilon, above = self.options["epsilon"], self.options["epsilon_high"]
+        low, high = 1 - epsilon, 1 + (epsilon if above is None else above)
         ratio = log_ratio.exp()
         return {"clip_ratio": (((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))).sum() / count}
+
+
+def _expect_rows(op: str, of: str, shape: torch.Size, given: dict[str, Tensor | None]) -> None:
+    """Rows are cut out of the flattened tensors: a shape that does not fit would shift them."""
+    for name, value in given.items():
+        if value is not None and value.shape[:2] != shape:
+            raise ValueError(f"{op}: {name}: expected {list(shape)}, the rows of {of}, got {list(value.shape)}")
 
 
 def _scored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fastalign as fa
-from fastalign.losses.policy import k3
+from fastalign.losses.policy import POLICY, k3
+from fastalign.losses.preference import PREFERENCE, Side
 
 SHAPE = (4, 9, 13, 31)  # batch, length, hidden, vocabulary
 
@@ -161,3 +162,93 @@ def test_modules_dpo_errors():
         fa.FusedLinearDPO()(weight, hidden, targets)
     with pytest.raises(ValueError, match="an even number of sequences, got 3"):
         fa.FusedLinearDPO()(weight, hidden[:3], targets[:3])
+
+
+@pytest.mark.parametrize("loss_type", POLICY)
+def test_modules_grpo_takes_every_row(loss_type):
+    hidden, weight, _, targets, mask = padded()
+    advantages, old = torch.tensor([1.0, -0.5, 2.0, -1.5]), torch.randn(SHAPE[:2]) - 3.4
+    known = POLICY[loss_type].function.__kwdefaults__ or {}
+    clip = {name: value for name, value in {"epsilon": 0.1, "epsilon_high": 0.3}.items() if name in known}
+    module = fa.FusedLinearGRPO(beta=0.0, epsilon_low=0.1, epsilon_high=0.3, loss_type=loss_type)
+    leaf, theirs = leaves(hidden)[0], leaves(hidden)[0]
+    loss, _ = module(leaf, weight, targets, mask, advantages, old_per_token_logps=old)
+    logp = F.linear(theirs, weight).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)[mask]
+    cu_targets = F.pad(mask.sum(1).cumsum(0), (1, 0))
+    want = POLICY[loss_type].function(logp, old[mask], advantages[:, None].expand_as(mask)[mask], cu_targets, **clip).mean()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(leaf.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_modules_grpo_options_of_a_row():
+    with pytest.raises(ValueError, match="sapo has no option 'epsilon'; options: tau_positive, tau_negative"):
+        fa.FusedLinearGRPO(loss_type="sapo", options={"epsilon": 0.1})
+    hidden, weight, _, targets, mask = padded()
+    module = fa.FusedLinearGRPO(beta=0.0, options={"epsilon_high": None})  # the same on both sides
+    loss, metrics = module(hidden, weight, targets, mask, torch.ones(4), old_per_token_logps=torch.randn(SHAPE[:2]) - 3.4)
+    want = fa.FusedLinearGRPO(beta=0.0)(hidden, weight, targets, mask, torch.ones(4), old_per_token_logps=None)
+    assert loss.isfinite()
+    assert metrics.keys() == want[1].keys()
+
+
+@pytest.mark.parametrize("loss_type", PREFERENCE)
+@pytest.mark.parametrize("num_rows", [4, None])
+def test_modules_dpo_takes_every_row_in_chunks_of_any_size(loss_type, num_rows, monkeypatch):
+    if num_rows is not None:
+        monkeypatch.setattr("fastalign.ops.linear_head.CHUNK_ROWS", num_rows)
+        monkeypatch.setattr("fastalign.ops.linear_head.CHUNK_BYTES", 1)
+    row, pairs, width, vocab = PREFERENCE[loss_type], 8, 6, 11
+    hidden, weight = torch.randn(2 * pairs, 3, width), torch.randn(vocab, width)
+    targets, ref = torch.randint(vocab, (2 * pairs, 3)), torch.randn(2 * pairs, 3, width)
+    module = fa.FusedLinearDPO(beta=0.3, loss_type=loss_type, use_ref_model=row.reference)
+    ours, theirs = leaves(hidden)[0], leaves(hidden)[0]
+    loss, _ = module(weight, ours, targets, None, *((ref, weight) if row.reference else ()))
+
+    def sums(x):
+        return F.linear(x, weight).log_softmax(-1).gather(-1, targets[..., None]).sum((1, 2)).double().chunk(2)
+
+    lengths, none = torch.full((pairs,), 3), (None, None)
+    win, lose = (Side(s, r, lengths) for s, r in zip(sums(theirs), sums(ref) if row.reference else none, strict=True))
+    want = row(win, lose, **({"beta": 0.3} if "beta" in row.options else {})).mean()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_dpo_unknown_row():
+    with pytest.raises(ValueError, match="loss_type: unknown dpoo; did you mean dpo"):
+        fa.FusedLinearDPO(loss_type="dpoo")
+
+
+def test_modules_dpo_inside_torch_compile():
+    hidden, weight, _, targets, mask = padded()
+    module, target, ref = fa.FusedLinearDPO(), targets.masked_fill(~mask, -100), torch.randn_like(hidden)
+    found = []
+    for run in (module, torch.compile(module, backend="aot_eager")):
+        leaf = leaves(hidden)[0]
+        loss, _ = run(weight, leaf, target, None, ref, weight)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("change", ["input", "attention_mask", "ref_per_token_logps", "old_per_token_logps"])
+def test_modules_grpo_rejects_rows_that_do_not_line_up(change):
+    hidden, weight, _, targets, mask = padded()
+    per_token = torch.randn(SHAPE[:2])
+    given = {"input": hidden, "attention_mask": mask, "ref_per_token_logps": per_token, "old_per_token_logps": per_token}
+    given[change] = torch.cat((given[change], given[change][:, :1]), 1)
+    with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
+        fa.FusedLinearGRPO()(lin_weight=weight, selected_token_ids=targets, advantages=torch.ones(4), **given)
+
+
+@pytest.mark.parametrize("change", ["input", "target", "ref_input"])
+def test_modules_dpo_rejects_rows_that_do_not_line_up(change):
+    hidden, weight, _, targets, _ = padded()
+    given = {"input": hidden, "target": targets, "ref_input": hidden}
+    given[change] = torch.cat((given[change], given[change][:, :1]), 1)
+    with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
+        fa.FusedLinearDPO()(weight, ref_weight=weight, **given)

@@ -34,7 +34,7 @@ def vocab_parallel_linear_logp(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> Any:
-    """`linear_logp` of a head whose rows are spread over the ranks of a group, in rank order; shards may differ in size.
+    """`linear_logp` of a head whose rows are spread over the ranks of a group, in rank order; shards may differ in size or be empty.
 
     Args:
         hidden: [N, H], the same on every rank; weight_shard: [V_r, H], this rank's rows; bias_shard: [V_r].
@@ -141,6 +141,9 @@ class _Local(NamedTuple):
 
 def _local_rows(head: Head, hidden: Tensor, targets: Tensor, shard: _Shard) -> _Local:
     parts = []
+    if not len(head.weight):  # a vocabulary smaller than the group's shards: nothing here, as if all logits were −inf
+        none = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
+        return _Local(none - torch.inf, none, none, none)
     rows, _ = chunk_rows(head.weight.shape[0], head.weight.element_size(), None)
     with borrowed(min(rows, len(targets)), head.weight.shape[0], head.weight) as buffer:
         for s in even_chunks(0, len(targets), rows):
@@ -181,8 +184,8 @@ def _gradients(
     needs: tuple[bool, bool, bool],
     shard: _Shard,
 ) -> Gradients:
-    rows, _ = chunk_rows(head.weight.shape[0], head.weight.element_size(), None)
-    chunks = even_chunks(0, len(targets), rows)
+    rows, _ = chunk_rows(max(len(head.weight), 1), head.weight.element_size(), None)
+    chunks = even_chunks(0, len(targets) if len(head.weight) else 0, rows)
     into = Gradients.of(head, len(targets), needs, only_chunk=len(chunks) == 1)
     with borrowed(min(rows, len(targets)), head.weight.shape[0], head.weight) as buffer:
         for s in chunks:
