@@ -54,6 +54,7 @@ struct Tensor {
     return *this;
   }
   const Tensor& contiguous(const char* what) const {
+    if (numel() == 0) return *this;  // whatever its strides
     int64_t expect = 1;
     for (size_t i = shape.size(); i-- > 0;) {
       if (shape[i] != 1 && strides[i] != expect)

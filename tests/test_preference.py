@@ -411,3 +411,26 @@ def test_preference_on_the_gpu(name, divergence, dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(losses.cpu(), want, **tolerance)
     torch.testing.assert_close(gradient.cpu(), want_gradient, **tolerance)
+
+
+@pytest.mark.parametrize("other", ["sft", "simpo"])
+def test_mixture_gives_a_divergence_to_the_parts_that_have_one(other):
+    """What reads no reference is computed on log-probs, not on the divergence's score."""
+    logp, ref, cu = -torch.rand(14, dtype=torch.float64), -torch.rand(14, dtype=torch.float64), offsets([3, 4, 2, 5])
+    row = mixture({"dpo": 0.8, other: 0.2})
+    found, _ = fa.preference_loss(logp, cu, loss=row, ref_logp=ref, divergence="js")
+    dpo, _ = fa.preference_loss(logp, cu, loss="dpo", ref_logp=ref, divergence="js")
+    plain, _ = fa.preference_loss(logp, cu, loss=other)
+    torch.testing.assert_close(found, 0.8 * dpo + 0.2 * plain)
+
+
+@pytest.mark.parametrize("row", ["aot", "aot_unpaired", "mixture"])
+def test_preference_objective_keeps_ranked_pairs_together(row):
+    """A loss that ranks its pairs has one unit, the micro-batch; given the batch's ranks, each pair is one."""
+    cu = offsets([3, 4, 2, 5, 1, 2])
+    loss = mixture({"dpo": 0.5, "aot": 0.5}) if row == "mixture" else row
+    _, units = preference_objective(cu, num_pairs=3, loss=loss, ref_logp=torch.randn(17))
+    assert units.tolist() == [0, 17]
+    if row == "aot":
+        _, units = preference_objective(cu, num_pairs=3, loss=row, options={"matched": torch.zeros(3)}, ref_logp=torch.randn(17))
+        assert units.tolist() == [0, 7, 14, 17]

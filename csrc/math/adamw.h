@@ -32,7 +32,7 @@ FA_MATH float product(float x, float y) {
 FA_MATH float adamw(float master, float grad, float& exp_avg, float& exp_avg_sq, const AdamW& a) {
   grad = product(grad, a.grad_scale);
   exp_avg += product(grad - exp_avg, a.one_minus_b1);
-  exp_avg_sq = product(exp_avg_sq, a.beta2) + product(product(grad, grad), a.one_minus_b2);
+  exp_avg_sq = product(exp_avg_sq, a.beta2) + product(product(grad, a.one_minus_b2), grad);
   return product(master, a.keep) - product(a.step_size, exp_avg / (sqrtf(exp_avg_sq) + a.eps));
 }
 

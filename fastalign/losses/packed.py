@@ -13,7 +13,7 @@ from fastalign.ops.preference import Sequences, pair_losses, single_losses
 from fastalign.ops.preference_reference import Side, sums_of
 
 from .checks import check_read, count, expect, pair_plan, reference_form, single_plan
-from .preference import PairLoss
+from .preference import PREFERENCE, Mixture, PairLoss
 from .unpaired import UnpairedLoss
 
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
@@ -140,9 +140,12 @@ def preference_objective(
         loss, ref_logp, margin, weight, divergence, divergence_alpha, ld_alpha: as `preference_loss` takes them.
 
     Returns:
-        The objective, which returns its share of the mean and the sums of the metrics, and the offsets of the pairs [B+1].
+        The objective, which returns its share of the mean and the sums of the metrics, and its units: the offsets of the pairs [B+1], or
+        of the micro-batch [2] where a loss ranks its pairs and is not given the ranks of the batch (aot without `matched`).
     """
     units = cu_targets[::2].contiguous()
+    row = PREFERENCE.get(loss) if isinstance(loss, str) else loss
+    together = row is not None and row.couples_pairs and any((options or {}).get(k) is None for k, v in row.options.items() if v is None)
     num_here = len(units) - 1
     everything = slice(0, int(units[-1]))
     ref, per_token = reference_form("preference_objective", ref_logp, everything.stop, cu_targets, 2)
@@ -158,7 +161,7 @@ def preference_objective(
         losses, metrics = _paired(logp, sequences, loss, chosen, divergence, divergence_alpha)
         return losses.sum() / num_pairs, {name: value.sum() for name, value in metrics.items()}
 
-    return objective, units
+    return objective, units[[0, -1]] if together or (isinstance(row, Mixture) and row.couples_pairs) else units
 
 
 def wpo_weights(logp: Tensor, cu_targets: Tensor, log_sum_sq: Tensor | None = None) -> Tensor:

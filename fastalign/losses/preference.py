@@ -79,13 +79,42 @@ class PairLoss:
         self, win: Side, lose: Side, *, divergence: str = "reverse_kl", divergence_alpha: float = 0.5, **options: float | Tensor
     ) -> Tensor:
         """[B] losses times the weights of both sides."""
-        if divergence != "reverse_kl":
-            score = DIVERGENCES[divergence].function
-            win, lose = (replace(s, logp=score(s.logratio, alpha=divergence_alpha), ref_logp=None) for s in (win, lose))
-        losses = self.function(win, lose, **options)
+        losses = self.unweighted(win, lose, divergence, divergence_alpha, **options)
         for weight in (win.weight, lose.weight):
             losses = losses if weight is None else losses * weight
         return losses
+
+    def unweighted(self, win: Side, lose: Side, divergence: str, divergence_alpha: float, **options: float | Tensor) -> Tensor:
+        """[B] losses. An f-divergence takes the place of the log-ratio."""
+        if divergence != "reverse_kl":
+            score = DIVERGENCES[divergence].function
+            win, lose = (replace(s, logp=score(s.logratio, alpha=divergence_alpha), ref_logp=None) for s in (win, lose))
+        return self.function(win, lose, **options)
+
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether a pair's loss depends on the pairs at hand where the numbers of the whole batch are not given."""
+        return self.statistics is not None and None in self.options.values()
+
+
+@dataclass(frozen=True)
+class Mixture(PairLoss):
+    """A weighted sum of rows. parts: (row, weight, its options as items); a divergence concerns the rows that have a reference."""
+
+    parts: tuple[tuple[PairLoss, float, tuple[tuple[str, Any], ...]], ...] = ()
+
+    def unweighted(self, win: Side, lose: Side, divergence: str, divergence_alpha: float, **options: float | Tensor) -> Tensor:
+        """[B] losses."""
+        losses = [
+            weight * row.unweighted(win, lose, divergence if row.divergence else "reverse_kl", divergence_alpha, **dict(given))
+            for row, weight, given in self.parts
+        ]
+        return torch.stack(losses).sum(0)
+
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether one of its rows does."""
+        return any(row.couples_pairs for row, _, _ in self.parts)
 
 
 def mixture(parts: Mapping[str, float], options: Mapping[str, Mapping[str, float]] | None = None) -> PairLoss:
@@ -100,14 +129,23 @@ def mixture(parts: Mapping[str, float], options: Mapping[str, Mapping[str, float
         raise ValueError(f"mixture: expected rows out of {', '.join(PREFERENCE)}, and options for its parts alone; got {unknown or parts}")
     rows = {name: PREFERENCE[name] for name in parts}
 
-    def weighted(win: Side, lose: Side) -> Tensor:
-        return torch.stack([w * rows[name].function(win, lose, **given.get(name, {})) for name, w in parts.items()]).sum(0)
-
+    members = tuple((rows[name], weight, tuple(given.get(name, {}).items())) for name, weight in parts.items())
     first = next(iter(parts))
     beta = rows[first].formula(**{**rows[first].options, **given.get(first, {})}).beta
     reads = {flag: any(getattr(row, flag) for row in rows.values()) for flag in ("reference", "margin")}
     divergence = all(row.divergence or not row.reference for row in rows.values())
-    return PairLoss(weighted, lambda: Formula(beta=beta), reference=reads["reference"], margin=reads["margin"], divergence=divergence)
+    return Mixture(
+        _of_parts,
+        lambda: Formula(beta=beta),
+        reference=reads["reference"],
+        margin=reads["margin"],
+        divergence=divergence,
+        parts=members,
+    )
+
+
+def _of_parts(win: Side, lose: Side) -> Tensor:
+    raise NotImplementedError("a mixture has no equation of its own: call the row")
 
 
 def _logistic(beta: float, label_smoothing: float = 0.0, gamma: float = 0.0, nll_coef: float = 0.0, *, per_token: bool = False) -> Formula:
