@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastalign as fa
-from fastalign.losses.policy import k3
+from fastalign.losses.policy import POLICY, k3
+from fastalign.losses.preference import PREFERENCE, Side
 
 SHAPE = (4, 9, 13, 31)  # batch, length, hidden, vocabulary
 
@@ -161,3 +164,90 @@ def test_modules_dpo_errors():
         fa.FusedLinearDPO()(weight, hidden, targets)
     with pytest.raises(ValueError, match="an even number of sequences, got 3"):
         fa.FusedLinearDPO()(weight, hidden[:3], targets[:3])
+
+
+@pytest.mark.parametrize("loss_type", POLICY)
+def test_modules_grpo_runs_every_row(loss_type):
+    """On the policy that sampled, each row's loss is its own function of ratio 1, averaged."""
+    hidden, weight, _, targets, mask = padded()
+    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5])
+    loss, metrics = fa.FusedLinearGRPO(beta=0.0, loss_type=loss_type)(hidden, weight, targets, mask, advantages)
+    logp = F.linear(hidden, weight).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)[mask]
+    lengths = mask.sum(1)
+    options = (
+        {} if "epsilon_high" not in inspect.signature(POLICY[loss_type].function).parameters else {"epsilon": 0.2, "epsilon_high": 0.2}
+    )
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    want = POLICY[loss_type].function(logp, logp, advantages.repeat_interleave(lengths), offsets, **options).mean()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    assert metrics["entropy"] > 0
+
+
+@pytest.mark.parametrize("loss_type", PREFERENCE)
+def test_modules_dpo_runs_every_row(loss_type):
+    hidden, weight, _, targets, mask = padded()
+    reads = PREFERENCE[loss_type].reference
+    reference = {"ref_input": hidden.flip(0), "ref_weight": weight} if reads else {}
+    module = fa.FusedLinearDPO(loss_type=loss_type, use_ref_model=reads)
+    loss, _ = module(weight, hidden, targets.masked_fill(~mask, -100), **reference)
+    sides = []
+    for i in (slice(0, 2), slice(2, 4)):
+        sums = []
+        for x in (hidden, hidden.flip(0)):
+            logp = F.linear(x, weight).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+            sums.append((logp * mask).sum(1)[i])
+        sides.append(Side(sums[0], sums[1] if reads else None, mask.sum(1)[i]))
+    options = {"beta": 0.1} if "beta" in PREFERENCE[loss_type].options else {}
+    torch.testing.assert_close(loss, PREFERENCE[loss_type](*sides, **options).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_modules_dpo_sorts_the_whole_batch(loss_type, monkeypatch):
+    """The ranks are the batch's, however few rows of logits a chunk holds."""
+    from fastalign.ops import linear_head
+
+    hidden, weight, _, targets, _ = padded()
+    hidden, targets = torch.cat((hidden, hidden.flip(1))), torch.cat((targets, targets.flip(0)))
+    call = {"ref_input": torch.randn_like(hidden), "ref_weight": weight}
+    leaf, again = leaves(hidden, hidden)
+    module = fa.FusedLinearDPO(loss_type=loss_type)
+    expected, _ = module(weight, leaf, targets, **call)
+    expected.backward()
+    monkeypatch.setattr(linear_head, "CHUNK_ROWS", 9)
+    monkeypatch.setattr(linear_head, "CHUNK_BYTES", 1)
+    loss, _ = module(weight, again, targets, **call)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(again.grad, leaf.grad)
+
+
+def test_modules_refuse_rows_that_are_not_aligned():
+    """Rows are picked by one mask: an off-by-one in the length would be a wrong loss, not a crash."""
+    hidden, weight, _, targets, mask = padded()
+    longer, ones = torch.randn(4, 10, 13), torch.ones(4)
+    with pytest.raises(ValueError, match=r"target: expected \[4, 10\], aligned with input, got \[4, 9\]"):
+        fa.FusedLinearDPO()(weight, longer, targets, None, longer, weight)
+    with pytest.raises(ValueError, match=r"ref_input: expected \[4, 9, 13\], .* got \[4, 10, 13\]"):
+        fa.FusedLinearDPO()(weight, hidden, targets, None, longer, weight)
+    with pytest.raises(ValueError, match=r"target: expected \[4, 9\], .* got \[4, 8\]"):
+        fa.FusedLinearCrossEntropy(softcap=3.0)(weight, hidden, targets[:, :8])
+    grpo = fa.FusedLinearGRPO(beta=0.0)
+    with pytest.raises(ValueError, match=r"selected_token_ids: expected \[4, 10\]"):
+        grpo(longer, weight, targets, mask, ones)
+    with pytest.raises(ValueError, match=r"old_per_token_logps: expected \[4, 9\], .* got \[4, 10\]"):
+        grpo(hidden, weight, targets, mask, ones, old_per_token_logps=torch.zeros(4, 10))
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[4, 9\]"):
+        grpo(hidden, weight, targets, mask[:, :8], ones)
+    with pytest.raises(ValueError, match=r"advantages: expected \[4\], .* got \[36\]"):
+        grpo(hidden, weight, targets, mask, torch.ones(4, 9))
+
+
+def test_modules_name_wrong_rows_and_options_when_built():
+    with pytest.raises(ValueError, match="did you mean simpo"):
+        fa.FusedLinearDPO(loss_type="simppo")
+    with pytest.raises(ValueError, match="simpo reads no reference; pass use_ref_model=False"):
+        fa.FusedLinearDPO(loss_type="simpo")
+    with pytest.raises(ValueError, match="options of dpo: unknown gamma"):
+        fa.FusedLinearDPO(options={"gamma": 1.0})
+    with pytest.raises(ValueError, match="options of clip: unknown tau_positive"):
+        fa.FusedLinearGRPO(options={"tau_positive": 1.0})
