@@ -310,6 +310,10 @@ def test_patch_names_what_is_no_causal_lm():
 
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no head over the vocabulary; load it as AutoModelForCausalLM"):
         fa.patch(LlamaModel(tiny_models.llama().config))
+    peft = pytest.importorskip("peft")
+    on_the_head = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedModelError, match=r"got peft\.tuners\..*Linear; keep adapters off the head"):
+        fa.patch(peft.get_peft_model(tiny_models.llama(), on_the_head))
     with pytest.raises(TypeError, match="got DataParallel; give the model inside"):
         fa.patch(torch.nn.DataParallel(tiny_models.llama()))
     with pytest.raises(TypeError, match="got OptimizedModule; give the model inside"):

@@ -67,7 +67,7 @@ def head_of(model: nn.Module) -> Head:
     if not isinstance(head, nn.Linear):
         if head is None:
             raise UnsupportedModelError(f"{family}: {type(base).__name__} has no head over the vocabulary; load it as AutoModelForCausalLM")
-        found = type(head).__name__
+        found = f"{type(head).__module__}.{type(head).__name__}"  # PEFT's adapted layer is called Linear, too
         raise UnsupportedModelError(f"{family}: the output embeddings must be one nn.Linear, got {found}; keep adapters off the head")
     config = base.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
