@@ -56,8 +56,9 @@ format: setup
 	$(PY) -m ruff check --fix-only -q .
 	$(PY) -m ruff format .
 
+# The ops against torch and the peers that are installed; QUICK=--quick for three minutes.
 bench: setup
-	$(OFFLINE) $(PY) -m bench.suite
+	$(OFFLINE) $(PY) -m bench.suite --json runs/bench/suite.json $(QUICK)
 
 # Everything that needs a GPU, on a machine that has one, with its own Python as it is (no venv, nothing downloaded): native build,
 # gpu tests, benches in at most 9 minutes; leaves bench/results/gpu-<device>-<date>.json. WHEELS=folder: wheels of peers.

@@ -53,7 +53,7 @@ def batch(groups, length, vocab, dead, *, everything=False):
 
 
 def bench_grpo_batch(versus, device, quick, dtype):
-    groups, length, vocab, width = (10, 8, 32000, 512) if quick else (10, 16, 151936, 896)
+    groups, length, vocab, width = (10, 8, 16000, 512) if quick else (10, 16, 151936, 896)
     tokens = groups * 8 * length
     hidden = torch.randn(tokens, width).to(device, dtype).requires_grad_()
     weight = (torch.randn(vocab, width) * width**-0.5).to(device, dtype).requires_grad_()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.harness import peak_mib, run_file
+from bench.harness import run_file
 from fastalign.ops.linear_cross_entropy import linear_cross_entropy
 from fastalign.ops.linear_head import release_buffers
 from fastalign.ops.linear_logp import linear_logp
@@ -121,7 +121,7 @@ def nll(case: Inputs, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
 
 def case_of(quick: bool, dtype: torch.dtype, device: str) -> Inputs:
     release_buffers()
-    return Inputs(512, *((32000, 512) if quick else (151936, 896)), dtype, device)
+    return Inputs(*((256, 32000, 512) if quick else (512, 151936, 896)), dtype, device)
 
 
 def bench_linear_loss(versus, device, quick, dtype):
@@ -211,62 +211,6 @@ def bench_grad_rows(versus, device, quick, dtype):
         "floor": lambda: other.copy_(logits),
     }
     versus("row pass: gradient", shape, dtype, sides, bytes=2.0 * logits.nbytes, memory=False)
-
-
-def objectives(rows: int) -> dict[str, tuple[Callable[..., Tensor], list[int] | None]]:
-    """(objective, units) of losses whose memory is measured: a supervised one, a preference, a clipped policy."""
-    advantages = torch.randn(rows)
-
-    def sft(logp: Tensor, span: slice) -> Tensor:
-        return -logp.sum() / rows
-
-    def dpo(logp: Tensor, span: slice) -> Tensor:  # pairs of 2 × 128 rows
-        win, lose = logp.view(-1, 2, 128).sum(2).unbind(1)
-        return -F.logsigmoid(0.1 * (win - lose)).sum()
-
-    def grpo(logp: Tensor, span: slice) -> Tensor:
-        ratio, advantage = torch.exp(logp - logp.detach()), advantages[span].to(logp.device)
-        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / rows
-
-    return {"sft": (sft, None), "dpo": (dpo, list(range(0, rows + 1, 256))), "grpo": (grpo, None)}
-
-
-def memory_sweep(
-    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768),
-    *,
-    vocab: int = 32000,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    torch_up_to: int = 4096,
-) -> Iterator[tuple[str, int, float]]:
-    """(op, T, peak MiB of a forward + backward) with a narrow head, so that the logits dominate; torch's sides up to `torch_up_to` rows."""
-    for rows in sizes:
-        case = Inputs(rows, vocab, 64, dtype, device)
-        losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "linear_logp": lambda h, w, y=case.targets: -linear_logp(h, w, y).mean(),  # type: ignore[misc]
-            "linear_cross_entropy": lambda h, w, y=case.targets: linear_cross_entropy(h, w, y),  # type: ignore[misc]
-        }
-        for name, (objective, units) in objectives(rows).items():
-            losses[f"linear_loss ({name})"] = lambda h, w, y=case.targets, f=objective, u=units: linear_loss(h, w, y, f, units=u)[0]  # type: ignore[misc]
-        if rows <= torch_up_to:
-            losses["torch"] = lambda h, w, y=case.targets: upcast(h, w, y)  # type: ignore[misc]
-        for name, loss in losses.items():
-            release_buffers()
-            yield name, rows, peak_mib(case.backward_of(loss))
-
-
-def bench_memory(capsys, quick, dtype, device):
-    """Peak memory must not grow with the rows beyond their own hidden states and numbers."""
-    sizes = (1024, 4096) if quick else (512, 1024, 2048, 4096)
-    for _ in memory_sweep((512,), dtype=dtype, device=device):
-        pass  # loads what is loaded once
-    peaks: dict[str, list[float]] = {}
-    for op, rows, peak in memory_sweep(sizes, vocab=32000 if quick else 151936, dtype=dtype, device=device, torch_up_to=1024):
-        peaks.setdefault(op, []).append(peak)
-        with capsys.disabled():
-            print(f"memory: {op:<24} {str(dtype).removeprefix('torch.'):<9} T={rows:<6} peak {peak:8.0f} MiB", flush=True)
-    flat = {op: values for op, values in peaks.items() if op != "torch"}
-    assert all(values[-1] <= 1.25 * values[1 if len(sizes) > 2 else 0] + 64 for values in flat.values()), flat
 
 
 if __name__ == "__main__":

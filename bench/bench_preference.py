@@ -3,7 +3,8 @@
     python bench/bench_preference.py [--quick] [--rounds 5]
 
 Both sides return the losses' gradient in the log-probs and the metrics that TRL logs: rewards, margins, accuracies, log-probs. The torch
-side gets what a padded trainer has, [2B, longest] log-probs that are 0 where padded; "torch, loss alone" leaves the metrics out. The floor
+side gets the same packed log-probs and offsets; "torch, padded" gets what a padded trainer has instead, [2B, longest] log-probs that are 0
+where padded. The floor
 is the latency of a call: an autograd.Function that computes nothing, forward and backward. All sides include the mean over the losses.
 Times are of 100 calls, so that the clock does not count; the work itself is a few microseconds of each.
 """
@@ -55,16 +56,27 @@ def batch(pairs, longest, device):
     return logp.to(device), ref.to(device), mask.to(device), cu_targets
 
 
-def padded_dpo(logp, ref, *, metrics):
-    """As TRL's trainer has it: the chosen half first, masked positions 0."""
-    chosen, rejected = logp.sum(1).chunk(2)
-    ref_chosen, ref_rejected = ref.sum(1).chunk(2)
+def dpo_of_sums(chosen, rejected, ref_chosen, ref_rejected):
+    """Loss and metrics as TRL's trainer has them."""
     chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
     losses = -F.logsigmoid(0.1 * (chosen_ratio - rejected_ratio))
-    if metrics:
-        rewards = 0.1 * chosen_ratio.detach(), 0.1 * rejected_ratio.detach()
-        _ = rewards[0] - rewards[1], (rewards[0] > rewards[1]).float(), chosen.detach(), rejected.detach()
+    rewards = 0.1 * chosen_ratio.detach(), 0.1 * rejected_ratio.detach()
+    _ = rewards[0] - rewards[1], (rewards[0] > rewards[1]).float(), chosen.detach(), rejected.detach()
     return losses
+
+
+def padded_dpo(logp, ref):
+    """The chosen half first, masked positions 0."""
+    return dpo_of_sums(*logp.sum(1).chunk(2), *ref.sum(1).chunk(2))
+
+
+def packed_dpo(logp, ref, cu_targets):
+    """Chosen and rejected in turn, as the offsets say."""
+    lengths = cu_targets.diff()
+    sequences = len(lengths)
+    index = torch.repeat_interleave(lengths)
+    sums, ref_sums = (x.new_zeros(sequences).index_add(0, index, x).view(-1, 2) for x in (logp, ref))
+    return dpo_of_sums(*sums.unbind(1), *ref_sums.unbind(1))
 
 
 @pytest.mark.parametrize("pairs, longest", [(16, 512), (2, 128), (64, 2048)])
@@ -76,8 +88,8 @@ def bench_dpo(versus, device, quick, pairs, longest):
     packed_ref, nothing = ref[mask], ref[::2, 0].contiguous()
     sides = {
         "fastalign": times_100(lambda: preference_loss(packed, cu_targets, ref_logp=packed_ref)[0], packed),
-        "torch": times_100(lambda: padded_dpo(padded, ref, metrics=True), padded),
-        "torch, loss alone": times_100(lambda: padded_dpo(padded, ref, metrics=False), padded),
+        "torch": times_100(lambda: packed_dpo(packed, packed_ref, cu_targets), packed),
+        "torch, padded": times_100(lambda: padded_dpo(padded, ref), padded),
         "floor": times_100(lambda: Nothing.apply(packed, nothing), packed),
     }
     versus("preference dpo x100", f"{pairs} pairs of {longest}", torch.float32, sides, memory=False)

@@ -22,7 +22,7 @@ RESULTS = pytest.StashKey[list[Result]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalign benches")
     group.addoption("--quick", action="store_true", help="small shapes and few rounds: the whole suite in 3 minutes on 2 cores")
-    group.addoption("--rounds", type=int, default=0, help="interleaved rounds of every side (default 5, quick 3)")
+    group.addoption("--rounds", type=int, default=0, help="interleaved rounds of every side (default 5, quick 2)")
     group.addoption("--dtype", action="append", choices=["float32", "bfloat16"], help="repeatable; default both")
     group.addoption("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads, for a machine that is shared")
     group.addoption("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
@@ -95,7 +95,7 @@ def versus(benchmark: Any, pytestconfig: pytest.Config, quick: bool) -> Versus:
     run before each of its rounds, so every round times every side once, each with cold caches.
     beside: bytes that are left out of the peak (the gradients that every side returns).
     """
-    rounds = pytestconfig.getoption("--rounds") or (3 if quick else 5)
+    rounds = pytestconfig.getoption("--rounds") or (2 if quick else 5)
     taken: list[str] = []
     clock = time.process_time if pytestconfig.getoption("--clock") == "cpu" else time.perf_counter
 

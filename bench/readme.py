@@ -51,7 +51,7 @@ def trainers() -> list[str]:
     if not rows:
         return []
     first = records("grpo-*.json")[0]
-    head = f"Training steps of a 40M-parameter Qwen2 (vocabulary 32,000) in fp32, against TRL 1.16 ({first['device']}, {first['date']}):"
+    head = f"Training steps of a 40M-parameter Qwen2 (vocabulary 32,000) in fp32, against TRL 1.16 ({taken(first)}):"
     return [head, "", "| what | TRL | fastalign | faster | command |", "|---|---|---|---|---|", *rows, ""]
 
 

@@ -6,8 +6,6 @@ in each docstring. Each computes 6TVH over the scored rows only, with the gradie
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,7 +52,6 @@ class FusedLinearCrossEntropy(nn.Module):
 
     def forward(self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
         """lin_weight [V, H], input [N, H] (or [B, T, H]), target [N] (or [B, T]), bias [V] → fp32 scalar, or [N] for "none"."""
-        _expect("FusedLinearCrossEntropy", input.shape[:-1], target=target)
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
         if self.softcap is not None:
             return self._softcapped(lin_weight, input, target, bias)
@@ -87,13 +84,8 @@ class FusedLinearDPO(nn.Module):
 
     Args:
         loss_type: a row of `losses.preference.PREFERENCE` ("sigmoid" is read as "dpo"), with its own `options`.
-        beta: the row's β, for rows that have one; ignore_index: target of rows that are not scored.
+        beta: the row's β, where it has one; ignore_index: target of rows that are not scored.
         use_ref_model: False for rows without a reference (simpo, orpo, cpo): no reference is read.
-
-    Rows that sort a batch (aot, aot_unpaired) see all pairs of the call at once, whatever the logits take.
-
-    Raises:
-        ValueError: an unknown row or option, a row that reads no reference with use_ref_model=True, shapes that do not fit.
 
     Liger returns a tuple of statistics beside the loss; here it is a dict under TRL's names, without the mean logits.
     """
@@ -111,15 +103,13 @@ class FusedLinearDPO(nn.Module):
         super().__init__()
         self.ignore_index, self.temperature, self.use_ref_model = ignore_index, temperature, use_ref_model
         self.loss_type = "dpo" if loss_type == "sigmoid" else loss_type
-        _known("FusedLinearDPO", "loss_type", self.loss_type, PREFERENCE)
-        row, given = PREFERENCE[self.loss_type], dict(options or {})
-        for name in given:
-            _known("FusedLinearDPO", f"options of {loss_type}", name, row.options)
-        if use_ref_model and not row.reference:
-            raise ValueError(f"FusedLinearDPO: {loss_type} reads no reference; pass use_ref_model=False")
-        self.options = ({"beta": beta} if "beta" in row.options else {}) | given
-        self.sorts = not {"matched", "matched_win"}.isdisjoint(row.options)
+        if self.loss_type not in PREFERENCE:
+            raise ValueError(f"FusedLinearDPO: loss_type: {nearest(self.loss_type, PREFERENCE)}")
+        known = PREFERENCE[self.loss_type].options
+        self.options = {name: value for name, value in {"beta": beta}.items() if name in known} | dict(options or {})
+        self.couples_pairs = any(default is None for default in known.values())  # it takes from the batch what is not given
 
+    @torch.compiler.disable  # how many rows are scored, and in which pairs, is read from the targets
     def forward(
         self,
         lin_weight: Tensor,
@@ -136,9 +126,10 @@ class FusedLinearDPO(nn.Module):
             lin_weight: [V, H]; input: [2P, T, H], chosen first; target: [2P, T] aligned with input; bias: [V].
             ref_input: [2P, T, H'] of the reference model; ref_weight: [V, H']; ref_bias: [V].
         """
-        _expect("FusedLinearDPO", input.shape[:2], target=target)
         if len(input) % 2:
             raise ValueError(f"FusedLinearDPO: expected chosen and rejected, an even number of sequences, got {len(input)}")
+        given = {"target": target, "ref_input": ref_input if self.use_ref_model else None}
+        _expect_rows("FusedLinearDPO", "input [2P, T, H]", input.shape[:2], given)
         pairs = len(input) // 2
         order = torch.arange(2 * pairs, device=input.device).view(2, pairs).t().reshape(-1)  # chosen and rejected side by side
         rows, cu_targets = _scored(target[order], self.ignore_index)
@@ -147,21 +138,20 @@ class FusedLinearDPO(nn.Module):
         if self.use_ref_model:
             if ref_input is None or ref_weight is None:
                 raise ValueError("FusedLinearDPO: use_ref_model needs ref_input and ref_weight; pass use_ref_model=False for none")
-            _expect("FusedLinearDPO", (*target.shape, ref_input.shape[-1]), ref_input=ref_input)
             with torch.no_grad():
                 ref_hidden = _flat(ref_input[order], rows)
                 ref_logp = linear_logp(ref_hidden, ref_weight, targets, bias=ref_bias, temperature=self.temperature)
 
         def objective(logp: Tensor, span: slice) -> tuple[Tensor, dict[str, Any]]:
-            here = units_of(span, pair_starts)
+            here = units_of(span, units)
             inside = cu_targets[2 * here.start : 2 * here.stop + 1] - cu_targets[2 * here.start]
             ref = None if ref_logp is None else ref_logp[span]
             losses, found = preference_loss(logp, inside, loss=self.loss_type, options=self.options, ref_logp=ref)
             return losses.sum() / pairs, {name: value.sum() / pairs for name, value in found.items()}
 
-        pair_starts = cu_targets[::2].contiguous()
-        units = pair_starts[[0, -1]] if self.sorts else pair_starts
-        loss, metrics = linear_loss(hidden, lin_weight, targets, objective, units=units, bias=bias, temperature=self.temperature)
+        units = cu_targets[::2].contiguous()
+        whole = units[[0, -1]] if self.couples_pairs else units
+        loss, metrics = linear_loss(hidden, lin_weight, targets, objective, units=whole, bias=bias, temperature=self.temperature)
         return loss, {name: value for name, value in metrics.items() if "/" in name}
 
 
@@ -194,13 +184,14 @@ class FusedLinearGRPO(nn.Module):
         for what, name, table in (("loss_type", loss_type, POLICY), ("aggregate", aggregate, AGGREGATES), ("kl", kl, KL)):
             if name not in table:
                 raise ValueError(f"FusedLinearGRPO: {what}: expected one of {', '.join(table)}; got {name!r}")
-        known = [name for name, p in inspect.signature(POLICY[loss_type].function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        for name in options or {}:
-            _known("FusedLinearGRPO", f"options of {loss_type}", name, known)
         if aggregate == "budget" and max_completion_length is None:
             raise ValueError("FusedLinearGRPO: aggregate='budget' needs max_completion_length")
         self.row, self.aggregate, self.kl, self.beta = POLICY[loss_type], aggregate, KL[kl], beta
         self.temperature, self.max_completion_length = temperature, max_completion_length
+        known = self.row.function.__kwdefaults__ or {}
+        for name in options or {}:
+            if name not in known:
+                raise ValueError(f"FusedLinearGRPO: {loss_type} has no option {name!r}; options: {', '.join(known) or 'none'}")
         clip = {"epsilon": epsilon_low, "epsilon_high": epsilon_high}
         self.options = {name: value for name, value in clip.items() if name in known} | dict(options or {})
 
@@ -224,9 +215,8 @@ class FusedLinearGRPO(nn.Module):
         """
         if self.beta > 0 and ref_per_token_logps is None:
             raise ValueError(f"FusedLinearGRPO: beta={self.beta} needs ref_per_token_logps; pass beta=0 for no KL")
-        rest = {"attention_mask": attention_mask, "ref_per_token_logps": ref_per_token_logps, "old_per_token_logps": old_per_token_logps}
-        _expect("FusedLinearGRPO", input.shape[:2], selected_token_ids=selected_token_ids, **rest)
-        _expect("FusedLinearGRPO", input.shape[:1], advantages=advantages.reshape(-1))
+        given = {"attention_mask": attention_mask, "ref_per_token_logps": ref_per_token_logps, "old_per_token_logps": old_per_token_logps}
+        _expect_rows("FusedLinearGRPO", "input [B, T, H]", input.shape[:2], {"selected_token_ids": selected_token_ids} | given)
         marked = torch.where(attention_mask.bool(), selected_token_ids, -100)
         rows, cu_targets = _scored(marked, -100)
         count, lengths = max(len(rows), 1), cu_targets.diff()
@@ -264,12 +254,19 @@ class FusedLinearGRPO(nn.Module):
         return loss, found | {"entropy": metrics["entropy"].sum() / count}
 
     def _clipped(self, log_ratio: Tensor, advantages: Tensor, count: int) -> dict[str, Tensor]:
-        if "epsilon_high" not in self.options or self.row.unit == "sequence":
+        if "epsilon" not in self.options or self.row.unit == "sequence":
             return {}
         epsilon, above = self.options["epsilon"], self.options["epsilon_high"]
         low, high = 1 - epsilon, 1 + (epsilon if above is None else above)
         ratio = log_ratio.exp()
         return {"clip_ratio": (((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))).sum() / count}
+
+
+def _expect_rows(op: str, of: str, shape: torch.Size, given: dict[str, Tensor | None]) -> None:
+    """Rows are cut out of the flattened tensors: a shape that does not fit would shift them."""
+    for name, value in given.items():
+        if value is not None and value.shape[:2] != shape:
+            raise ValueError(f"{op}: {name}: expected {list(shape)}, the rows of {of}, got {list(value.shape)}")
 
 
 def _scored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -282,16 +279,3 @@ def _scored(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 def _flat(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])[rows]
-
-
-def _expect(op: str, shape: Iterable[int], **given: Tensor | None) -> None:
-    """Rows are picked by one mask from all that is given: what is aligned otherwise would be read at wrong rows, in silence."""
-    for name, tensor in given.items():
-        if tensor is not None and list(tensor.shape) != list(shape):
-            raise ValueError(f"{op}: {name}: expected {list(shape)}, aligned with input, got {list(tensor.shape)}")
-
-
-def _known(op: str, what: str, name: str, valid: Iterable[str]) -> None:
-    valid = list(valid)
-    if name not in valid:
-        raise ValueError(f"{op}: {what}: {nearest(name, valid)}")

@@ -186,3 +186,14 @@ def test_adamw_on_cuda_takes_views_off_their_alignment_and_names_a_wrong_device(
     torch.testing.assert_close(ours.cpu(), expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match="grad: expected a tensor on cuda:0, where param is, got one on cpu"):
         adamw_step_(ours, grad.cpu(), exp_avg, exp_avg_sq, step=2, **OPTIONS)
+
+
+def test_adamw_step_outdates_what_a_backward_saved(backend):
+    weight = torch.ones(3, requires_grad=True)
+    loss = weight.square().sum()
+    adamw_step_(weight, torch.ones(3), *moments_of(weight.detach()), step=1, lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        frozen = torch.ones(3)
+        adamw_step_(frozen, torch.ones(3), *moments_of(frozen), step=1, lr=0.1)

@@ -523,3 +523,10 @@ def test_linear_kl_on_a_gpu(rows, vocab, divergence, beta, dtype, weighted):
     ours, theirs = (graded(op, student, teacher, upstream, **options) for op in (linear_kl, eager))
     for mine, other, name in zip(relative(ours, exact), relative(theirs, exact), ("value", "hidden", "weight", "bias"), strict=True):
         assert mine <= 1.2 * other + 4 * torch.finfo(dtype).eps, (name, mine, other)
+
+
+def test_linear_kl_without_gradients_takes_none(monkeypatch):
+    monkeypatch.setattr("fastalign.ops.linear_kl.kl_frozen", None)  # the pass of a frozen head, which takes them in the forward
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3)
+    with torch.no_grad():
+        assert not linear_kl(hidden, weight, hidden, weight).requires_grad

@@ -267,3 +267,10 @@ def test_even_chunks_cover_every_row_once():
             chunks = even_chunks(0, stop, rows)
             assert [i for s in chunks for i in range(s.start, s.stop)] == list(range(stop))
             assert all(s.stop - s.start <= rows for s in chunks)
+
+
+def test_linear_logp_without_gradients_takes_none(monkeypatch):
+    monkeypatch.setattr("fastalign.ops.linear_logp.logp_frozen", None)  # the pass of a frozen head, which takes them in the forward
+    hidden, weight, targets = inputs(5, 3, 7)
+    with torch.no_grad():
+        assert not linear_logp(hidden, weight.detach(), targets).requires_grad

@@ -91,10 +91,25 @@ def check_extremes(rank: int) -> None:
     assert not leaf.grad.any()
     with pytest.raises(ValueError, match="got 500 at row 3"):
         vocab_parallel_linear_logp(hidden, weight[mine], torch.full_like(targets, -100).index_fill(0, torch.tensor([3]), 500))
+    check_empty_shard(rank)
     leaf = hidden.clone().requires_grad_()
     (first,) = torch.autograd.grad(vocab_parallel_linear_logp(leaf, weight[mine], targets).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         first.sum().backward()
+
+
+def check_empty_shard(rank: int) -> None:
+    hidden, weight, _, targets, upstream = inputs(torch.float32)
+    mine = slice(0, len(weight)) if rank == 0 else slice(0, 0)
+    found = []
+    for run, shard in ((vocab_parallel_linear_logp, mine), (linear_logp, slice(None))):
+        x, w = hidden.clone().requires_grad_(), weight[shard].clone().requires_grad_()
+        logp, entropy = run(x, w, targets, return_entropy=True)
+        ((logp + 0.3 * entropy) * upstream).sum().backward()
+        found.append((logp, entropy, x.grad, w.grad))
+    for ours, want in zip(found[0][:3], found[1][:3], strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][3], found[1][3][mine], rtol=1e-5, atol=1e-5)
 
 
 def work(rank: int, port: int, results) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,87 +165,90 @@ def test_modules_dpo_errors():
 
 
 @pytest.mark.parametrize("loss_type", POLICY)
-def test_modules_grpo_runs_every_row(loss_type):
-    """On the policy that sampled, each row's loss is its own function of ratio 1, averaged."""
+def test_modules_grpo_takes_every_row(loss_type):
     hidden, weight, _, targets, mask = padded()
-    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5])
-    loss, metrics = fa.FusedLinearGRPO(beta=0.0, loss_type=loss_type)(hidden, weight, targets, mask, advantages)
-    logp = F.linear(hidden, weight).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)[mask]
-    lengths = mask.sum(1)
-    options = (
-        {} if "epsilon_high" not in inspect.signature(POLICY[loss_type].function).parameters else {"epsilon": 0.2, "epsilon_high": 0.2}
-    )
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    want = POLICY[loss_type].function(logp, logp, advantages.repeat_interleave(lengths), offsets, **options).mean()
+    advantages, old = torch.tensor([1.0, -0.5, 2.0, -1.5]), torch.randn(SHAPE[:2]) - 3.4
+    known = POLICY[loss_type].function.__kwdefaults__ or {}
+    clip = {name: value for name, value in {"epsilon": 0.1, "epsilon_high": 0.3}.items() if name in known}
+    module = fa.FusedLinearGRPO(beta=0.0, epsilon_low=0.1, epsilon_high=0.3, loss_type=loss_type)
+    leaf, theirs = leaves(hidden)[0], leaves(hidden)[0]
+    loss, _ = module(leaf, weight, targets, mask, advantages, old_per_token_logps=old)
+    logp = F.linear(theirs, weight).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)[mask]
+    cu_targets = F.pad(mask.sum(1).cumsum(0), (1, 0))
+    want = POLICY[loss_type].function(logp, old[mask], advantages[:, None].expand_as(mask)[mask], cu_targets, **clip).mean()
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    assert metrics["entropy"] > 0
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(leaf.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_modules_grpo_options_of_a_row():
+    with pytest.raises(ValueError, match="sapo has no option 'epsilon'; options: tau_positive, tau_negative"):
+        fa.FusedLinearGRPO(loss_type="sapo", options={"epsilon": 0.1})
+    hidden, weight, _, targets, mask = padded()
+    module = fa.FusedLinearGRPO(beta=0.0, options={"epsilon_high": None})  # the same on both sides
+    loss, metrics = module(hidden, weight, targets, mask, torch.ones(4), old_per_token_logps=torch.randn(SHAPE[:2]) - 3.4)
+    want = fa.FusedLinearGRPO(beta=0.0)(hidden, weight, targets, mask, torch.ones(4), old_per_token_logps=None)
+    assert loss.isfinite()
+    assert metrics.keys() == want[1].keys()
 
 
 @pytest.mark.parametrize("loss_type", PREFERENCE)
-def test_modules_dpo_runs_every_row(loss_type):
-    hidden, weight, _, targets, mask = padded()
-    reads = PREFERENCE[loss_type].reference
-    reference = {"ref_input": hidden.flip(0), "ref_weight": weight} if reads else {}
-    module = fa.FusedLinearDPO(loss_type=loss_type, use_ref_model=reads)
-    loss, _ = module(weight, hidden, targets.masked_fill(~mask, -100), **reference)
-    sides = []
-    for i in (slice(0, 2), slice(2, 4)):
-        sums = []
-        for x in (hidden, hidden.flip(0)):
-            logp = F.linear(x, weight).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-            sums.append((logp * mask).sum(1)[i])
-        sides.append(Side(sums[0], sums[1] if reads else None, mask.sum(1)[i]))
-    options = {"beta": 0.1} if "beta" in PREFERENCE[loss_type].options else {}
-    torch.testing.assert_close(loss, PREFERENCE[loss_type](*sides, **options).mean(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("num_rows", [4, None])
+def test_modules_dpo_takes_every_row_in_chunks_of_any_size(loss_type, num_rows, monkeypatch):
+    if num_rows is not None:
+        monkeypatch.setattr("fastalign.ops.linear_head.CHUNK_ROWS", num_rows)
+        monkeypatch.setattr("fastalign.ops.linear_head.CHUNK_BYTES", 1)
+    row, pairs, width, vocab = PREFERENCE[loss_type], 8, 6, 11
+    hidden, weight = torch.randn(2 * pairs, 3, width), torch.randn(vocab, width)
+    targets, ref = torch.randint(vocab, (2 * pairs, 3)), torch.randn(2 * pairs, 3, width)
+    module = fa.FusedLinearDPO(beta=0.3, loss_type=loss_type, use_ref_model=row.reference)
+    ours, theirs = leaves(hidden)[0], leaves(hidden)[0]
+    loss, _ = module(weight, ours, targets, None, *((ref, weight) if row.reference else ()))
 
+    def sums(x):
+        return F.linear(x, weight).log_softmax(-1).gather(-1, targets[..., None]).sum((1, 2)).double().chunk(2)
 
-@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
-def test_modules_dpo_sorts_the_whole_batch(loss_type, monkeypatch):
-    """The ranks are the batch's, however few rows of logits a chunk holds."""
-    from fastalign.ops import linear_head
-
-    hidden, weight, _, targets, _ = padded()
-    hidden, targets = torch.cat((hidden, hidden.flip(1))), torch.cat((targets, targets.flip(0)))
-    call = {"ref_input": torch.randn_like(hidden), "ref_weight": weight}
-    leaf, again = leaves(hidden, hidden)
-    module = fa.FusedLinearDPO(loss_type=loss_type)
-    expected, _ = module(weight, leaf, targets, **call)
-    expected.backward()
-    monkeypatch.setattr(linear_head, "CHUNK_ROWS", 9)
-    monkeypatch.setattr(linear_head, "CHUNK_BYTES", 1)
-    loss, _ = module(weight, again, targets, **call)
+    lengths, none = torch.full((pairs,), 3), (None, None)
+    win, lose = (Side(s, r, lengths) for s, r in zip(sums(theirs), sums(ref) if row.reference else none, strict=True))
+    want = row(win, lose, **({"beta": 0.3} if "beta" in row.options else {})).mean()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
     loss.backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(again.grad, leaf.grad)
+    want.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_modules_refuse_rows_that_are_not_aligned():
-    """Rows are picked by one mask: an off-by-one in the length would be a wrong loss, not a crash."""
+def test_modules_dpo_unknown_row():
+    with pytest.raises(ValueError, match="loss_type: unknown dpoo; did you mean dpo"):
+        fa.FusedLinearDPO(loss_type="dpoo")
+
+
+def test_modules_dpo_inside_torch_compile():
     hidden, weight, _, targets, mask = padded()
-    longer, ones = torch.randn(4, 10, 13), torch.ones(4)
-    with pytest.raises(ValueError, match=r"target: expected \[4, 10\], aligned with input, got \[4, 9\]"):
-        fa.FusedLinearDPO()(weight, longer, targets, None, longer, weight)
-    with pytest.raises(ValueError, match=r"ref_input: expected \[4, 9, 13\], .* got \[4, 10, 13\]"):
-        fa.FusedLinearDPO()(weight, hidden, targets, None, longer, weight)
-    with pytest.raises(ValueError, match=r"target: expected \[4, 9\], .* got \[4, 8\]"):
-        fa.FusedLinearCrossEntropy(softcap=3.0)(weight, hidden, targets[:, :8])
-    grpo = fa.FusedLinearGRPO(beta=0.0)
-    with pytest.raises(ValueError, match=r"selected_token_ids: expected \[4, 10\]"):
-        grpo(longer, weight, targets, mask, ones)
-    with pytest.raises(ValueError, match=r"old_per_token_logps: expected \[4, 9\], .* got \[4, 10\]"):
-        grpo(hidden, weight, targets, mask, ones, old_per_token_logps=torch.zeros(4, 10))
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[4, 9\]"):
-        grpo(hidden, weight, targets, mask[:, :8], ones)
-    with pytest.raises(ValueError, match=r"advantages: expected \[4\], .* got \[36\]"):
-        grpo(hidden, weight, targets, mask, torch.ones(4, 9))
+    module, target, ref = fa.FusedLinearDPO(), targets.masked_fill(~mask, -100), torch.randn_like(hidden)
+    found = []
+    for run in (module, torch.compile(module, backend="aot_eager")):
+        leaf = leaves(hidden)[0]
+        loss, _ = run(weight, leaf, target, None, ref, weight)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(found[1], found[0])
 
 
-def test_modules_name_wrong_rows_and_options_when_built():
-    with pytest.raises(ValueError, match="did you mean simpo"):
-        fa.FusedLinearDPO(loss_type="simppo")
-    with pytest.raises(ValueError, match="simpo reads no reference; pass use_ref_model=False"):
-        fa.FusedLinearDPO(loss_type="simpo")
-    with pytest.raises(ValueError, match="options of dpo: unknown gamma"):
-        fa.FusedLinearDPO(options={"gamma": 1.0})
-    with pytest.raises(ValueError, match="options of clip: unknown tau_positive"):
-        fa.FusedLinearGRPO(options={"tau_positive": 1.0})
+@pytest.mark.parametrize("change", ["input", "attention_mask", "ref_per_token_logps", "old_per_token_logps"])
+def test_modules_grpo_rejects_rows_that_do_not_line_up(change):
+    hidden, weight, _, targets, mask = padded()
+    per_token = torch.randn(SHAPE[:2])
+    given = {"input": hidden, "attention_mask": mask, "ref_per_token_logps": per_token, "old_per_token_logps": per_token}
+    given[change] = torch.cat((given[change], given[change][:, :1]), 1)
+    with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
+        fa.FusedLinearGRPO()(lin_weight=weight, selected_token_ids=targets, advantages=torch.ones(4), **given)
+
+
+@pytest.mark.parametrize("change", ["input", "target", "ref_input"])
+def test_modules_dpo_rejects_rows_that_do_not_line_up(change):
+    hidden, weight, _, targets, _ = padded()
+    given = {"input": hidden, "target": targets, "ref_input": hidden}
+    given[change] = torch.cat((given[change], given[change][:, :1]), 1)
+    with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
+        fa.FusedLinearDPO()(weight, ref_weight=weight, **given)

@@ -361,6 +361,12 @@ def test_policy_inside_a_compiled_linear_loss(backend):
         ({"cu_targets": torch.tensor([0, 3])}, "must rise from 0 to the 4 tokens"),
         ({"cu_targets": torch.tensor([0, 3, 2, 4])}, "must rise from 0 to the 4 tokens"),
         ({"cu_targets": torch.zeros(2)}, "expected integers"),
+        ({"epsilon": -0.1}, "clip: epsilon must be >= 0, got -0.1"),
+        ({"epsilon": math.nan}, "epsilon must be >= 0, got nan"),
+        ({"epsilon": None}, "epsilon must be >= 0, got None"),
+        ({"loss": "cispo", "epsilon_high": -1.0}, "cispo: epsilon_high must be >= 0"),
+        ({"dual_clip": 1.0}, "dual_clip must be > 1, got 1.0"),
+        ({"loss": "sapo", "tau_negative": 0.0}, "tau_negative must be > 0, got 0.0"),
     ],
 )
 def test_policy_errors_say_what_was_expected(backend, change, words):
@@ -386,3 +392,23 @@ def test_policy_equals_the_equations_on_a_gpu(name, loss_options):
         options = PolicyOptions("k3", 0.1, 0.01, correction, 0.7, 1.5)
         ours, theirs = (run(b, inputs, name, loss_options, options, upstream=-0.7) for b in ("triton", "reference"))
         assert_agree(ours, theirs, 4e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_policy_compiled_leaves_out_tokens_of_weight_zero(bad):
+    inputs = inputs_of()
+    inputs["weights"][3], inputs["logp"][3], inputs["entropy"][3] = 0.0, bad, bad
+    del inputs["sampler_logp"]
+    options = PolicyOptions(kl_coef=0.1, entropy_coef=0.1)
+
+    def loss(logp, entropy):
+        return policy_loss(**(inputs | {"logp": logp, "entropy": entropy}), options=options)[0]
+
+    found = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [inputs[name].clone().requires_grad_() for name in ("logp", "entropy")]
+        scalar = run(*leaves)
+        scalar.backward()
+        found.append((scalar.detach(), *(leaf.grad for leaf in leaves)))
+    assert all(value.isfinite().all() for value in found[0])
+    torch.testing.assert_close(found[1], found[0])

@@ -119,6 +119,8 @@ def test_scan_rejects_wrong_shapes_and_dtypes(backend):
     cu = offsets_of([5])
     with pytest.raises(ValueError, match="gae: values: expected"):
         gae(torch.randn(5), torch.randn(4), cu)
+    with pytest.raises(ValueError, match="cu_seqlens: expected integer offsets"):
+        gae(torch.randn(5), torch.randn(5), torch.tensor([0.0, 2.7, 5.2]))
     with pytest.raises(ValueError, match="rewards: expected"):
         gae(torch.randn(5).bfloat16(), torch.randn(5).bfloat16(), cu)
     with pytest.raises(ValueError, match="mask"):

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backend import backend_for, load_native
 
@@ -100,6 +101,8 @@ def adamw_step_(
             module.adamw_step_cuda(*tensors, options, torch.cuda.current_stream().cuda_stream)
     else:
         module.adamw_step(*tensors, options)
+    if not param.is_inference():
+        increment_version(param)  # so that a backward that saved the old weight raises, as after any in-place op of torch
     return param
 
 

@@ -73,6 +73,7 @@ class Fused:
                 if bool(grads.of(here).active().any()):
                     logits, _ = self._forward(part, buffer)
                     self._backward(logits, part, rows.of(here), grads.of(here))
+                    del logits
 
     def _buffer(self, rows: int) -> AbstractContextManager[Tensor]:
         if self.loan is not None and self.loan.for_factors:

@@ -65,6 +65,7 @@ def linear_kl(
     student = _cast(OP, hidden, weight, bias)
     teacher = _detached(_cast(f"{OP} (teacher)", teacher_hidden, teacher_weight, teacher_bias))
     if row_weight is None:
+        student = student if torch.is_grad_enabled() else _detached(student)  # else a frozen head's gradient would be taken all the same
         found: Tensor = LinearKl.apply(*student, *teacher, which)
         return found
     wanted = wanted_gradients(hidden, weight, bias)

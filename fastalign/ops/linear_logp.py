@@ -47,6 +47,8 @@ def linear_logp(
     check_inputs("linear_logp", hidden, weight, targets, bias, temperature, logit_softcap)
     dtype = compute_dtype("linear_logp", hidden, weight)
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():  # autograd.Function does not tell: a hidden that requires gradients would have its slope taken
+        hidden = hidden.detach()
     options = (float(temperature), logit_softcap, int(ignore_index), wants_wide("linear_logp", dtype, head_dtype))
     logp, entropy, _ = LinearLogp.apply(hidden, weight, bias, targets.long(), options, return_entropy, False)
     return (logp, entropy) if return_entropy else logp

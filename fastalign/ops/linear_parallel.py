@@ -34,7 +34,7 @@ def vocab_parallel_linear_logp(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> Any:
-    """`linear_logp` of a head whose rows are spread over the ranks of a group, in rank order; shards may differ in size.
+    """`linear_logp` of a head whose rows are spread over the ranks of a group, in rank order; shards may differ in size or be empty.
 
     Args:
         hidden: [N, H], the same on every rank; weight_shard: [V_r, H], this rank's rows; bias_shard: [V_r].
@@ -141,6 +141,9 @@ class _Local(NamedTuple):
 
 def _local_rows(head: Head, hidden: Tensor, targets: Tensor, shard: _Shard) -> _Local:
     parts = []
+    if not len(head.weight):  # a vocabulary smaller than the group's shards: nothing here, as if all logits were −inf
+        none = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
+        return _Local(none - torch.inf, none, none, none)
     rows, _ = chunk_rows(head.weight.shape[0], head.weight.element_size(), None)
     with borrowed(min(rows, len(targets)), head.weight.shape[0], head.weight) as buffer:
         for s in even_chunks(0, len(targets), rows):
@@ -152,6 +155,7 @@ def _local_rows(head: Head, hidden: Tensor, targets: Tensor, shard: _Shard) -> _
             column = torch.where(owned, targets[s] - shard.start, 0)
             top, at_target = (_soften(logits.gather(1, c[:, None])[:, 0], head) for c in (best, column))
             parts.append(_Local(top, -logp.double(), entropy.double(), torch.where(owned, at_target, 0.0)))
+            del logits  # else it lives until the next chunk's are there
     empty = torch.empty(0, dtype=torch.float64, device=hidden.device)
     return _Local(*(torch.cat(columns) for columns in zip(*parts, strict=True))) if parts else _Local(empty, empty, empty, empty)
 
@@ -180,8 +184,8 @@ def _gradients(
     needs: tuple[bool, bool, bool],
     shard: _Shard,
 ) -> Gradients:
-    rows, _ = chunk_rows(head.weight.shape[0], head.weight.element_size(), None)
-    chunks = even_chunks(0, len(targets), rows)
+    rows, _ = chunk_rows(max(len(head.weight), 1), head.weight.element_size(), None)
+    chunks = even_chunks(0, len(targets) if len(head.weight) else 0, rows)
     into = Gradients.of(head, len(targets), needs, only_chunk=len(chunks) == 1)
     with borrowed(min(rows, len(targets)), head.weight.shape[0], head.weight) as buffer:
         for s in chunks:
@@ -195,6 +199,7 @@ def _gradients(
             # the kernel takes its target column for the target; where another rank owns the target, column 0 is like any other
             logits[:, 0] = torch.where(owned, logits[:, 0], first.to(logits.dtype))
             into.add(head, logits, hidden[s], s)
+            del logits
     return into
 
 

@@ -97,6 +97,7 @@ def logp_frozen(
             if entropy:
                 slope_entropy[s] = dlogits_(head, logits.clone(), y[s], r, RowGrads(zero, one)) @ head.weight
             slope[s] = dlogits_(head, logits, y[s], r, RowGrads(one)) @ head.weight
+            del logits
     logp, _, ent, _ = kept.join(found, x, entropy)
     return logp, ent, kept.spread(slope), kept.spread(slope_entropy) if entropy else slope_entropy
 
@@ -134,6 +135,7 @@ def logp_backward(
             logits = head_logits(x[s], head.weight, bias, out=buffer, wide=wide)
             known = Rows(lse[s], lse[s], None if ent is None else ent[s], lse[s])
             into.add(head, dlogits_(head, logits, y[s], known, grads.of(s)), x[s], s)
+            del logits  # else it lives until the next chunk's are there
     none, d_weight = weight.new_empty(0), into.head_gradient()
     return (
         none if into.hidden is None else kept.spread(into.hidden),

@@ -19,6 +19,8 @@ from .policy_equations import ADVANTAGES, CORRECTIONS, KINDS, KL, POLICY, Kernel
 from .policy_reference import PolicyInputs, policy_reference
 
 SUMS = ("loss", "clip_low", "clip_high", "kl", "ratio", "approx_kl", "entropy", "correction", "correction_clipped")
+LEAST = {"epsilon": 0.0, "epsilon_high": 0.0}  # options that must be this or more
+ABOVE = {"dual_clip": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}  # and more than this
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def policy_loss(
         A token of advantage 0 gets a gradient of exactly 0 from the loss; log-ratios saturate at ±20, where the gradient is 0.
 
     Raises:
-        ValueError: unknown row or option, shapes, dtypes or devices that differ, offsets that do not cover the tokens, a term whose
-            input is missing.
+        ValueError: unknown row or option, an option out of range (epsilon < 0, dual_clip <= 1, tau <= 0), shapes, dtypes or devices
+            that differ, offsets that do not cover the tokens, a term whose input is missing.
         RuntimeError: on a second differentiation.
     """
     row = _row(loss)
@@ -122,10 +124,22 @@ def _row(loss: str) -> PolicyLoss:
 def _kernel(loss: str, row: PolicyLoss, items: tuple[tuple[str, Any], ...]) -> Kernel | None:
     """The row's form for kernels with its options and their defaults; unknown options raise."""
     known = row.function.__kwdefaults__ or {}
-    for name, _ in items:
+    for name, value in items:
         if name not in known:
             raise ValueError(f"policy_loss: {loss} has no option {name!r}; options: {', '.join(known) or 'none'}")
+        _check_range(loss, name, value, may_be_none=known[name] is None)
     return None if row.kernel is None else row.kernel(**known | dict(items))
+
+
+def _check_range(loss: str, name: str, value: Any, *, may_be_none: bool) -> None:
+    """NaN fails; None passes where it means something."""
+    if name not in LEAST and name not in ABOVE:
+        return
+    if value is None and (may_be_none or name == "epsilon_high"):
+        return
+    least, sign = (LEAST[name], ">=") if name in LEAST else (ABOVE[name], ">")
+    if value is None or not (value >= least if sign == ">=" else value > least):
+        raise ValueError(f"policy_loss: {loss}: {name} must be {sign} {least:g}, got {value}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -241,15 +255,15 @@ class _Policy(torch.autograd.Function):
 def _traced(logp: Tensor, entropy: Tensor | None, inputs: PolicyInputs, codes: list[int], numbers: list[float]) -> tuple[Tensor, Tensor]:
     """The same for torch.compile and torch.func: the op runs on detached inputs, a term of value 0 carries its gradient."""
     scalar, grad, sums = policy_op(*(t if t is None else t.detach() for t in inputs), codes, numbers)
-    scalar = scalar + (grad * _nothing(logp)).sum()
+    scalar = scalar + _nothing(logp, grad)
     if entropy is not None and numbers[7]:
-        scalar = scalar - numbers[7] * (inputs.weights * _nothing(entropy)).sum()
+        scalar = scalar + _nothing(entropy, -numbers[7] * inputs.weights)
     return scalar, sums
 
 
-def _nothing(x: Tensor) -> Tensor:
-    """0, of which d/dx is 1; where x is infinite neither the loss nor its gradient is of use."""
-    return torch.where(x.isinf(), torch.zeros_like(x), x - x.detach())
+def _nothing(x: Tensor, slope: Tensor) -> Tensor:
+    """0, of which d/dx is the slope. Infinite x are left out, their loss is of no use; so is what has no slope, NaN or not."""
+    return (slope * torch.where(x.isinf() | (slope == 0), torch.zeros_like(x), x - x.detach())).sum()
 
 
 @torch.library.custom_op("fastalign::policy", mutates_args=())

@@ -152,14 +152,17 @@ def _runs_native(logp: Tensor) -> bool:
 
 
 def _like(logp: Tensor, *given: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(logp).contiguous() for t in given]
+    return [None if t is None else (t if t.dtype == logp.dtype and t.device == logp.device else t.to(logp)).contiguous() for t in given]
 
 
 def _offsets(sequences: Sequences, logp: Tensor, *, kernel: bool) -> Tensor:
     """The offsets where the log-probs are. On the CPU the kernel checks them itself; on the GPU they are taken as they are."""
     cu = sequences.cu_targets
-    if cu.device.type == "cpu" and not torch.compiler.is_compiling() and not (kernel and logp.device.type == "cpu"):
+    if torch.compiler.is_compiling():
+        return cu.to(logp.device, torch.int32).contiguous()
+    on_cpu = cu.is_cpu and logp.is_cpu
+    if cu.is_cpu and not (kernel and on_cpu):
         offsets = cu.tolist()
         if offsets[0] != 0 or offsets[-1] != logp.shape[0] or any(b < a for a, b in pairwise(offsets)):
             raise ValueError(f"preference: cu_targets must rise from 0 to the {logp.shape[0]} log-probs, got {offsets[:16]}")
-    return cu.to(logp.device, torch.int32).contiguous()
+    return (cu if on_cpu and cu.dtype == torch.int32 else cu.to(logp.device, torch.int32)).contiguous()

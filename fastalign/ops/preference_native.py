@@ -16,11 +16,11 @@ from .once import once
 
 def _call(name: str, like: Tensor, *arguments: Any) -> None:
     module, _ = load_native()
-    if like.is_cuda:
-        with torch.cuda.device(like.device):
-            getattr(module, name + "_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
-    else:
+    if like.is_cpu:
         getattr(module, name)(*arguments)
+        return
+    with torch.cuda.device(like.device):
+        getattr(module, name + "_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def _run_pairs(
@@ -62,36 +62,29 @@ def _spread(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: in
     return gradient
 
 
-class _Pairs(torch.autograd.Function):
-    """(logp, cu_targets, ref_logp, margin, weight, ref_per_token, name, numbers, tail) → (losses, metrics, slopes)."""
+class _Tied(torch.autograd.Function):
+    """(logp, losses, slopes, cu_targets, op, unit, tail) → losses as a function of logp. Each further output would cost 10 us."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _run_pairs(*inputs)
-        _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
-        return output
+    def forward(ctx: Any, logp: Tensor, losses: Tensor, slopes: Tensor, cu_targets: Tensor, op: str, unit: int, tail: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logp)
+        ctx.plan = slopes, cu_targets, logp.shape[0], unit, tail  # neither has a gradient: a plain attribute is faster than saving
+        ctx.op = op
+        return losses.view_as(losses)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, upstream), None, None, None, None, None, None, None, None
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
+        gradient = _spread(upstream, *ctx.plan)
+        if torch.is_grad_enabled():  # create_graph
+            gradient = once(ctx.op, gradient, *ctx.saved_tensors)
+        return gradient, None, None, None, None, None, None
 
 
-class _Singles(torch.autograd.Function):
-    """(logp, cu_targets, labels, ref_logp, weight, ref_per_token, name, numbers) → (losses, metrics, slopes)."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _run_singles(*inputs)
-        _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, upstream), None, None, None, None, None, None, None
-
-
-class _TracedPairs(_Pairs):
-    """As torch.func and torch.compile want it; outside them torch spends 20 us on binding the arguments of this form."""
+class _TracedPairs(torch.autograd.Function):
+    """The arguments of `_run_pairs` → its results, as torch.func and torch.compile want it: torch spends 20 us on binding this form."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +94,14 @@ class _TracedPairs(_Pairs):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
 
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), None, None, None, None, None, None, None, None
 
-class _TracedSingles(_Singles):
+
+class _TracedSingles(torch.autograd.Function):
+    """The same of `_run_singles`."""
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return singles_op(*inputs)
@@ -111,21 +110,31 @@ class _TracedSingles(_Singles):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
 
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), None, None, None, None, None, None, None
+
 
 def pairs(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(losses, metrics) of the arguments of `_Pairs`; autograd only where there is something to differentiate."""
+    """(losses, metrics) of the arguments of `_run_pairs`; autograd only where there is something to differentiate."""
     if torch.compiler.is_compiling():
         return _TracedPairs.apply(*arguments)[:2]
-    differentiable = arguments[0].requires_grad and torch.is_grad_enabled()
-    return (_Pairs.apply if differentiable else _run_pairs)(*arguments)[:2]
+    losses, metrics, slopes = _run_pairs(*arguments)
+    logp, cu_targets = arguments[:2]
+    if logp.requires_grad and torch.is_grad_enabled():
+        losses = _Tied.apply(logp, losses, slopes, cu_targets, "preference_loss", 2, arguments[-1])
+    return losses, metrics
 
 
 def singles(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(losses, metrics) of the arguments of `_Singles`."""
+    """(losses, metrics) of the arguments of `_run_singles`."""
     if torch.compiler.is_compiling():
         return _TracedSingles.apply(*arguments)[:2]
-    differentiable = arguments[0].requires_grad and torch.is_grad_enabled()
-    return (_Singles.apply if differentiable else _run_singles)(*arguments)[:2]
+    losses, metrics, slopes = _run_singles(*arguments)
+    logp, cu_targets = arguments[:2]
+    if logp.requires_grad and torch.is_grad_enabled():
+        losses = _Tied.apply(logp, losses, slopes, cu_targets, "unpaired_loss", 1, 1.0)
+    return losses, metrics
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], op: str, unit: int, tail: float) -> None:

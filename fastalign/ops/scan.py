@@ -125,6 +125,8 @@ def _check(what: str, rewards: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
         raise ValueError(f"{what}: rewards: expected float32 or float64 [T], got {rewards.dtype} {list(rewards.shape)}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"{what}: cu_seqlens: expected offsets [S+1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.is_floating_point():
+        raise ValueError(f"{what}: cu_seqlens: expected integer offsets, got {cu_seqlens.dtype}")
     return len(rewards), len(cu_seqlens) - 1
 
 
