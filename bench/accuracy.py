@@ -176,6 +176,10 @@ def main() -> int:
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
     load_cases()
+    known = {name for op, name, _, _ in CASES} | {op for op, _, _, _ in CASES}
+    unknown = sorted(set(options.op or []) - known)
+    if unknown:
+        parser.error(f"--op: unknown {', '.join(unknown)}; valid: {', '.join(sorted(known))}")
     print(HEADER)
     found = []
     for row in rows(device, quick=options.quick, ops=options.op):

@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep everything measured, with the device, date and commit")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG plots here (default: beside the JSON file)")
     options, rest = parser.parse_known_args()
+    missing = [word for word in rest if word.endswith(".py") and not (HERE.parent / word).exists()]
+    if missing:
+        parser.error(f"no such bench: {', '.join(missing)}; there are {', '.join(path.name for path in sorted(HERE.glob('bench_*.py')))}")
     with tempfile.TemporaryDirectory() as folder:
         results = options.json or Path(folder) / "results.json"
         before = results.stat().st_mtime if results.exists() else 0.0

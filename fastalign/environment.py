@@ -21,11 +21,9 @@ def env() -> dict[str, Any]:
     """What is in use, without importing anything heavy.
 
     Returns:
-        python, platform, threads and native (text or number each); `packages` (name -> version or "not installed"), `devices`
-        (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is); with a
-        GPU also "attention on cuda", which routes it takes.
-        python, platform, threads, native and triton (text or number each); `packages` (name -> version or "not installed"), `devices`
-        (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device there is).
+        python, platform, threads, native, triton and "forced backend" (text or number each); `packages` (name -> version or "not
+        installed"), `devices` (name -> description) and `backends` (op -> "native" | "triton" | "reference" on each kind of device
+        there is); with a GPU also "attention on cuda", which routes it takes.
     """
     devices = _devices()
     return {

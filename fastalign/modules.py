@@ -52,6 +52,8 @@ class FusedLinearCrossEntropy(nn.Module):
 
     def forward(self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
         """lin_weight [V, H], input [N, H] (or [B, T, H]), target [N] (or [B, T]), bias [V] → fp32 scalar, or [N] for "none"."""
+        if target.shape != input.shape[:-1]:
+            raise ValueError(f"FusedLinearCrossEntropy: target: expected {list(input.shape[:-1])}, got {list(target.shape)}")
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
         if self.softcap is not None:
             return self._softcapped(lin_weight, input, target, bias)
@@ -105,6 +107,8 @@ class FusedLinearDPO(nn.Module):
         self.loss_type = "dpo" if loss_type == "sigmoid" else loss_type
         if self.loss_type not in PREFERENCE:
             raise ValueError(f"FusedLinearDPO: loss_type: {nearest(self.loss_type, PREFERENCE)}")
+        if use_ref_model and not PREFERENCE[self.loss_type].reference:
+            raise ValueError(f"FusedLinearDPO: {self.loss_type} reads no reference; pass use_ref_model=False")
         known = PREFERENCE[self.loss_type].options
         self.options = {name: value for name, value in {"beta": beta}.items() if name in known} | dict(options or {})
         self.couples_pairs = any(default is None for default in known.values())  # it takes from the batch what is not given
@@ -227,7 +231,7 @@ class FusedLinearGRPO(nn.Module):
             num_sequences=max(len(lengths), 1),
             budget=self.max_completion_length or 1,
         ).to(input.device)
-        per_token = torch.repeat_interleave(advantages.float(), lengths.to(advantages.device))
+        per_token = _each_token(advantages, lengths)
         old, ref = (None if t is None else t.reshape(-1)[rows].float() for t in (old_per_token_logps, ref_per_token_logps))
 
         def objective(logp: Tensor, span: slice) -> tuple[Tensor, dict[str, Any]]:
@@ -260,6 +264,12 @@ class FusedLinearGRPO(nn.Module):
         low, high = 1 - epsilon, 1 + (epsilon if above is None else above)
         ratio = log_ratio.exp()
         return {"clip_ratio": (((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))).sum() / count}
+
+
+def _each_token(advantages: Tensor, lengths: Tensor) -> Tensor:
+    if advantages.numel() != len(lengths):
+        raise ValueError(f"FusedLinearGRPO: advantages: expected [{len(lengths)}], one a sequence, got {list(advantages.shape)}")
+    return torch.repeat_interleave(advantages.float(), lengths.to(advantages.device))
 
 
 def _expect_rows(op: str, of: str, shape: torch.Size, given: dict[str, Tensor | None]) -> None:

@@ -45,3 +45,19 @@ def test_accuracy_notices_a_wrong_value(wrong, monkeypatch, capsys):
     assert "FAIL" in capsys.readouterr().out
     bad.copy_(exact)
     assert accuracy.main() == 0
+
+
+def test_accuracy_names_an_unknown_op(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--op", "scam"])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "unknown scam; valid: " in capsys.readouterr().err
+
+
+def test_suite_names_a_bench_that_is_not_there(monkeypatch, capsys):
+    from bench import suite
+
+    monkeypatch.setattr(sys, "argv", ["suite", "bench/bench_scam.py"])
+    with pytest.raises(SystemExit):
+        suite.main()
+    assert "no such bench: bench/bench_scam.py; there are bench_adamw.py" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """fastalign inside transformers and TRL: the same losses, gradients and metrics as theirs, on tiny random models."""
 
 import copy
+import pickle
+from types import MethodType
 
 import pytest
 import tiny_models
@@ -267,3 +269,52 @@ def test_patch_gives_compute_metrics_the_token_numbers(tmp_path):
 
     trained_losses(tmp_path, fa.patch(tiny_models.llama()), compute_metrics=compute_metrics)
     assert seen == [[(24, 11)] * 3]
+
+
+def test_patch_of_a_model_that_was_pickled():
+    """pickle finds a method by its name, the class's forward: the model is whole, and patching it works."""
+    model, inputs = fa.patch(tiny_models.llama()), batch()
+    loaded = pickle.loads(pickle.dumps(model))
+    expected = loaded(**inputs)
+    assert expected.logits is not None
+    again = fa.patch(loaded)(**inputs)
+    assert again.logits is None
+    assert float(again.loss) == pytest.approx(float(expected.loss), abs=1e-5)
+    assert fa.unpatch(loaded)(**inputs).logits is not None
+
+
+def test_patch_of_a_model_that_accelerate_unwrapped():
+    """Unwrapping goes down to the innermost forward: what was patched must be patchable again, above it."""
+    pytest.importorskip("accelerate")
+    from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+
+    model, inputs = fa.patch(tiny_models.llama()), batch()
+    model._original_forward = model.forward  # what accelerate's prepare does in mixed precision
+    model.forward = MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    assert fa.patch(model)(**inputs).logits is None
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert model(**inputs).logits is not None
+    assert fa.patch(model)(**inputs).logits is None
+
+
+@pytest.mark.parametrize("shape", [(3, 18), (2, 17), (1, 17), (17,)])
+def test_patch_names_labels_of_a_wrong_shape(shape):
+    model, inputs = fa.patch(tiny_models.llama()), batch()
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match=rf"{name}: expected \[3, 17\], .* got \[{', '.join(map(str, shape))}\]"):
+            model(inputs["input_ids"], **{name: torch.ones(shape, dtype=torch.long)})
+
+
+def test_patch_names_what_is_no_causal_lm():
+    from transformers import LlamaModel
+
+    with pytest.raises(UnsupportedModelError, match="LlamaModel has no head over the vocabulary; load it as AutoModelForCausalLM"):
+        fa.patch(LlamaModel(tiny_models.llama().config))
+    peft = pytest.importorskip("peft")
+    on_the_head = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedModelError, match=r"got peft\.tuners\..*Linear; keep adapters off the head"):
+        fa.patch(peft.get_peft_model(tiny_models.llama(), on_the_head))
+    with pytest.raises(TypeError, match="got DataParallel; give the model inside"):
+        fa.patch(torch.nn.DataParallel(tiny_models.llama()))
+    with pytest.raises(TypeError, match="got OptimizedModule; give the model inside"):
+        fa.patch(torch.compile(tiny_models.llama(), backend="eager"))

@@ -184,6 +184,8 @@ def test_linear_loss_objective_may_return_numbers_and_sums():
     assert not metrics["first"].requires_grad
     loss.backward()
     assert not hidden.grad.any()
+    with pytest.raises(ValueError, match="the objective returned None"):
+        linear_loss(hidden, weight, targets, lambda logp, span: None)
     with pytest.raises(ValueError, match=r"must return a scalar"):
         linear_loss(hidden, weight, targets, lambda logp, _: logp)
 

@@ -252,3 +252,15 @@ def test_modules_dpo_rejects_rows_that_do_not_line_up(change):
     given[change] = torch.cat((given[change], given[change][:, :1]), 1)
     with pytest.raises(ValueError, match=r"expected \[4, (9|10)\], the rows of input"):
         fa.FusedLinearDPO()(weight, ref_weight=weight, **given)
+
+
+def test_modules_name_what_does_not_fit():
+    hidden, weight, _, targets, mask = padded()
+    for softcap in (None, 3.0):
+        for wrong in (targets[:, :8], targets.t()):  # the softcap's path took the rows that were there
+            with pytest.raises(ValueError, match=r"target: expected \[4, 9\], got"):
+                fa.FusedLinearCrossEntropy(softcap=softcap)(weight, hidden, wrong)
+    with pytest.raises(ValueError, match=r"advantages: expected \[4\], one a sequence, got \[4, 9\]"):
+        fa.FusedLinearGRPO(beta=0.0)(hidden, weight, targets, mask, torch.ones(4, 9))
+    with pytest.raises(ValueError, match="simpo reads no reference; pass use_ref_model=False"):
+        fa.FusedLinearDPO(loss_type="simpo")

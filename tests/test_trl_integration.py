@@ -274,3 +274,20 @@ def test_trl_numbers_that_differ_are_refused(folders, tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match="off by"):
         accelerate_trainer(trainer)
     assert MARK not in trainer.model.__dict__
+
+
+def test_trl_model_is_pickled_and_accelerated_again(folders, tmp_path):
+    import pickle
+
+    first = accelerate_trainer(build("SFT", folders["llama"], tmp_path))
+    trainer = build("SFT", folders["llama"], tmp_path)
+    loaded = pickle.loads(pickle.dumps(first.model))
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "output_dir": str(tmp_path)}
+    second = trl.SFTTrainer(
+        loaded, args=trl.SFTConfig(**options), train_dataset=trainer.train_dataset, processing_class=trainer.processing_class
+    )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    expected = float(trainer.compute_loss(trainer.model, dict(inputs)))
+    accelerate_trainer(second)
+    assert loaded.__dict__[MARK][-1].ours == loaded.forward
+    assert float(second.compute_loss(loaded, dict(inputs))) == pytest.approx(expected, abs=1e-5)

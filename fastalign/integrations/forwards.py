@@ -38,6 +38,7 @@ def replace_forward(base: PreTrainedModel, mark: str, forward: Forward) -> None:
         mark: the attribute that remembers it. Where the last forward put on the instance has the same mark, it is replaced.
         forward: gets the model, the forward below it (bound) and all arguments by name.
     """
+    _drop_lost(base, mark)
     layers: list[Layer] = base.__dict__.setdefault(mark, [])
     if layers and base.__dict__.get("forward") is layers[-1].ours:
         layers[-1].forward = forward
@@ -75,7 +76,16 @@ def restore_forward(base: PreTrainedModel, mark: str) -> None:
 
 def has_forward(base: PreTrainedModel, mark: str) -> bool:
     """Whether a forward with this mark is at work."""
+    _drop_lost(base, mark)
     return any(layer.forward is not None for layer in base.__dict__.get(mark, []))
+
+
+def _drop_lost(base: PreTrainedModel, mark: str) -> None:
+    """Forgets layers that nothing calls any more: pickle gives a method back by its name, accelerate's unwrapping the innermost one."""
+    found, own = base.__dict__.get("forward"), type(base).forward
+    undecorated = inspect.unwrap(own)
+    if found is None or getattr(found, "__func__", None) in (own, undecorated):
+        base.__dict__.pop(mark, None)
 
 
 @contextmanager
@@ -148,11 +158,19 @@ def scored_rows(base: PreTrainedModel, arguments: dict[str, Any]) -> tuple[Tenso
     hidden = out.last_hidden_state
     if shifted is None:
         assert labels is not None
+        _check_labels("labels", labels, hidden)
         hidden, shifted = hidden[:, :-1], labels[:, 1:]
+    else:
+        _check_labels("shift_labels", shifted, hidden)
     device = head_of(base).weight.device
     hidden, shifted = hidden.to(device), shifted.to(device)
     mask = shifted != ignored
     return hidden[mask], shifted[mask], mask, out
+
+
+def _check_labels(name: str, given: Tensor, hidden: Tensor) -> None:
+    if given.shape != hidden.shape[:2]:
+        raise ValueError(f"{name}: expected {list(hidden.shape[:2])}, one a position of the input, got {list(given.shape)}")
 
 
 def spread(values: Tensor | None, mask: Tensor) -> Tensor | None:

@@ -47,7 +47,9 @@ def patch(model: Model) -> Model:
     With `labels`, `model(...)` returns a `LossOutput`: the same loss and gradients as before (normalized by
     `num_items_in_batch` where the Trainer passes it), `logits=None`, and the log-prob, entropy and correctness of each scored
     token. Without labels nothing changes: generation and logits are the model's own. A batch in which nothing is scored has
-    loss 0 (transformers gives NaN). Only this instance changes; patching twice is harmless.
+    loss 0 (transformers gives NaN). Only this instance changes; patching twice is harmless. Pickling keeps the model and not the patch,
+    so patch what was loaded. torch.nn.DataParallel, which a Trainer takes for several GPUs in one process, cannot copy the patch to its
+    replicas: start one process a GPU (torchrun, accelerate launch).
 
     Args:
         model: a transformers causal LM, or a PEFT model around one. An adapter on the head is not supported.
@@ -57,7 +59,7 @@ def patch(model: Model) -> Model:
 
     Raises:
         UnsupportedModelError: the family computes its loss in a way that is not known here; found by comparing the two.
-        TypeError: no transformers model.
+        TypeError: no transformers model, or one inside a wrapper (torch.compile, DistributedDataParallel): patch it before.
     """
     base = plain_causal_lm(model, "patch")
     if not has_forward(base, MARK):

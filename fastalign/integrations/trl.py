@@ -6,6 +6,7 @@ what is replaced, on the policy and on the reference: loss equations, metrics, g
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -198,12 +199,13 @@ def _inside_autocast(base: PreTrainedModel, seam: Seam, trainer: Any) -> Seam:
 
 
 def _forward_of(seam: Seam) -> Callable[..., Any]:
-    def forward(base: PreTrainedModel, previous: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        if not arguments.get("fused_lm_head"):
-            return previous(**arguments)
-        return _scored(base, seam, {name: value for name, value in arguments.items() if name != "fused_lm_head"})
+    return functools.partial(_forward, seam)  # no closure: models are pickled
 
-    return forward
+
+def _forward(seam: Seam, base: PreTrainedModel, previous: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    if not arguments.get("fused_lm_head"):
+        return previous(**arguments)
+    return _scored(base, seam, {name: value for name, value in arguments.items() if name != "fused_lm_head"})
 
 
 def _scored(base: PreTrainedModel, seam: Seam, arguments: dict[str, Any]) -> Any:

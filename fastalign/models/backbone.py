@@ -42,7 +42,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside: the model itself, or what a PEFT wrapper wraps (its layers carry the adapter)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not isinstance(base, PreTrainedModel):
-        raise TypeError(f"expected a transformers PreTrainedModel or a PEFT model around one, got {type(base).__name__}")
+        inner = getattr(base, "_orig_mod", None) or getattr(base, "module", None)  # torch.compile's name of it, and DataParallel's
+        hint = "; give the model inside, before it is wrapped" if isinstance(inner, nn.Module) else ""
+        raise TypeError(f"expected a transformers PreTrainedModel or a PEFT model around one, got {type(base).__name__}{hint}")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(f"{base.config.model_type}: prompt-learning adapters add virtual tokens to every sequence; use LoRA")
     return base
@@ -63,7 +65,9 @@ def head_of(model: nn.Module) -> Head:
     elif saved is not None:
         head = saved[head.active_adapter] if isinstance(head.active_adapter, str) else saved[head.active_adapter[0]]
     if not isinstance(head, nn.Linear):
-        found = type(head).__name__
+        if head is None:
+            raise UnsupportedModelError(f"{family}: {type(base).__name__} has no head over the vocabulary; load it as AutoModelForCausalLM")
+        found = f"{type(head).__module__}.{type(head).__name__}"  # PEFT's adapted layer is called Linear, too
         raise UnsupportedModelError(f"{family}: the output embeddings must be one nn.Linear, got {found}; keep adapters off the head")
     config = base.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)

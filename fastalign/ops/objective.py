@@ -51,6 +51,8 @@ def _traceable(objective: Callable[..., Any], values: tuple[Tensor, ...], span: 
 
 def _unpack(out: Any, like: Tensor) -> tuple[Tensor, dict[str, Any]]:
     loss, sums = out if isinstance(out, tuple) else (out, {})
+    if loss is None:
+        raise ValueError("linear_loss: the objective returned None; it must return its share of the loss, or (share, {name: sum})")
     if not isinstance(loss, Tensor):
         loss = like.new_full((), loss)
     if loss.numel() != 1:
