@@ -14,6 +14,7 @@ well, 1 when a phase failed or ran out of time (the file says which), 2 when not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -51,8 +52,11 @@ class Outcome:
         return {"status": self.status, "seconds": round(self.seconds, 1), **({} if self.status == "ok" else {"tail": self.lines[-tail:]})}
 
 
-def run(command: list[str], limit_s: float, log: Path, env: dict[str, str] | None = None) -> Outcome:
-    """Runs a command in a process group of its own, that is killed as a whole when the limit has passed; its output goes to `log`."""
+def run(command: list[str], limit_s: float, log: Path, env: dict[str, str] | None = None, *, interrupt_s: float = 0.0) -> Outcome:
+    """Runs a command in a process group of its own, that is killed as a whole when the limit has passed; its output goes to `log`.
+
+    interrupt_s: at the limit it is interrupted (SIGINT) first and has so long to end by itself: pytest then writes its report.
+    """
     print(f"$ {shlex.join(command)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -62,6 +66,10 @@ def run(command: list[str], limit_s: float, log: Path, env: dict[str, str] | Non
             status = "ok" if process.wait(timeout=max(limit_s, 1.0)) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "out of time"
+            if interrupt_s:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=interrupt_s)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -223,7 +231,7 @@ class Campaign:
 
     def tests(self) -> None:
         (WORK / "tests.xml").unlink(missing_ok=True)
-        outcome = run(test_command(), min(TESTS_S, self.left()), WORK / "tests.log", self.env)
+        outcome = run(test_command(), min(TESTS_S, self.left()), WORK / "tests.log", self.env, interrupt_s=15.0)
         self.record["tests"] = counts(WORK / "tests.xml")
         self.note("tests", outcome)
 

@@ -27,6 +27,9 @@ void check_rows(const std::string& what, const Tensor& t) {
 void check_logits(const char* what, const Tensor& logits, const Tensor& targets) {
   check_rows(std::string(what) + ": logits", logits);
   targets.check((std::string(what) + ": targets").c_str(), DType::i64, {logits.size(0)}).contiguous("targets");
+  if (targets.cuda != logits.cuda)  // a kernel would read an address of the other memory
+    throw std::invalid_argument(std::string(what) + ": targets: expected a tensor on the " + (logits.cuda ? "GPU" : "CPU") +
+                                ", where the logits are");
 }
 
 // On the CPU targets are read here, and one outside the vocabulary is named; on a GPU that would cost a synchronization.

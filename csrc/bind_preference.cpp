@@ -41,6 +41,13 @@ T* typed(const char* what, const Tensor& t, std::vector<int64_t> shape) {
 }
 using Maybe = std::optional<Tensor>;
 
+// A kernel would read an address of the other memory.
+void beside(const Tensor& logp, const char* what, const Maybe& t) {
+  if (t && t->cuda != logp.cuda)
+    throw std::invalid_argument(std::string("preference: ") + what + ": expected a tensor on the " + (logp.cuda ? "GPU" : "CPU") +
+                                ", where the log-probs are");
+}
+
 template <typename T>
 T* optional(const char* what, const Maybe& t, int64_t n) {
   return t ? typed<T>(what, *t, {n}) : nullptr;
@@ -70,6 +77,7 @@ template <typename T>
 Pairs<T> pair_arguments(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Maybe& margin,
                         const Maybe& weight, const std::string& formula, const std::array<double, 8>& x, double tail,
                         const Tensor& losses, const Tensor& metrics, const Tensor& slopes) {
+  beside(logp, "ref_logp", ref_logp), beside(logp, "margin", margin), beside(logp, "weight", weight);
   const int64_t pairs = (cu_targets.numel() - 1) / 2;
   if (cu_targets.numel() != 2 * pairs + 1) throw std::invalid_argument("preference: a pair has two sequences, got an odd number of them");
   return {sequences_of<T>(logp, ref_logp, ref_per_token, cu_targets),
@@ -90,6 +98,7 @@ template <typename T>
 Singles<T> single_arguments(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Tensor& labels,
                             const Maybe& weight, const std::string& formula, const std::array<double, 4>& x, const Tensor& losses,
                             const Tensor& metrics, const Tensor& slopes) {
+  beside(logp, "ref_logp", ref_logp), beside(logp, "labels", labels), beside(logp, "weight", weight);
   const int64_t sequences = cu_targets.numel() - 1;
   return {sequences_of<T>(logp, ref_logp, ref_per_token, cu_targets),
           sequences,

@@ -205,7 +205,7 @@ def test_cuda_paged_attention_errors_name_expected_and_got(cuda_twin):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (7, 1, 128), (3, 3, 256), (6, 3, 17)])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (7, 1, 128), (3, 3, 256), (6, 3, 17), (3, 3, 168)])
 def test_paged_attention_on_the_gpu(heads, kv_heads, head_dim, options, dtype):
     sequences = [(300, 1), (290, 1), (700, 1), (129, 3), (60, 60), (1, 1)]
     q, k, v, layout = step_of(sequences, 17, 16, heads, kv_heads, head_dim, dtype)

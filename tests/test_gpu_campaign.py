@@ -71,6 +71,17 @@ def test_gpu_run_ends_a_command_and_its_children_at_the_limit(tmp_path):
     assert "tail" not in gpu.run([sys.executable, "-c", "print('all')"], 30.0, tmp_path / "log").record()
 
 
+def test_gpu_run_lets_a_command_end_by_itself_at_the_limit(tmp_path):
+    """pytest writes its report when it is interrupted; killed it would leave none of what it has found."""
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
+    report = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(tmp_path)]
+    outcome = gpu.run(command, 8.0, tmp_path / "log", interrupt_s=20.0)
+    assert outcome.status == "out of time"
+    assert outcome.seconds < 40
+    assert gpu.counts(report)["passed"] >= 1
+
+
 def test_gpu_leaves_what_was_measured_before_a_failure(tmp_path, monkeypatch):
     """The whole campaign over stand-ins: a build that fails, tests of which one fails, a bench that measures and one that hangs."""
     benches = {

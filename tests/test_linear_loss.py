@@ -159,6 +159,15 @@ def test_compact_moves_rows_to_the_front():
             assert torch.equal(linear_chunks.compact_(rows, keep)[:, 0], keep.float())
 
 
+@pytest.mark.gpu
+def test_compact_on_a_gpu_moves_rows_to_the_front():
+    rows = torch.arange(1500.0, device="cuda")[:, None].repeat(1, 3)
+    keep = (torch.rand(1500) < 0.7).nonzero().squeeze(1).cuda()
+    front = linear_chunks.compact_(rows, keep)
+    assert front.data_ptr() == rows.data_ptr()
+    assert torch.equal(front[:, 0], keep.float())
+
+
 def test_linear_loss_without_gradients_computes_the_forward_alone():
     hidden, weight, targets = inputs()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastalign.ops import gemm, reference
+from fastalign.ops import gemm, head_gradient, reference
 from fastalign.ops.backend import load_native, use_backend
 from fastalign.ops.linear_cross_entropy import linear_cross_entropy
 from fastalign.ops.linear_logp import linear_logp
@@ -327,3 +327,30 @@ def test_cuda_head_dtype_matches_fp64(width):
         assert abs(loss.double() - exact) <= 1e-6 * abs(exact)
         for found, e in zip(torch.autograd.grad(loss, (hidden, weight)), exact_grads, strict=True):
             assert relative(found, e) <= 4e-3
+
+
+def check_fp32_sums(add, device="cpu"):
+    """total += alpha · aᵀ b keeps the sums of bf16 factors in fp32: no product is rounded to bf16 on the way."""
+    a, b = (torch.randn(64, n, device=device).bfloat16() for n in (300, 8))
+    total, exact = torch.full((300, 8), torch.nan, device=device), 0
+    for first, alpha in ((True, 0.5), (False, 1.0), (False, -2.0)):
+        add(total, a, b, alpha=alpha, first=first)
+        exact = exact + alpha * (a.double().t() @ b.double())
+        assert relative(total, exact) < 1e-5
+
+
+def test_head_gradient_on_cuda_adds_blocks_of_fp32_sums(monkeypatch):
+    """Its loop, over a stand-in for the GEMM that the CPU has not."""
+
+    def mm(a, b, *, out_dtype, out=None):
+        product = (a.double() @ b.double()).to(out_dtype)
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(head_gradient, "CUDA_BLOCK_BYTES", 128 * 4 * 8)
+    check_fp32_sums(head_gradient._add_on_cuda_)
+
+
+@pytest.mark.gpu
+def test_cuda_head_gradient_is_summed_in_fp32():
+    check_fp32_sums(head_gradient.add_product_, "cuda")

@@ -235,3 +235,17 @@ def test_cuda_rows_match_fp64(vocab, dtype, temperature, softcap):
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(got.double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
     assert torch.equal(correct, logits.argmax(1) == targets)
+
+
+def test_logp_rows_names_targets_in_the_other_memory():
+    module = load_native()[0]
+    if module is None:
+        pytest.skip("the native module is not built")
+
+    class Elsewhere:  # what the binding reads of a tensor
+        is_cuda, dtype, shape = True, torch.int64, (3,)
+        data_ptr, stride = (lambda _: 0), (lambda _: (1,))
+
+    rows = [torch.empty(3), torch.empty(3), torch.empty(0), torch.empty(3, dtype=torch.bool)]
+    with pytest.raises(ValueError, match="logp_rows: targets: expected a tensor on the CPU, where the logits are"):
+        module.logp_rows(torch.randn(3, 7), Elsewhere(), 1.0, 0.0, *rows)

@@ -398,6 +398,35 @@ def test_preference_errors_say_what_was_expected():
         fa.unpaired_loss(logp, cu, LABELS, loss="kt0")
 
 
+class Elsewhere:
+    """What the binding reads of a tensor, in the other memory."""
+
+    is_cuda = True
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+
+@needs_native
+def test_preference_names_a_tensor_in_the_other_memory():
+    module, (logp, ref, cu) = load_native()[0], inputs(dtype=torch.float32)
+    logp, one, pairs, numbers = logp.detach(), torch.ones(5), len(LENGTHS) // 2, [0.1] + [0.0] * 7
+    results = torch.empty(pairs), torch.empty(6, pairs), torch.empty(2 * pairs)
+    for name, given in (
+        ("ref_logp", (Elsewhere(ref), True, cu, one, one)),
+        ("margin", (ref, True, cu, Elsewhere(one), one)),
+        ("weight", (ref, True, cu, one, Elsewhere(one))),
+    ):
+        with pytest.raises(ValueError, match=f"preference: {name}: expected a tensor on the CPU, where the log-probs are"):
+            module.preference_pairs(logp, *given, "logistic", numbers, 1.0, *results)
+    results = torch.empty(len(LENGTHS)), torch.empty(2, len(LENGTHS)), torch.empty(len(LENGTHS))
+    with pytest.raises(ValueError, match="preference: labels: expected a tensor on the CPU, where the log-probs are"):
+        module.preference_singles(logp, ref, True, cu, Elsewhere(LABELS), None, "kto", [0.1, 1.0, 1.0, 0.0], *results)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name, divergence", CASES)

@@ -1,5 +1,7 @@
 """The sampler: its random numbers, its distribution, its truncation, and what it says of rows it cannot draw from."""
 
+import os
+
 import pytest
 import torch
 
@@ -211,3 +213,22 @@ def test_sample_rows_do_not_depend_on_each_other(backend):
 def test_sample_names_a_column_of_the_wrong_size(backend):
     with pytest.raises(ValueError, match=r"uniforms must be \[2\]"):
         draw(torch.zeros(2, 5), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_sample_reads_columns_with_gaps(backend):
+    if backend == "native" and native() is None:
+        pytest.skip("the native module is not built")
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("Triton compiles here")
+    logits, u = torch.randn(6, 50), torch.rand(12, dtype=torch.float64)[::2]
+    columns = [torch.tensor(x) for x in (0.7, 20, 0.9, 0.01)]
+    keys = [torch.arange(12)[::2] + i for i in range(4)]
+    with use_backend(backend):
+        tokens, kept = sample(logits, u, *(c.expand(6) for c in columns))
+        wanted, wanted_kept = sample(logits, u.clone(), *(c.repeat(6) for c in columns))
+        assert torch.equal(uniform(*keys), uniform(*(k.clone() for k in keys)))
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(kept, wanted_kept)

@@ -60,7 +60,8 @@ def paged_attention(
     if module is None:
         reference.store_kv(k[:rows], v[:rows], k_cache, v_cache, layout.slots)
     else:
-        module.store_kv_cuda(k, v, k_cache, v_cache, layout.slots, _stream(q))
+        with torch.cuda.device_of(q):
+            module.store_kv_cuda(k, v, k_cache, v_cache, layout.slots, _stream(q))
     key = (module is not None, q.shape[1], k.shape[1], window)
     if key not in layout.plans:
         layout.plans[key] = _plan(module, q, layout, k_cache, window)
@@ -71,7 +72,8 @@ def paged_attention(
         partial_sum = torch.empty(kernel.cells, q.shape[1], 2, dtype=torch.float32, device=q.device)
         plan = (kernel.tables, kernel.numbers, kernel.tokens, kernel.items)
         results = (partial_out, partial_sum, out, _stream(q))
-        module.paged_attention_cuda(q, k_cache, v_cache, *plan, scale, window or 0, softcap or 0.0, *results)
+        with torch.cuda.device_of(q):
+            module.paged_attention_cuda(q, k_cache, v_cache, *plan, scale, window or 0, softcap or 0.0, *results)
     if gather is not None:
         keys, values = (cache[gather.blocks, :, gather.offsets] for cache in (k_cache, v_cache))
         fresh = q.index_select(0, gather.rows)

@@ -15,6 +15,7 @@ from fastalign.ops.gemm import add_natively
 from fastalign.ops.linear_head import MIN_GEMM_ROWS, give, take
 
 BLOCK_BYTES = 4 << 20  # a block of a 16-bit product that stays in cache until it is added
+CUDA_BLOCK_BYTES = 128 << 20  # a block of fp32 sums on a GPU: large enough for its GEMM to fill the device
 _returnable: list[weakref.ref[Loan]] = []
 
 
@@ -22,6 +23,9 @@ def add_product_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float
     """total [V, H] += alpha · dlogits [n, V]ᵀ · hidden [n, H]; `first` overwrites what was there."""
     if dlogits.dtype == total.dtype:
         total.addmm_(dlogits.t(), hidden, beta=0 if first else 1, alpha=alpha)
+        return
+    if total.is_cuda:
+        _add_on_cuda_(total, dlogits, hidden, alpha=alpha, first=first)
         return
     if add_natively(total, dlogits, hidden, alpha=alpha, first=first):
         return
@@ -32,6 +36,19 @@ def add_product_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float
             torch.mul(part, alpha, out=total[v : v + block])
         else:
             total[v : v + block].add_(part, alpha=alpha)
+
+
+def _add_on_cuda_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float, first: bool) -> None:
+    """The same by GEMMs that write fp32 sums; before torch 2.11 or so none of torch's adds 16-bit products into fp32."""
+    block = dlogits.shape[1] if first else max(64, CUDA_BLOCK_BYTES // (4 * hidden.shape[1]))
+    for v in range(0, dlogits.shape[1], block):
+        factors, here = (dlogits[:, v : v + block].t(), hidden), total[v : v + block]
+        if first:
+            torch.mm(*factors, out_dtype=torch.float32, out=here)
+        else:
+            here.add_(torch.mm(*factors, out_dtype=torch.float32), alpha=alpha)
+    if first and alpha != 1.0:
+        total.mul_(alpha)
 
 
 class Loan:

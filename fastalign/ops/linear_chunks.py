@@ -170,7 +170,13 @@ def backward_chunk(
 
 
 def compact_(logits: Tensor, keep: Tensor) -> Tensor:
-    """Moves rows `keep` (ascending) to the front of the same memory, run by run; returns them as a view."""
+    """Moves rows `keep` (ascending) to the front of the same memory, run by run; returns them as a view.
+
+    On a GPU through a copy: a run would cost a launch and a synchronization there.
+    """
+    if logits.is_cuda:
+        logits[: len(keep)] = logits[keep]
+        return logits[: len(keep)]
     front = 0
     breaks = (keep[1:] - keep[:-1] != 1).nonzero().squeeze(1) + 1
     for run in keep.tensor_split(breaks.cpu()):

@@ -215,7 +215,8 @@ def _launch(inputs: PolicyInputs, codes: list[int], numbers: list[float]) -> tup
     if backend_for("policy", inputs.logp.device) == "triton":
         from fastalign.kernels.policy import policy
 
-        return grad, policy(inputs, codes, numbers, grad)
+        with torch.cuda.device_of(grad):  # Triton launches on the current device
+            return grad, policy(inputs, codes, numbers, grad)
     none = inputs.logp.new_empty(0)
     sums = torch.empty(len(SUMS), dtype=torch.float64)
     module, _ = load_native()

@@ -48,7 +48,7 @@ def uniform(seed: Tensor, request: Tensor, sample: Tensor, position: Tensor) -> 
     backend = backend_for("sample", seed.device)
     if backend != "reference":
         out = torch.empty(seed.shape, dtype=torch.float64, device=seed.device)
-        _call(backend, "philox_uniform", seed, request, sample, position, out)
+        _call(backend, "philox_uniform", *(key.contiguous() for key in (seed, request, sample, position)), out)
         return out
     words = philox((position & MASK, sample & MASK, request & MASK, request >> 32 & MASK), (seed & MASK, seed >> 32 & MASK))
     return (words[0] << 21 | words[1] >> 11).double() * 2.0**-53
@@ -90,7 +90,8 @@ def sample(
         return sample_reference(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     kept = torch.empty(len(logits), device=logits.device)
-    _call(backend, "sample", logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap or 0.0, tokens, kept)
+    columns = (column.contiguous() for column in (uniforms, temperature, top_k, top_p, min_p))  # an expanded one has gaps
+    _call(backend, "sample", logits, *columns, logit_softcap or 0.0, tokens, kept)
     return tokens, kept
 
 
