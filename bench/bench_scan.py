@@ -41,7 +41,8 @@ def bench_gae(versus, device, quick, sequences, length):
         "torch": loop_over_time,
         "floor": lambda: to.copy_(from_),
     }
-    versus("gae", f"B={sequences} T={length}", torch.float32, sides, bytes=16.0 * sequences * length, memory=False)
+    for op, cold in (("gae", True), ("gae, warm", False)):  # warm: in training the step before has just written its inputs
+        versus(op, f"B={sequences} T={length}", torch.float32, sides, bytes=16.0 * sequences * length, memory=False, cold=cold)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,12 @@ Versus = Callable[..., dict[str, Result]]
 
 @pytest.fixture
 def versus(benchmark: Any, pytestconfig: pytest.Config, quick: bool) -> Versus:
-    """versus(op, shape, dtype, sides, flop=, bytes=, memory=, beside=) measures the sides in turn and returns a Result a side.
+    """versus(op, shape, dtype, sides, flop=, bytes=, memory=, beside=, cold=) measures the sides in turn and returns a Result a side.
 
     sides: name → callable. "fastalign…" are ours, "floor" is the cost of the work that cannot be left out, "torch" is what the ratio is
     taken against; others ("torch.compile", "liger") are more peers. The first of ours is what pytest-benchmark records; the other sides
     run before each of its rounds, so every round times every side once, each with cold caches.
+    cold=False: every side has just run, as an op has whose inputs the step before has written.
     beside: bytes that are left out of the peak (the gradients that every side returns).
     """
     rounds = pytestconfig.getoption("--rounds") or (2 if quick else 5)
@@ -109,6 +110,7 @@ def versus(benchmark: Any, pytestconfig: pytest.Config, quick: bool) -> Versus:
         bytes: float = 0.0,
         memory: bool = True,
         beside: int = 0,
+        cold: bool = True,
     ) -> dict[str, Result]:
         first = next(name for name in sides if name.startswith("fastalign"))
         times: dict[str, list[float]] = {name: [] for name in sides}
@@ -118,9 +120,9 @@ def versus(benchmark: Any, pytestconfig: pytest.Config, quick: bool) -> Versus:
 
         def round_of_all() -> None:
             for name, run in sides.items():
-                flush_caches()
+                flush_caches() if cold else run()
                 times[name].append(timed(run, clock))
-            flush_caches()
+            flush_caches() if cold else sides[first]()
 
         if taken:  # pytest-benchmark records one case a function, the first
             for _ in range(few):
