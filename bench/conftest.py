@@ -116,7 +116,7 @@ def versus(benchmark: Any, pytestconfig: pytest.Config, quick: bool) -> Versus:
         times: dict[str, list[float]] = {name: [] for name in sides}
         for run in sides.values():
             run()  # loads and allocates what is loaded and allocated once
-        few = 1 if quick and op.startswith("sweep") else rounds
+        few = 1 if op.startswith("sweep") else rounds  # a curve needs no medians
 
         def round_of_all() -> None:
             for name, run in sides.items():

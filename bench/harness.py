@@ -124,7 +124,8 @@ def commit() -> str:
     here = Path(__file__).parent
     try:
         name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        tree = ["git", "status", "--porcelain", "--", "..", ":!results"]  # results are what a run leaves
+        changed = subprocess.run(tree, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
     return name + ("+" if changed else "")
