@@ -52,7 +52,7 @@ def phases(axis: Any, files: list[Path]) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.2)
     axis.set(title="a GRPO step, 40M-parameter Qwen2, fp32, 2 CPU cores", xlabel="seconds")
-    axis.legend(frameon=False, loc="upper right")
+    axis.legend(frameon=False, loc="lower right")
 
 
 def main() -> None:

@@ -32,12 +32,13 @@ def ratios(record: dict[str, Any], axis: Any) -> int:
     for at, case in enumerate(cases):
         ratio = case["torch_ms"] / case["ms"]
         axis.barh(at, ratio, color=OURS if ratio >= 1 else PEER)
-        axis.text(ratio, at, f" {ratio:.3g}×", va="center", fontsize=7)
-        side = case["backend"].removeprefix("fastalign").strip()
-        labels.append(f"{case['op']} {side} {case['shape']} {case['dtype']}".replace("  ", " "))
+        axis.text(ratio, at, f" {ratio:,.3g}×" if ratio < 100 else f" {ratio:,.0f}×", va="center", fontsize=7)
+        name = ", ".join(part for part in (case["op"], case["backend"].removeprefix("fastalign").strip(", ")) if part)
+        labels.append(f"{name}  {case['shape']}  {case['dtype']}")
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.set_xscale("log")
     axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set(title=f"times faster than torch, {record['device']}, {record['date']}")
     return len(cases)
@@ -63,7 +64,7 @@ def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """Writes <stem>.png (ratios) and <stem>-scaling.png (time and memory against T and V) where the record has them."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    figure, axis = plt.subplots(figsize=(9, 2 + 0.17 * len(record["results"]) / 2))
+    figure, axis = plt.subplots(figsize=(11, 2 + 0.13 * len(record["results"]) / 2))
     if ratios(record, axis):
         written.append(_save(figure, folder / f"{stem}.png"))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4))

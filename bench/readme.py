@@ -65,7 +65,7 @@ def kernels(record: dict[str, Any]) -> list[str]:
             best[key] = result
     rows = []
     for (op, side, dtype), result in best.items():
-        name = f"{op} {side.removeprefix('fastalign').strip()}".strip()
+        name = ", ".join(part for part in (op, side.removeprefix("fastalign").strip(", ")) if part)
         floor = f"{result['ms'] / result['floor_ms']:.2f}×" if result["floor_ms"] else "–"
         times = f"{number(result['torch_ms'])} ms | {number(result['ms'])} ms | **{ratio(result['torch_ms'] / result['ms'])}×**"
         rows.append(f"| {name} | {result['shape']} | {dtype} | {times} | {floor} |")
