@@ -14,11 +14,12 @@ padding, and the prompt of a preference pair or of a group once.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from bench.harness import write_record
 
 from . import inputs, integration_in_trl
 from .machine import describe, pick_device
@@ -182,9 +183,8 @@ def main() -> None:
     print("\n" + "\n".join([HEADER, *(table(found) for found in results)]))
     print("* without sampling  ** peak memory beyond imports, weights, gradients, AdamW moments and the reference's weights")
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"machine": machine, "options": vars(args), "results": results}, indent=1) + "\n", encoding="utf-8"
-        )
+        options = {name: value for name, value in vars(args).items() if name != "json"}
+        write_record(Path(args.json), {"machine": machine, "options": options, "results": results})
 
 
 if __name__ == "__main__":
