@@ -96,7 +96,17 @@ def test_gpu_leaves_what_was_measured_before_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu, "bench_files", lambda: sorted(tmp_path.glob("bench_*.py")))
     monkeypatch.setattr(gpu, "build_commands", lambda _: [[sys.executable, "-c", "raise SystemExit('no compiler')"]])
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path}/work/tests.xml", str(tmp_path)]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={tmp_path}",
+        f"--junitxml={tmp_path}/work/tests.xml",
+    ]
+    tests.append(str(tmp_path))  # the root is said: it names the tests in the report, and would be guessed from the working directory
     monkeypatch.setattr(gpu, "test_command", lambda: tests)
     monkeypatch.setattr(gpu, "missing", list)
     monkeypatch.setattr(gpu, "device", lambda: ("NVIDIA Stand-in 1", "90"))
