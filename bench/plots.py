@@ -67,17 +67,15 @@ def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     figure, axis = plt.subplots(figsize=(11, 2 + 0.13 * len(record["results"]) / 2))
     if ratios(record, axis):
         written.append(_save(figure, folder / f"{stem}.png"))
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    panels = (
-        ("T", "peak_mib", "memory against scored tokens"),
-        ("T", "ms", "time against scored tokens"),
-        ("V", "ms", "time against vocabulary"),
-    )
-    drawn = []
-    for axis, (variable, value, title) in zip(axes, panels, strict=True):
-        drawn.append(sweep(record, axis, variable, value))
-        axis.set_title(title)
-    if any(drawn):
+    panels = [("T", "peak_mib", "memory against scored tokens"), ("T", "ms", "time against scored tokens")]
+    panels.append(("V", "ms", "time against vocabulary"))
+    swept = [r for r in record["results"] if r["op"].startswith("sweep ")]
+    panels = [panel for panel in panels if any(r["op"].startswith(f"sweep {panel[0]}: ") and r[panel[1]] is not None for r in swept)]
+    if panels:
+        figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+        for axis, (variable, value, title) in zip(axes[0], panels, strict=True):
+            sweep(record, axis, variable, value)
+            axis.set_title(title)
         written.append(_save(figure, folder / f"{stem}-scaling.png"))
     return written
 
