@@ -47,12 +47,14 @@ def trainers() -> list[str]:
             seconds = {side: median(turn["seconds"] for turn in turns) for side, turns in record["turns"].items()}
             peak = {side: max(turn["peak_mib"] for turn in turns) for side, turns in record["turns"].items()}
             cells = [f"{number(seconds[side])} s, {peak[side]:,.0f} MiB" for side in ("trl", "fastalign")]
-            rows.append(f"| {what} | {' | '.join(cells)} | **{seconds['trl'] / seconds['fastalign']:.1f}×** | `{command}` |")
+            faster = f"**{seconds['trl'] / seconds['fastalign']:.1f}×**"
+            rows.append(f"| {what} | {' | '.join(cells)} | {faster} | {record['date']}, {record['commit']} | `{command}` |")
     if not rows:
         return []
     first = records("grpo-*.json")[0]
-    head = f"Training steps of a 40M-parameter Qwen2 (vocabulary 32,000) in fp32, against TRL 1.16 ({taken(first)}):"
-    return [head, "", "| what | TRL | fastalign | faster | command |", "|---|---|---|---|---|", *rows, ""]
+    machine = f"{first['device']}, torch {first['torch']}"
+    head = f"Training steps of a 40M-parameter Qwen2 (vocabulary 32,000) in fp32, against TRL 1.16 ({machine}):"
+    return [head, "", "| what | TRL | fastalign | faster | taken | command |", "|---|---|---|---|---|---|", *rows, ""]
 
 
 def kernels(record: dict[str, Any]) -> list[str]:

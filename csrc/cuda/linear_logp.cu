@@ -8,6 +8,7 @@
 
 #include "../math/softmax.h"
 #include "block.h"
+#include "pack.h"
 
 namespace fa::cuda {
 namespace {
@@ -15,20 +16,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kGradTile = 16384;  // elements a CTA
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
-__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
-__device__ __forceinline__ void from_float(uint16_t& to, float x) {
-  const uint32_t bits = __float_as_uint(x);
-  to = x == x ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : static_cast<uint16_t>(0x7fc0);
-}
-
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T lane[kSize];
-};
 
 // Elements before the first 16-byte boundary: rows of an odd vocabulary start anywhere.
 template <typename T>

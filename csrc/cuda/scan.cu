@@ -11,6 +11,7 @@
 
 #include "../math/gae.h"
 #include "block.h"
+#include "pack.h"
 
 namespace fa::cuda {
 namespace {
@@ -23,12 +24,6 @@ constexpr int kTile = kThreads * kItems;
 using Span = math::Span<double>;
 
 int64_t num_tiles(int64_t num_tokens) { return (num_tokens + kTile - 1) / kTile; }
-
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T lane[kSize];
-};
 
 template <typename T>
 struct Scan {

@@ -65,7 +65,7 @@ def _spread(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: in
 class _Tied(torch.autograd.Function):
     """(logp, losses, (op, slopes, cu_targets, num_tokens, unit, tail)) → losses as a function of logp.
 
-    One output and few inputs: each further output would cost 10 us, each input one.
+    One output and few inputs: torch wraps each of them, and that is most of what a small batch costs.
     """
 
     @staticmethod
