@@ -239,7 +239,21 @@ def test_worker_that_is_killed_between_calls_starts_again(source):
         pid = int(score(rewards, ["a"])[0])
         os.kill(pid, signal.SIGKILL)
         assert wait_gone(pid)
-        assert score(rewards, ["a"])[0] not in (pid, NAN)
+        again = score(rewards, ["a"])[0]
+        assert again > 0
+        assert again != pid
+
+
+def test_worker_that_dies_unseen_between_calls_costs_no_reward(source, monkeypatch):
+    with load_rewards([f"{source}:process"]) as rewards:
+        pid = int(score(rewards, ["a"])[0])
+        process = rewards._rewards[0].isolated.caller._workers[0]._process
+        os.kill(pid, signal.SIGKILL)
+        assert wait_gone(pid)
+        monkeypatch.setattr(process, "poll", lambda: None)  # a process is a zombie before `waitpid` has it
+        again = score(rewards, ["a"])[0]
+        assert again > 0
+        assert again != pid
 
 
 def test_interrupted_call_does_not_answer_the_next(source, calls):

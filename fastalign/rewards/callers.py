@@ -34,6 +34,10 @@ class CallFailed(Exception):
         self.hung = hung
 
 
+class _Died(CallFailed):
+    """The worker process ended before it answered."""
+
+
 class LoadFailed(Exception):
     """The function could not be loaded; `names` are the functions that its module has."""
 
@@ -181,8 +185,12 @@ class _Worker:
                     raise CallFailed("the rewards are closed")
                 if self._process.poll() is not None:
                     self._restart()
-                self._ready()
-                self._send({"arguments": arguments, "count": count, "limit": limit})
+                request = {"arguments": arguments, "count": count, "limit": limit}
+                try:
+                    self._hand_over(request, limit)
+                except _Died:  # while it was idle, too late for `poll` to see: the samples have nothing to do with it
+                    self._restart()
+                    self._hand_over(request, limit)
                 reply = self._receive(limit)
             except CallFailed:
                 self._restart()
@@ -196,6 +204,11 @@ class _Worker:
         if "error" in reply:
             raise CallFailed(reply["error"])
         return reply["values"]
+
+    def _hand_over(self, request: dict[str, Any], limit: float) -> None:
+        self._ready()
+        self._send(request)
+        self._receive(limit)
 
     def _restart(self) -> None:
         self._kill()
@@ -228,7 +241,7 @@ class _Worker:
                     raise CallFailed(f"no answer within {limit:g} s", hung=True)
                 part = os.read(file, size - len(parts))
                 if not part:
-                    raise CallFailed(f"its process died with exit code {self._process.wait()}")
+                    raise _Died(f"its process died with exit code {self._process.wait()}")
                 parts += part
         return parts
 

@@ -1,8 +1,9 @@
 """A reward function in a process of its own. This file runs as a script and imports the standard library alone.
 
 Requests come on the original stdin as an 8-byte length and a pickle, from the process that started this one; replies go to
-the original stdout as an 8-byte length and JSON, so that nothing a user's function returns is ever unpickled. Before the
-function is loaded both descriptors are replaced: what it prints goes to stderr, what it reads from stdin is empty.
+the original stdout as an 8-byte length and JSON, so that nothing a user's function returns is ever unpickled. A call is
+answered twice: that it was received, then its result. Before the function is loaded both descriptors are replaced: what it
+prints goes to stderr, what it reads from stdin is empty.
 """
 
 from __future__ import annotations
@@ -175,6 +176,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     while function is not None and (request := read_message(requests)) is not None:
         # the parent kills a late worker; this ends one whose parent died first, even when C code never releases the GIL
         faulthandler.dump_traceback_later(request["limit"] + 5.0, exit=True)
+        write_message(replies, {"received": True})
         try:
             values = evaluate(function, request["arguments"], request["count"], loop.run_until_complete)
             reply: dict[str, Any] = {"values": values}
