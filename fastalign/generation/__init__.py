@@ -2,5 +2,6 @@
 
 from fastalign.generation.engine import Engine
 from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams, Stats
+from fastalign.generation.requests import Request
 
-__all__ = ["CompletionOutput", "Engine", "RequestOutput", "SamplingParams", "Stats"]
+__all__ = ["CompletionOutput", "Engine", "Request", "RequestOutput", "SamplingParams", "Stats"]

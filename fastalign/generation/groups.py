@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,8 @@ class Member:
         record: what it has drawn, while it does not run.
         high_water: tokens that have been forwarded once already.
         finish_reason: "" until it ends.
+        top_logprobs: a list of (token id, log-prob) a token, where the request asks for them.
+        streamed: tokens that the caller has been given already.
     """
 
     group: Group
@@ -34,6 +37,8 @@ class Member:
     scanner: StopScanner | None = None
     finish_reason: str = ""
     stop_reason: int | str | None = None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    streamed: int = 0
 
 
 @dataclass(eq=False)
@@ -41,7 +46,7 @@ class Group:
     """A prompt and its samples.
 
     Attributes:
-        index: arrival order, which is also priority.
+        index: arrival order. place: which prompt of its call it is, for messages.
         prompt: int64 token ids.
         seed, request, first_sample: the random key; member j draws as sample first_sample + j.
         limit: total tokens at which a sample ends.
@@ -49,6 +54,9 @@ class Group:
         members: one until the prompt is computed, then n.
         waiting: members without a row, youngest first.
         hold: the prompt's blocks, kept alive for waiting members while no sibling may run; None when not needed.
+        priority: groups with a lower value go first; equals in the order of arrival.
+        logprobs: whether log-probs are wanted.
+        error: what ended it, where something went wrong.
     """
 
     index: int
@@ -62,10 +70,28 @@ class Group:
     members: list[Member] = field(default_factory=list)
     waiting: list[Member] = field(default_factory=list)
     hold: Blocks | None = None
+    priority: int = 0
+    logprobs: bool = True
+    error: Exception | None = None
+    place: int = 0
 
     def __post_init__(self) -> None:
         self.members.append(Member(self, 0))
         self.waiting.append(self.members[0])
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the lower one."""
+        return self.priority, self.index
+
+    @property
+    def done(self) -> bool:
+        """Whether every sample has ended."""
+        return self.forked and all(member.finish_reason for member in self.members)
+
+    def unfinished(self) -> Iterator[Member]:
+        """The samples that have not ended; before the fork there is one."""
+        return (member for member in self.members if not member.finish_reason)
 
     @property
     def forked(self) -> bool:
@@ -75,4 +101,4 @@ class Group:
         order = self.index * MAX_SAMPLES + member.index
         draws = 1 if self.forked else self.params.n
         sample = self.first_sample + member.index
-        return RowSpec(self.params, self.seed, self.request, sample, self.limit, self.stop_set, order, draws)
+        return RowSpec(self.params, self.seed, self.request, sample, self.limit, self.stop_set, order, draws, self.priority, self.logprobs)

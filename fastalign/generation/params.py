@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
+TIMEOUT = "timeout"  # the stop_reason of a sample that ran past its request's time
+
+
+class RequestFailedError(RuntimeError):
+    """One request could not be completed; the engine goes on."""
+
+
+class NotFiniteError(RequestFailedError, FloatingPointError):
+    """A row of logits holds NaN or +inf, or is all -inf."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the completions of one prompt are drawn.
 
-    The distribution is made in this order: temperature, top-k, top-p (of what top-k left), min-p. Tokens that tie with the
-    last one kept are kept too.
+    The distribution is made in this order: logits processors, temperature, top-k, top-p (of what top-k left), min-p. Tokens
+    that tie with the last one kept are kept too.
 
     Args:
         n: completions of the prompt; the prompt is forwarded once for all of them.
@@ -26,6 +42,10 @@ class SamplingParams:
         ignore_eos: the model's end-of-sequence tokens do not stop.
         seed: the random key is (seed, request, sample, position); None draws fresh.
         logprobs: return `.logprobs`, `.raw_logprobs` and `.kept_mass`.
+        logits_processors: called in turn as transformers calls its LogitsProcessor, once a token: (the sequence so far [1, L]
+            int64, its logits [1, V] fp32, a copy) → logits [1, V]. Slow: each sequence goes through Python.
+        timeout: seconds from its arrival after which a request ends with what it has ("abort"); None: any time.
+        top_logprobs: report this many of the most probable tokens with every token.
 
     Raises:
         ValueError: an argument out of its range.
@@ -43,12 +63,16 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: bool = True
+    logits_processors: Sequence[LogitsProcessor] = ()
+    timeout: float | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
         self._expect(self.n >= 1, "n", ">= 1")
-        self._expect(0 <= self.temperature < float("inf"), "temperature", "finite and >= 0")
+        self._expect(0 <= self.temperature < math.inf, "temperature", "finite and >= 0")
         self._expect(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         self._expect(self.top_k >= 0, "top_k", ">= 0 (0: off)")
         self._expect(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
@@ -56,6 +80,9 @@ class SamplingParams:
         self._expect(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"in [0, max_tokens={self.max_tokens}]")
         self._expect(all(self.stop), "stop", "non-empty strings")
         self._expect(self.seed is None or 0 <= self.seed < 2**64, "seed", "in [0, 2**64) or None")
+        self._expect(all(map(callable, self.logits_processors)), "logits_processors", "functions of (ids, logits)")
+        self._expect(self.timeout is None or 0 < self.timeout < math.inf, "timeout", "a finite number of seconds > 0, or None")
+        self._expect(self.top_logprobs >= 0, "top_logprobs", ">= 0 (0: none)")
 
     def _expect(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:
@@ -79,8 +106,10 @@ class CompletionOutput:
         raw_logprobs: nats, of the model at temperature 1 with no truncation.
         kept_mass: the probability that truncation left, a token; None when nothing was truncated.
         weight_versions: the engine's weight version at each token.
-        finish_reason: "stop", "length", or "abort".
-        stop_reason: the token id or the string that stopped it.
+        finish_reason: "stop", "length", "abort" (by the caller or its time) or "error"; "" while it runs.
+        stop_reason: the token id or the string that stopped it; "timeout" where its time did.
+        top_logprobs: for each token the most probable (token id, raw log-prob), best first; None when not asked for.
+        error: what went wrong, with "error".
     """
 
     index: int
@@ -92,6 +121,8 @@ class CompletionOutput:
     weight_versions: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     stop_reason: int | str | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -110,7 +141,8 @@ class Stats:
     Attributes:
         steps: forward passes.
         prompt_tokens: prompt tokens forwarded for the first time: a group's prompt counts once.
-        recomputed_tokens: tokens forwarded again after a preemption.
+        recomputed_tokens: tokens forwarded again after a preemption or an update of the weights.
+        cached_tokens: tokens whose keys and values were found in the prefix cache.
         decoded_tokens: tokens drawn.
         preemptions: sequences that had to give their blocks back.
         copied_blocks: blocks copied on write after a fork.
@@ -119,6 +151,7 @@ class Stats:
     steps: int = 0
     prompt_tokens: int = 0
     recomputed_tokens: int = 0
+    cached_tokens: int = 0
     decoded_tokens: int = 0
     preemptions: int = 0
     copied_blocks: int = 0

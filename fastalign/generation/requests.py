@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastalign.generation.groups import MAX_SAMPLES, Group
-from fastalign.generation.params import SamplingParams
+from fastalign.generation.outputs import drawn_ids, request_output
+from fastalign.generation.params import RequestOutput, SamplingParams
+from fastalign.generation.rows import Rows
 from fastalign.generation.stops import StopTable
 from fastalign.models.backbone import causal_lm, head_of
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """One prompt to complete.
+class Prompt:
+    """One prompt to complete, as it was given.
 
     Attributes:
         index: its place in the call.
@@ -34,6 +36,49 @@ class Request:
     params: SamplingParams
     key: int
     text: str | None = None
+
+
+class Request:
+    """A prompt that the engine completes, with its n samples; what `Engine.add_request` gives.
+
+    Attributes:
+        id: unique in its engine, ascending in the order of arrival.
+        prompt: the text as given, or None. prompt_token_ids: what is completed.
+        params: how it samples.
+    """
+
+    def __init__(self, group: Group, text: str | None, rows: Rows, tokenizer: Any) -> None:
+        self.prompt, self._group, self._rows, self._tokenizer = text, group, rows, tokenizer
+
+    @property
+    def id(self) -> int:
+        return self._group.index
+
+    @property
+    def params(self) -> SamplingParams:
+        return self._group.params
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self._group.prompt.tolist()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return self._group.done
+
+    def output(self) -> RequestOutput:
+        """What there is so far; a sample that runs has the finish_reason ""."""
+        return request_output(self._group, self.prompt, self._tokenizer, self._rows)
+
+    def new_tokens(self) -> list[list[int]]:
+        """For each sample, the ids drawn since the last call."""
+        fresh: list[list[int]] = []
+        for member in self._group.members:
+            ids = drawn_ids(member, self._rows)[member.streamed :].tolist()
+            member.streamed += len(ids)
+            fresh.append(ids)
+        return fresh + [[] for _ in range(self.params.n - len(fresh))]
 
 
 @dataclass(frozen=True)
@@ -65,8 +110,8 @@ class Limits:
 
 def read_requests(
     prompts: str | Sequence[Any], params: SamplingParams | Sequence[SamplingParams], tokenizer: Any, keys: Sequence[int] | None = None
-) -> list[Request]:
-    """Prompts of any accepted form as requests.
+) -> list[Prompt]:
+    """Prompts of any accepted form, read.
 
     Raises:
         ValueError: text without a tokenizer, or not one SamplingParams (or key) a prompt.
@@ -86,7 +131,7 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(first, int | np.integer) or (hasattr(prompt, "ndim") and prompt.ndim == 1)
 
 
-def _request(index: int, prompt: Any, params: SamplingParams, key: int, tokenizer: Any) -> Request:
+def _request(index: int, prompt: Any, params: SamplingParams, key: int, tokenizer: Any) -> Prompt:
     if tokenizer is None and (isinstance(prompt, str) or params.stop):
         what = "a text prompt" if isinstance(prompt, str) else "stop strings"
         raise ValueError(f"generate: request {index} has {what}, which need a tokenizer: Engine(model, tokenizer)")
@@ -97,20 +142,24 @@ def _request(index: int, prompt: Any, params: SamplingParams, key: int, tokenize
         array = array.astype(np.int64, casting="same_kind") if len(ids) else np.empty(0, np.int64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"generate: prompt {index} must be text or a list of token ids, got {type(prompt).__name__}") from error
-    return Request(index, array.reshape(-1), params, int(key), text)
+    return Prompt(index, array.reshape(-1), params, int(key), text)
 
 
-def groups_of(requests: Sequence[Request], limits: Limits, stops: StopTable, tokenizer: Any) -> list[Group]:
-    """Checks the requests against the model and makes the scheduler's groups."""
+def groups_of(
+    prompts: Sequence[Prompt], limits: Limits, stops: StopTable, tokenizer: Any, *, first: int, priorities: Sequence[int]
+) -> list[Group]:
+    """Checks the prompts against the model and makes the scheduler's groups, numbered from `first`."""
     fresh = secrets.randbits(64)
-    groups = []
-    for request in requests:
-        _check(request, limits)
-        params, length = request.params, len(request.ids)
+    groups: list[Group] = []
+    for prompt, priority in zip(prompts, priorities, strict=True):
+        _check(prompt, limits)
+        params, length = prompt.params, len(prompt.ids)
         limit = min(length + params.max_tokens, limits.max_length or length + params.max_tokens)
         stop_set = stops.add(stop_ids(params, limits, tokenizer))
         seed = fresh if params.seed is None else params.seed
-        groups.append(Group(request.index, request.ids, params, seed, request.key, limit, stop_set))
+        wants = params.logprobs or params.top_logprobs > 0
+        parts = (first + len(groups), prompt.ids, params, seed, prompt.key, limit, stop_set)
+        groups.append(Group(*parts, priority=priority, logprobs=wants, place=prompt.index))
     return groups
 
 
@@ -124,7 +173,7 @@ def stop_ids(params: SamplingParams, limits: Limits, tokenizer: Any) -> Iterable
     return ids
 
 
-def _check(request: Request, limits: Limits) -> None:
+def _check(request: Prompt, limits: Limits) -> None:
     ids, index = request.ids, request.index
     if not len(ids):
         raise ValueError(f"generate: prompt {index} is empty; give it at least one token (the beginning-of-sequence token, say)")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .params import SamplingParams
+from .params import LogitsProcessor, SamplingParams
 
 Array = NDArray[np.generic]
 
@@ -45,6 +45,8 @@ class RowSpec:
         stop_set: row of the engine's stop table.
         order: sort key: request arrival, then sample.
         draws: samples drawn when its known tokens have been forwarded (n for a prompt that will fork).
+        priority: sort key before `order`.
+        logprobs: whether log-probs are wanted.
     """
 
     params: SamplingParams
@@ -55,6 +57,8 @@ class RowSpec:
     stop_set: int
     order: int
     draws: int
+    priority: int = 0
+    logprobs: bool = True
 
 
 class Rows:
@@ -68,7 +72,8 @@ class Rows:
         table: [R, max_blocks] int32; num_blocks: entries in use.
         limit, min_length: total tokens at which a sequence ends, and before which it does not stop.
         draws: samples drawn when all known tokens have been forwarded.
-        scans: whether stop strings are looked for.
+        scans: whether stop strings are looked for; wants: whether log-probs are; top: alternatives to report.
+        processors: the logits processors of each row's request; processed: whether there are any.
     """
 
     length: NDArray[np.int64]
@@ -83,8 +88,12 @@ class Rows:
     sample: NDArray[np.int64]
     order: NDArray[np.int64]
     draws: NDArray[np.int64]
+    priority: NDArray[np.int64]
+    top: NDArray[np.int64]
     top_k: NDArray[np.int64]
-    CONSTANTS = ("temperature", "top_p", "top_k", "min_p", "seed", "request", "limit", "stop_set", "min_length", "prompt_length", "scans")
+    SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "request", "limit", "stop_set", "min_length", "prompt_length")
+    CONSTANTS = (*SAMPLING, "scans", "wants", "processed", "top", "priority")
+    PER_TOKEN = ("logprobs", "raw_logprobs", "kept_mass", "versions")
 
     def __init__(self, num_rows: int, width: int, completion_width: int, max_blocks: int) -> None:
         self.num_rows = num_rows
@@ -94,20 +103,31 @@ class Rows:
         self.kept_mass = np.ones((num_rows, completion_width), np.float32)
         self.versions = np.zeros((num_rows, completion_width), np.int32)
         self.table = np.zeros((num_rows, max_blocks), np.int32)
-        ints = ("length", "computed", "num_blocks", "sample", "order", "draws", "high_water")
+        ints = ("length", "computed", "num_blocks", "sample", "order", "draws", "high_water", "priority", "top")
         for name in (*ints, "request", "limit", "stop_set", "min_length", "prompt_length", "top_k"):
             setattr(self, name, np.zeros(num_rows, np.int64))
         self.temperature = np.zeros(num_rows)  # fp64: 1 / temperature must round as the trainer's does
         self.top_p, self.min_p = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
         self.seed = np.zeros(num_rows, np.uint64)
-        self.scans = np.zeros(num_rows, bool)
+        self.scans, self.wants, self.processed = (np.zeros(num_rows, bool) for _ in range(3))
+        self.processors: list[tuple[LogitsProcessor, ...]] = [()] * num_rows
+
+    def reserve(self, width: int, completion_width: int, max_blocks: int) -> None:
+        """Widens the rows where they are narrower."""
+
+        wanted = {"tokens": width, "table": max_blocks, **dict.fromkeys(self.PER_TOKEN, completion_width)}
+        for name, columns in wanted.items():
+            now = getattr(self, name)
+            if columns > now.shape[1]:
+                more = max(columns - now.shape[1], now.shape[1] // 2)
+                setattr(self, name, np.pad(now, ((0, 0), (0, more))))
 
     def fill(self, row: int, prompt: Array, record: Record, spec: RowSpec) -> None:
         """Puts a sequence into `row`: its prompt, what was drawn already, and its constants."""
         start, drawn = len(prompt), len(record.tokens)
         self.tokens[row, :start] = prompt
         self.tokens[row, start : start + drawn] = record.tokens
-        for name in ("logprobs", "raw_logprobs", "kept_mass", "versions"):
+        for name in self.PER_TOKEN:
             getattr(self, name)[row, :drawn] = getattr(record, name)
         self.length[row], self.prompt_length[row] = start + drawn, start
         params = spec.params
@@ -119,7 +139,9 @@ class Rows:
         )
         self.seed[row], self.request[row], self.sample[row] = spec.seed, spec.request, spec.sample
         self.limit[row], self.stop_set[row], self.min_length[row] = spec.limit, spec.stop_set, start + params.min_tokens
-        self.order[row], self.draws[row], self.scans[row] = spec.order, spec.draws, bool(params.stop)
+        self.order[row], self.draws[row], self.priority[row] = spec.order, spec.draws, spec.priority
+        self.scans[row], self.wants[row], self.top[row] = bool(params.stop), spec.logprobs, params.top_logprobs
+        self.processors[row], self.processed[row] = tuple(params.logits_processors), bool(params.logits_processors)
 
     def copy_prompt(self, source: int, target: int) -> None:
         """Makes `target` another sample of the sequence in `source`, with the same blocks and no completion yet."""
@@ -129,6 +151,7 @@ class Rows:
         for name in (*self.CONSTANTS, "length", "computed", "num_blocks", "high_water"):
             column = getattr(self, name)
             column[target] = column[source]
+        self.processors[target] = self.processors[source]
         self.draws[target] = 1
 
     def record(self, row: int) -> Record:

@@ -1,4 +1,4 @@
-"""One call's work: steps until every sample has ended."""
+"""The live sequences and what moves them: one step forwards a plan, draws, and ends what has ended."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastalign.generation.groups import Group, Member
+from fastalign.generation.params import NotFiniteError, RequestFailedError
 from fastalign.generation.rows import Record, Rows
 from fastalign.generation.runner import Runner
 from fastalign.generation.sampler import Drawn, Draws, Sampler
 from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopScanner, StopTable
 
+Ended = Callable[[int], object]
+
 
 class Run:
     """Puts scheduler, runner and sampler together.
 
     Args:
-        rows, scheduler, runner, sampler, stops: of this call.
+        rows, scheduler, runner, sampler, stops: of these sequences.
         tokenizer: for stop strings.
         version: the weight version that is recorded with every token.
-        on_finish: called with the number of samples that ended in a step.
+
+    Attributes:
+        touched: groups that drew or ended in the last step, when `tracks` is set.
     """
 
     def __init__(
@@ -36,13 +41,16 @@ class Run:
         *,
         tokenizer: Any,
         version: int,
-        on_finish: Callable[[int], object],
+        on_finish: Ended = lambda _: None,
     ) -> None:
         self.rows, self.scheduler, self.runner, self.sampler, self.stops = rows, scheduler, runner, sampler, stops
         self.tokenizer, self.version, self.on_finish = tokenizer, version, on_finish
+        self.tracks = False
+        self.touched: dict[int, Group] = {}
 
     def step(self) -> None:
         """Forwards one plan and draws for the sequences whose known tokens are all in the cache."""
+        self.touched = {}
         plan = self.scheduler.schedule()
         hidden = self.runner.forward(plan)
         at = self.scheduler.advance(plan)
@@ -51,9 +59,35 @@ class Run:
         drawing = plan.rows[at]
         draws = Draws.of(self.rows, drawing)
         drawn = self.sampler.draw(self.runner.select(hidden, at), draws)
-        self._check_finite(draws, drawn)
+        if (drawn.tokens < 0).any():
+            drawing, draws, drawn = self._without_failed(drawing, draws, drawn)
+        if self.tracks:
+            for row in drawing.tolist():
+                self._touch(self._group_of(row))
         self.scheduler.stats.decoded_tokens += len(drawn.tokens)
         self._commit(draws, drawn, self._targets(draws, drawing))
+
+    def end(self, group: Group, finish_reason: str, stop_reason: str | None = None) -> list[Member]:
+        """Ends a group's unfinished samples where they are, and frees what they hold; returns them."""
+        ended = self.scheduler.cancel(group)
+        for member in ended:
+            member.finish_reason, member.stop_reason = finish_reason, stop_reason
+        self._touch(group)
+        self.on_finish(len(ended))
+        return ended
+
+    def restart(self, version: int, root: bytes | None) -> None:
+        """Goes on with new weights: what the old ones computed is forgotten, what they drew stays."""
+        self.version = version
+        self.scheduler.restart(root)
+
+    def _touch(self, group: Group) -> None:
+        self.touched[group.index] = group
+
+    def _group_of(self, row: int) -> Group:
+        member = self.scheduler.member[row]
+        assert member is not None
+        return member.group
 
     def _targets(self, draws: Draws, drawing: NDArray[np.int64]) -> NDArray[np.int64]:
         """[D] the row that takes each draw; -1 where a forked sample found none."""
@@ -74,12 +108,15 @@ class Run:
         stopped = may_stop & self.stops.table[rows.stop_set[source], tokens]
         ended = stopped | (length >= rows.limit[source])
         scanned = np.flatnonzero(rows.scans[source])
-        owners = self._owners(draws, targets) if len(scanned) or ended.any() or (targets < 0).any() else []
+        told = len(scanned) > 0 or drawn.top is not None or bool(ended.any() or (targets < 0).any())
+        owners = self._owners(draws, targets) if told else []
         self._append(drawn, targets, draws.position - rows.prompt_length[source])
         for i in scanned:
             found = self._scan(owners[i], int(tokens[i]))
             if found is not None and may_stop[i] and not stopped[i]:
                 owners[i].stop_reason, stopped[i], ended[i] = found, True, True
+        for draw, alternatives in (drawn.top or {}).items():
+            owners[draw].top_logprobs.append(alternatives)
         self._settle(draws, drawn, targets, owners)
         self._end(owners, tokens, stopped, ended)
 
@@ -129,18 +166,30 @@ class Run:
             self.scheduler.finish([owners[i] for i in np.flatnonzero(ended) if owners[i].row >= 0])
             self.on_finish(int(ended.sum()))
 
-    def _check_finite(self, draws: Draws, drawn: Drawn) -> None:
-        bad = np.flatnonzero(drawn.tokens < 0)
-        if not len(bad):
-            return
-        member = self.scheduler.member[int(draws.source[bad[0]])]
-        assert member is not None
-        where = f"request {member.group.index}, sample {int(draws.sample[bad[0]])}, position {int(draws.position[bad[0]])}"
-        raise FloatingPointError(
-            f"generate: the logits of {where} (and {len(bad) - 1} more) hold NaN or +inf, or are all -inf; are the weights finite?"
-        )
+    def _without_failed(self, drawing: NDArray[np.int64], draws: Draws, drawn: Drawn) -> tuple[NDArray[np.int64], Draws, Drawn]:
+        """Ends the requests of draws that came to nothing, and leaves their rows out."""
+        for i in np.flatnonzero(drawn.tokens < 0).tolist():
+            group = self._group_of(int(draws.source[i]))
+            group.error = group.error or self._failure(drawn.errors.get(i), group) or self._not_finite(group, draws, i)
+        failed = np.array([self._group_of(row).error is not None for row in drawing.tolist()])
+        groups = {group.index: group for group in map(self._group_of, drawing[failed].tolist())}
+        kept = np.flatnonzero(~failed[draws.at])
+        for group in groups.values():
+            self.end(group, "error")
+        return drawing[~failed], draws.cut(kept), drawn.cut(kept)
+
+    def _failure(self, error: Exception | None, group: Group) -> RequestFailedError | None:
+        if error is None:
+            return None
+        failure = RequestFailedError(f"generate: request {group.place}: a logits processor raised {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+    def _not_finite(self, group: Group, draws: Draws, i: int) -> NotFiniteError:
+        where = f"request {group.place}, sample {int(draws.sample[i])}, position {int(draws.position[i])}"
+        return NotFiniteError(f"generate: the logits of {where} hold NaN or +inf, or are all -inf; are the weights finite?")
 
 
 def finished(groups: list[Group]) -> bool:
     """Whether every sample of every group has ended: our own invariant after a run."""
-    return all(group.forked and all(member.finish_reason for member in group.members) for group in groups)
+    return all(group.done for group in groups)

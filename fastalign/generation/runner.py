@@ -29,6 +29,14 @@ class KVCache:
         self.data = torch.zeros(2, layers, num_blocks, heads, block_size, head_dim, dtype=weight.dtype, device=weight.device)
         self.keys, self.values = list(self.data[0]), list(self.data[1])
 
+    def grow(self, num_blocks: int) -> None:
+        """Makes room for more blocks behind those that there are."""
+        added = num_blocks - self.num_blocks
+        if added > 0:
+            two, layers, _, *block = self.data.shape
+            self.data = torch.cat([self.data, self.data.new_zeros(two, layers, added, *block)], 2)
+            self.keys, self.values, self.num_blocks = list(self.data[0]), list(self.data[1]), num_blocks
+
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copies whole blocks, in every layer at once."""
         if len(sources):

@@ -6,7 +6,8 @@ agree to the bit wherever the hidden rows do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,14 +29,36 @@ class Drawn:
     """What was drawn, [D] each.
 
     Attributes:
-        tokens: int64; -1 where the logits were NaN or +inf.
+        tokens: int64; -1 where the logits were NaN or +inf, or a logits processor failed.
         logprobs, raw_logprobs, kept_mass: fp32; zeros and ones when not asked for.
+        errors: by draw, what a logits processor raised.
+        top: by draw, the most probable (token id, raw log-prob), where somebody asks for them.
     """
 
     tokens: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     raw_logprobs: NDArray[np.float32]
     kept_mass: NDArray[np.float32]
+    errors: dict[int, Exception] = field(default_factory=dict)
+    top: dict[int, list[tuple[int, float]]] | None = None
+
+    def cut(self, kept: NDArray[np.int64]) -> Drawn:
+        """The draws `kept`, ascending indices."""
+        place = {int(old): new for new, old in enumerate(kept)}
+        top = None if self.top is None else {place[i]: found for i, found in self.top.items() if i in place}
+        return Drawn(self.tokens[kept], self.logprobs[kept], self.raw_logprobs[kept], self.kept_mass[kept], {}, top)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+        """The draws of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("tokens", "logprobs", "raw_logprobs", "kept_mass")
+        tokens, logprobs, raw, kept_mass = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        first = np.cumsum([0, *(len(part.tokens) for part in parts)]).tolist()
+        errors = {at + i: error for at, part in zip(first, parts, strict=False) for i, error in part.errors.items()}
+        top = {at + i: found for at, part in zip(first, parts, strict=False) for i, found in (part.top or {}).items()}
+        return cls(tokens, logprobs, raw, kept_mass, errors, top if any(part.top is not None for part in parts) else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +86,7 @@ class Draws:
             source, np.repeat(np.arange(len(drawing)), count), rows.sample[source] + np.arange(len(source)) - first, rows.length[source]
         )
 
-    def cut(self, part: slice) -> Draws:
+    def cut(self, part: slice | NDArray[np.int64]) -> Draws:
         return Draws(self.source[part], self.at[part], self.sample[part], self.position[part])
 
 
@@ -74,21 +97,17 @@ class Sampler:
         head: the head as the trainer reads it.
         rows: the sequences' columns.
         stops: whose sets are banned before min_tokens.
-        logprobs: whether anybody wants log-probs.
     """
 
-    def __init__(self, head: Head, rows: Rows, stops: StopTable, logprobs: bool) -> None:
-        self.head, self.rows, self.stops, self.logprobs = head, rows, stops, logprobs
+    def __init__(self, head: Head, rows: Rows, stops: StopTable) -> None:
+        self.head, self.rows, self.stops = head, rows, stops
         vocab, size = head.weight.shape[0], head.weight.element_size()
         self.chunk = max(MIN_GEMM_ROWS, CHUNK_BYTES // (vocab * size))
 
     def draw(self, hidden: Tensor, draws: Draws) -> Drawn:
         """Draws every token of a step from hidden [K, H]."""
         parts = [self._chunk(hidden, draws.cut(slice(at, at + self.chunk))) for at in range(0, len(draws.at), self.chunk)]
-        if len(parts) == 1:
-            return parts[0]
-        names = ("tokens", "logprobs", "raw_logprobs", "kept_mass")
-        return Drawn(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return Drawn.joined(parts)
 
     def _chunk(self, hidden: Tensor, draws: Draws) -> Drawn:
         head, first, last = self.head, int(draws.at[0]), int(draws.at[-1]) + 1
@@ -99,6 +118,36 @@ class Sampler:
             return self._draw(logits, draws)
 
     def _draw(self, logits: Tensor, draws: Draws) -> Drawn:
+        special = self.rows.processed[draws.source]
+        if not special.any():
+            return self._drawn(logits, draws, self.head)
+        parts = []
+        for i in range(len(special)):
+            one = slice(i, i + 1)
+            parts.append((self._processed if special[i] else self._drawn)(logits[one], draws.cut(one), self.head))
+        return Drawn.joined(parts)
+
+    def _processed(self, logits: Tensor, draws: Draws, head: Head) -> Drawn:
+        """One draw through its request's logits processors."""
+        row, position = int(draws.source[0]), int(draws.position[0])
+        ids = torch.from_numpy(self.rows.tokens[row : row + 1, :position].copy()).to(logits.device)
+        scores = _final(logits, head).clone()
+        try:
+            for processor in self.rows.processors[row]:
+                scores = processor(ids, scores)
+                _check_scores(scores, logits, processor)
+        except Exception as error:
+            nothing = np.zeros(1, np.float32)
+            return Drawn(np.full(1, -1, np.int64), nothing, nothing, nothing, {0: error})
+        drawn = self._drawn(scores.float().contiguous(), draws, replace(head, logit_softcap=None, logit_scale=1.0))
+        if drawn.tokens[0] < 0:
+            return drawn
+        tokens = torch.from_numpy(drawn.tokens).to(logits.device)
+        raw = self._at(logits, tokens, 1.0, head)[0]
+        logprobs = raw if self.rows.temperature[row] == 0 else drawn.logprobs
+        return replace(drawn, logprobs=logprobs, raw_logprobs=raw, top=self._top(logits, draws, tokens, raw, head))
+
+    def _drawn(self, logits: Tensor, draws: Draws, head: Head) -> Drawn:
         rows, source, device = self.rows, draws.source, logits.device
 
         def column(values: np.ndarray) -> Tensor:
@@ -110,39 +159,54 @@ class Sampler:
         ban = self._ban(logits, draws)
         heat = rows.temperature[source]
         truncation = (column(values[source]) for values in (rows.top_k, rows.top_p, rows.min_p))
-        scaled = column((heat / self.head.logit_scale).astype(np.float32))
-        tokens, kept = sample(logits, random, scaled, *truncation, logit_softcap=self.head.logit_softcap)
+        scaled = column((heat / head.logit_scale).astype(np.float32))
+        tokens, kept = sample(logits, random, scaled, *truncation, logit_softcap=head.logit_softcap)
         drawn, kept_of_sampled = tokens.cpu().numpy(), kept.cpu().numpy()
-        if not self.logprobs or (drawn < 0).any():
+        if not rows.wants[source].any():
             nothing = np.zeros_like(kept_of_sampled)
             return Drawn(drawn, nothing, nothing, kept_of_sampled)
-        logprobs, lse = self._at_own(logits, tokens, heat)
+        tokens = tokens.clamp(min=0)  # a draw that failed has no log-prob, the others do
+        logprobs, lse = self._at_own(logits, tokens, heat, head)
         kept_mass = kept_of_sampled.copy()
         if ban is not None:
             logits[ban.rows, ban.tokens] = ban.logits
-            kept_mass *= np.exp(lse - self._at_own(logits, tokens, heat)[1])
-        raw = logprobs.copy() if ban is None and (heat * (heat - 1) == 0).all() else self._at(logits, tokens, 1.0)[0]
+            kept_mass *= np.exp(lse - self._at_own(logits, tokens, heat, head)[1])
+        raw = logprobs.copy() if ban is None and (heat * (heat - 1) == 0).all() else self._at(logits, tokens, 1.0, head)[0]
         cut = kept_of_sampled < 1
         logprobs[cut] -= np.log(kept_of_sampled[cut])
         greedy = heat == 0
         logprobs[greedy], kept_mass[greedy] = raw[greedy], 1
-        return Drawn(drawn, logprobs, raw, kept_mass)
+        return Drawn(drawn, logprobs, raw, kept_mass, {}, self._top(logits, draws, tokens, raw, head))
 
-    def _at_own(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float64]) -> tuple[np.ndarray, np.ndarray]:
+    def _top(
+        self, logits: Tensor, draws: Draws, tokens: Tensor, raw: NDArray[np.float32], head: Head
+    ) -> dict[int, list[tuple[int, float]]] | None:
+        """The most probable tokens of the draws that ask for them, at temperature 1."""
+        counts = self.rows.top[draws.source]
+        if not counts.any():
+            return None
+        found = {}
+        for i in np.flatnonzero(counts).tolist():
+            scores = _final(logits[i], head)
+            values, ids = scores.topk(min(int(counts[i]), len(scores)))
+            at_sampled = float(scores[tokens[i]])
+            found[i] = [(int(token), float(raw[i]) + float(value) - at_sampled) for token, value in zip(ids, values, strict=True)]
+        return found
+
+    def _at_own(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float64], head: Head) -> tuple[np.ndarray, np.ndarray]:
         """[D] fp32 log-probs and log-sum-exps at each draw's own temperature; greedy draws at 1."""
         heat = np.where(temperature > 0, temperature, 1)
         values = np.unique(heat)
         if len(values) == 1:
-            return self._at(logits, tokens, float(values[0]))
+            return self._at(logits, tokens, float(values[0]), head)
         logprobs, lse = np.empty(len(heat), np.float32), np.empty(len(heat), np.float32)
         for value in values:
             mine = np.flatnonzero(heat == value)
             index = torch.from_numpy(mine).to(logits.device)
-            logprobs[mine], lse[mine] = self._at(logits[index], tokens[index], float(value))
+            logprobs[mine], lse[mine] = self._at(logits[index], tokens[index], float(value), head)
         return logprobs, lse
 
-    def _at(self, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-        head = self.head
+    def _at(self, logits: Tensor, tokens: Tensor, temperature: float, head: Head) -> tuple[np.ndarray, np.ndarray]:
         logp, lse, _, _ = logp_rows(logits, tokens, temperature=head.temperature(temperature), logit_softcap=head.logit_softcap)
         return logp.cpu().numpy(), lse.cpu().numpy()
 
@@ -158,6 +222,21 @@ class Sampler:
         ban = _Ban(at, tokens, logits[at, tokens])
         logits[at, tokens] = -torch.inf
         return ban
+
+
+def _final(logits: Tensor, head: Head) -> Tensor:
+    """Logits as the model gives them: fp32, soft-capped and scaled."""
+    values = logits.float()
+    if head.logit_softcap is not None:
+        values = torch.tanh(values / head.logit_softcap) * head.logit_softcap
+    return values * head.logit_scale
+
+
+def _check_scores(scores: object, logits: Tensor, processor: object) -> None:
+    if not isinstance(scores, Tensor) or scores.shape != logits.shape:
+        name = getattr(processor, "__name__", type(processor).__name__)
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"logits processor {name} must return logits of shape {tuple(logits.shape)}, got {got}")
 
 
 @dataclass(frozen=True, eq=False)

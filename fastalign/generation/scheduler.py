@@ -2,7 +2,8 @@
 
 The group is the unit: a prompt is forwarded once, then its n samples fork and share its blocks by reference. Every step
 mixes decoding and chunks of prompts under one token budget. A sequence is admitted when the blocks that it needs now are
-free; when they run out, the youngest sequence gives its blocks back, keeps what it has drawn, and is recomputed later.
+free; when they run out, the youngest sequence of the least urgent group gives its blocks back, keeps what it has drawn, and is
+recomputed later. What was computed stays findable by its token ids until the room is needed or the weights change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastalign.generation.blocks import BlockPool, Blocks
+from fastalign.generation.blocks import BlockPool, Blocks, chain
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.params import Stats
 from fastalign.generation.rows import Rows
@@ -45,16 +46,18 @@ class Scheduler:
         rows: the live sequences' columns.
         max_num_batched_tokens: tokens of one step; at least the number of rows, so that all can decode.
         stats: counted into.
+        root: what cached prefixes depend on besides their token ids (see `blocks.chain`); None: nothing is cached.
     """
 
-    def __init__(self, pool: BlockPool, rows: Rows, max_num_batched_tokens: int, stats: Stats) -> None:
+    def __init__(self, pool: BlockPool, rows: Rows, max_num_batched_tokens: int, stats: Stats, root: bytes | None = None) -> None:
         assert max_num_batched_tokens >= rows.num_rows
+        self.root = root
         self.pool, self.rows, self.stats, self.max_num_batched_tokens = pool, rows, stats, max_num_batched_tokens
         self.active: Ints = np.empty(0, np.int64)  # rows in use, oldest first
         self.member: list[Member | None] = [None] * rows.num_rows
         self._free_rows = list(range(rows.num_rows))[::-1]
-        self._queue: list[tuple[int, Group]] = []  # groups with waiting members
-        self._holds: dict[int, Group] = {}
+        self._queue: list[tuple[tuple[int, int], Group]] = []  # groups with waiting members
+        self._holds: dict[tuple[int, int], Group] = {}
 
     @property
     def busy(self) -> bool:
@@ -62,8 +65,8 @@ class Scheduler:
         return bool(self._queue) or self.active.size > 0
 
     def add(self, group: Group) -> None:
-        """Queues a group; groups with a lower index go first."""
-        heapq.heappush(self._queue, (group.index, group))
+        """Queues a group; groups with a lower rank go first."""
+        heapq.heappush(self._queue, (group.rank, group))
 
     def schedule(self) -> Plan:
         """Admits what fits, picks the step's tokens under the budget, and gets the blocks that they are written to."""
@@ -78,10 +81,14 @@ class Scheduler:
     def _admit(self) -> None:
         pending = int((self.rows.length[self.active] - self.rows.computed[self.active]).sum())
         placed: list[int] = []
-        while self._queue and self._free_rows and pending < self.max_num_batched_tokens:
+        while self._queue and pending < self.max_num_batched_tokens:
             group = self._queue[0][1]
+            if not self._free_rows and (placed or not self._yields_to(group)):
+                break
             member = group.waiting[-1]
             if not self._place(member):
+                if not placed and self._yields_to(group):
+                    continue
                 if self.active.size or placed or not self._holds:
                     break
                 self._drop_hold(self._holds[max(self._holds)])  # nothing runs: what is held must make way
@@ -95,22 +102,35 @@ class Scheduler:
         if placed:
             self._activate(np.array(placed, np.int64))
 
+    def _yields_to(self, group: Group) -> bool:
+        """Preempts the youngest running sequence when it is less urgent than `group`; whether it was."""
+        if not self.active.size:
+            return False
+        youngest = self.member[int(self.active[-1])]
+        assert youngest is not None
+        if youngest.group.priority <= group.priority:
+            return False
+        self._preempt(youngest)
+        return True
+
     def _place(self, member: Member) -> bool:
         """Gives a waiting member a row and the blocks of all its known tokens; False when it must wait."""
         group, pool, rows = member.group, self.pool, self.rows
         shared = self._shared_prompt(group)
         if shared is None:
             return False
-        blocks, start = shared
+        blocks, start = max(shared, self._known_prefix(member), key=lambda prefix: prefix[1])
         length = len(group.prompt) + len(member.record.tokens)
         fresh = pool.blocks_for(length) - len(blocks)
+        revived = int((pool.references[blocks] == 0).sum())  # they count as free until they are held
         headroom = 1 + len(self.active) // 2 if self.active.size else 0  # what the running ones may ask for in the next steps
-        if fresh + (start % pool.block_size > 0) + headroom > pool.num_free:
+        if fresh + revived + (start % pool.block_size > 0) + headroom > pool.num_free:
             return False
         row = member.row = self._free_rows.pop()
         self.member[row] = member
         rows.fill(row, group.prompt, member.record, group.spec(member))
         rows.computed[row], rows.high_water[row] = start, member.high_water
+        self.stats.cached_tokens += start if start > shared[1] else 0
         pool.retain(blocks)
         rows.num_blocks[row] = len(blocks) + fresh
         rows.table[row, : len(blocks)] = blocks
@@ -129,9 +149,24 @@ class Scheduler:
                 return self.rows.table[sibling.row, :full].copy(), full * self.pool.block_size
         return np.empty(0, np.int32), 0
 
+    def _known_prefix(self, member: Member) -> tuple[Blocks, int]:
+        """(blocks, tokens) of the member's known tokens that are in the prefix cache; at least the last token is left to forward."""
+        if self.root is None:
+            return np.empty(0, np.int32), 0
+        known = np.concatenate([member.group.prompt, member.record.tokens])[:-1]
+        blocks = self.pool.find(chain(known, self.pool.block_size, self.root))
+        return blocks, len(blocks) * self.pool.block_size
+
+    def _publish(self, row: int) -> None:
+        """Makes the full blocks of a row findable."""
+        if self.root is not None:
+            full = int(self.rows.computed[row]) // self.pool.block_size
+            ids = self.rows.tokens[row, : full * self.pool.block_size]
+            self.pool.label(self.rows.table[row, :full], chain(ids, self.pool.block_size, self.root))
+
     def _activate(self, rows: Ints) -> None:
         active = np.concatenate([self.active, rows])
-        self.active = active[np.argsort(self.rows.order[active], kind="stable")]
+        self.active = active[np.lexsort((self.rows.order[active], self.rows.priority[active]))]
 
     # --- the step's tokens -------------------------------------------------------------------------------------------
 
@@ -171,8 +206,8 @@ class Scheduler:
         youngest = int(self.active[-1])
         member = self.member[youngest]
         assert member is not None
-        held = max(self._holds, default=-1)
-        if held > member.group.index or (held >= 0 and self.active.size == 1):
+        held = max(self._holds, default=None)
+        if held is not None and (held > member.group.rank or self.active.size == 1):
             self._drop_hold(self._holds[held])
             return -1
         assert self.active.size > 1, "one sequence must fit the cache: the engine checks it before it starts"
@@ -185,7 +220,7 @@ class Scheduler:
         member.high_water = int(max(self.rows.computed[member.row], self.rows.high_water[member.row]))
         self._vacate([member])
         if not group.waiting:
-            heapq.heappush(self._queue, (group.index, group))
+            heapq.heappush(self._queue, (group.rank, group))
         group.waiting.append(member)
         group.waiting.sort(key=lambda m: -m.index)
         self.stats.preemptions += 1
@@ -229,6 +264,7 @@ class Scheduler:
         leader = self.member[row]
         assert leader is not None
         group = leader.group
+        self._publish(row)
         group.members.extend(Member(group, j, high_water=len(group.prompt)) for j in range(1, group.params.n))
         targets = np.full(group.params.n, -1, np.int64)
         targets[0] = row
@@ -252,8 +288,8 @@ class Scheduler:
         group.waiting = sorted(members, key=lambda m: -m.index)
         group.hold = self.rows.blocks(group.members[0].row).copy()
         self.pool.retain(group.hold)
-        self._holds[group.index] = group
-        heapq.heappush(self._queue, (group.index, group))
+        self._holds[group.rank] = group
+        heapq.heappush(self._queue, (group.rank, group))
 
     def finish(self, members: list[Member]) -> None:
         """Ends running members: their records are kept, their rows and blocks are given back."""
@@ -261,9 +297,34 @@ class Scheduler:
             member.record = self.rows.record(member.row)
         self._vacate(members)
 
+    def cancel(self, group: Group) -> list[Member]:
+        """Takes a group out, running or waiting; its unfinished members keep their records. Returns them, n before the fork, too."""
+        if not group.forked:
+            group.members.extend(Member(group, j) for j in range(1, group.params.n))
+        ended = list(group.unfinished())
+        self.finish([member for member in ended if member.row >= 0])
+        if group.waiting:
+            group.waiting.clear()
+            self._queue = [entry for entry in self._queue if entry[1] is not group]
+            heapq.heapify(self._queue)
+        self._drop_hold(group)
+        return ended
+
+    def restart(self, root: bytes | None) -> None:
+        """After an update of the weights: what was computed is void, so that every live sequence is forwarded anew."""
+        for row in self.active[::-1].tolist():
+            member = self.member[row]
+            assert member is not None
+            self._preempt(member)
+        for group in list(self._holds.values()):
+            self._drop_hold(group)
+        self.pool.forget()
+        self.root = root
+
     def _vacate(self, members: list[Member]) -> None:
         vacated = [member.row for member in members]
         for row, member in zip(vacated, members, strict=True):
+            self._publish(row)
             self.pool.release(self.rows.blocks(row))
             self.rows.num_blocks[row] = 0
             member.row, self.member[row] = -1, None
@@ -274,4 +335,4 @@ class Scheduler:
         if group.hold is not None:
             self.pool.release(group.hold)
             group.hold = None
-            del self._holds[group.index]
+            del self._holds[group.rank]

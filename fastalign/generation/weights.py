@@ -1,0 +1,31 @@
+"""Whether a model is still what it was, however it was changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastalign.models.backbone import causal_lm
+
+SAMPLES = 8  # elements of each parameter that are compared: an optimizer's step moves nearly all
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """Equal for two calls unless a weight changed in between, or an adapter was switched on or off.
+
+    In-place changes count up a tensor's version; those behind torch's back (`.data`, a native kernel) show in the values.
+    """
+    seen: list[Any] = []
+    values = []
+    for parameter in causal_lm(model).parameters():
+        seen.append((parameter.data_ptr(), parameter._version))
+        flat = parameter.detach().reshape(-1)
+        values.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float())
+    if values:
+        seen.append(torch.cat(values).tolist())
+    for module in causal_lm(model).modules():
+        if "_disable_adapters" in vars(module):  # a PEFT layer
+            seen.append((module._disable_adapters, str(module.active_adapters), getattr(module, "merged", False)))
+    return seen
