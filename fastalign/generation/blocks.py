@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -144,19 +143,3 @@ class BlockPool:
     def reset(self) -> None:
         """Makes every block free, whoever held it, and forgets all content."""
         self.__init__(self.num_blocks, self.block_size)  # type: ignore[misc]
-
-
-def chain(ids: NDArray[np.int64], block_size: int, root: bytes) -> list[bytes]:
-    """The digest of each prefix of `ids` that ends with a full block: blake2b over the digest before it and the block's ids.
-
-    Args:
-        ids: [L] token ids.
-        block_size: tokens a block.
-        root: what the prefixes depend on besides their ids: the weight version.
-    """
-    digests, digest = [], root
-    data = np.ascontiguousarray(ids, np.int64).tobytes()
-    for at in range(0, len(ids) // block_size * block_size * 8, block_size * 8):
-        digest = hashlib.blake2b(digest + data[at : at + block_size * 8], digest_size=16).digest()
-        digests.append(digest)
-    return digests

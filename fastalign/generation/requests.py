@@ -18,6 +18,8 @@ from fastalign.generation.rows import Rows
 from fastalign.generation.stops import StopTable
 from fastalign.models.backbone import causal_lm, head_of
 
+PromptLike = str | Sequence[int]
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastalign.generation.plan import Plan
 from fastalign.generation.rows import Rows
-from fastalign.generation.scheduler import Plan
 from fastalign.models.backbone import causal_lm, paged_hidden_states
 from fastalign.ops.attention import PagedLayout
 

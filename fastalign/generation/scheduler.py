@@ -9,33 +9,15 @@ recomputed later. What was computed stays findable by its token ids until the ro
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastalign.generation.blocks import BlockPool, Blocks, chain
+from fastalign.generation.blocks import BlockPool, Blocks
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.params import Stats
+from fastalign.generation.plan import Ints, Plan, share
+from fastalign.generation.prefixes import PrefixCache
 from fastalign.generation.rows import Rows
-
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """One step.
-
-    Attributes:
-        rows: [S] the sequences, in an order that keeps a group together.
-        starts, counts: [S] sequence s forwards its tokens starts[s] : starts[s] + counts[s].
-        copies: (sources, targets): blocks to copy before the pass.
-    """
-
-    rows: Ints
-    starts: Ints
-    counts: Ints
-    copies: tuple[Blocks, Blocks]
 
 
 class Scheduler:
@@ -46,12 +28,12 @@ class Scheduler:
         rows: the live sequences' columns.
         max_num_batched_tokens: tokens of one step; at least the number of rows, so that all can decode.
         stats: counted into.
-        root: what cached prefixes depend on besides their token ids (see `blocks.chain`); None: nothing is cached.
+        root: of the prefix cache.
     """
 
     def __init__(self, pool: BlockPool, rows: Rows, max_num_batched_tokens: int, stats: Stats, root: bytes | None = None) -> None:
         assert max_num_batched_tokens >= rows.num_rows
-        self.root = root
+        self.prefixes = PrefixCache(pool, root)
         self.pool, self.rows, self.stats, self.max_num_batched_tokens = pool, rows, stats, max_num_batched_tokens
         self.active: Ints = np.empty(0, np.int64)  # rows in use, oldest first
         self.member: list[Member | None] = [None] * rows.num_rows
@@ -71,7 +53,8 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Admits what fits, picks the step's tokens under the budget, and gets the blocks that they are written to."""
         self._admit()
-        rows, counts = self._choose()
+        pending = self.rows.length[self.active] - self.rows.computed[self.active]
+        rows, counts = share(self.active, pending, self.max_num_batched_tokens)
         rows, counts = self._make_room(rows, counts)
         starts = self.rows.computed[rows]
         return Plan(rows, starts, counts, self._reserve(rows, starts))
@@ -119,7 +102,8 @@ class Scheduler:
         shared = self._shared_prompt(group)
         if shared is None:
             return False
-        blocks, start = max(shared, self._known_prefix(member), key=lambda prefix: prefix[1])
+        known = self.prefixes.find(np.concatenate([group.prompt, member.record.tokens]))
+        blocks, start = max(shared, known, key=lambda prefix: prefix[1])
         length = len(group.prompt) + len(member.record.tokens)
         fresh = pool.blocks_for(length) - len(blocks)
         revived = int((pool.references[blocks] == 0).sum())  # they count as free until they are held
@@ -149,39 +133,15 @@ class Scheduler:
                 return self.rows.table[sibling.row, :full].copy(), full * self.pool.block_size
         return np.empty(0, np.int32), 0
 
-    def _known_prefix(self, member: Member) -> tuple[Blocks, int]:
-        """(blocks, tokens) of the member's known tokens that are in the prefix cache; at least the last token is left to forward."""
-        if self.root is None:
-            return np.empty(0, np.int32), 0
-        known = np.concatenate([member.group.prompt, member.record.tokens])[:-1]
-        blocks = self.pool.find(chain(known, self.pool.block_size, self.root))
-        return blocks, len(blocks) * self.pool.block_size
-
     def _publish(self, row: int) -> None:
-        """Makes the full blocks of a row findable."""
-        if self.root is not None:
-            full = int(self.rows.computed[row]) // self.pool.block_size
-            ids = self.rows.tokens[row, : full * self.pool.block_size]
-            self.pool.label(self.rows.table[row, :full], chain(ids, self.pool.block_size, self.root))
+        computed = self.rows.computed[row]
+        self.prefixes.publish(self.rows.tokens[row, :computed], self.rows.blocks(row))
 
     def _activate(self, rows: Ints) -> None:
         active = np.concatenate([self.active, rows])
         self.active = active[np.lexsort((self.rows.order[active], self.rows.priority[active]))]
 
     # --- the step's tokens -------------------------------------------------------------------------------------------
-
-    def _choose(self) -> tuple[Ints, Ints]:
-        """(rows, counts): every decoding sequence, then chunks of the others, oldest first, under the budget."""
-        pending = self.rows.length[self.active] - self.rows.computed[self.active]
-        decode = pending == 1
-        if decode.all():
-            return self.active, pending
-        rest = pending[~decode]
-        budget = self.max_num_batched_tokens - int(decode.sum())
-        chunks = np.clip(budget - (np.cumsum(rest) - rest), 0, rest)
-        rows = np.concatenate([self.active[decode], self.active[~decode]])
-        counts = np.concatenate([pending[decode], chunks])
-        return rows[counts > 0], counts[counts > 0]
 
     def _blocks_wanted(self, rows: Ints) -> tuple[Ints, Ints]:
         """([S] new blocks at the end, [S] indices into `rows` whose first written block is shared and must be copied)."""
@@ -318,8 +278,7 @@ class Scheduler:
             self._preempt(member)
         for group in list(self._holds.values()):
             self._drop_hold(group)
-        self.pool.forget()
-        self.root = root
+        self.prefixes.clear(root)
 
     def _vacate(self, members: list[Member]) -> None:
         vacated = [member.row for member in members]

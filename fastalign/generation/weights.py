@@ -1,7 +1,9 @@
-"""Whether a model is still what it was, however it was changed."""
+"""The model as the engine wants it, and whether it is still what it was, however it was changed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,3 +31,15 @@ def fingerprint(model: nn.Module) -> list[Any]:
         if "_disable_adapters" in vars(module):  # a PEFT layer
             seen.append((module._disable_adapters, str(module.active_adapters), getattr(module, "merged", False)))
     return seen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() inside; afterwards the modules that were training train again, the others not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
