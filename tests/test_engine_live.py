@@ -78,6 +78,11 @@ def test_generate_among_live_requests(model):
     assert not live.finished
     drain(engine)
     same(live.output(), alone(model, prompts[0], live.params, 5))
+    short = engine.add_request(prompts[0], SamplingParams(max_tokens=2))
+    engine.generate([prompts[1]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert short.finished
+    assert engine.step() == [short], "what a batch's steps did to it is told by the next step"
+    assert not engine.has_work
 
 
 def test_engine_that_is_working_refuses_a_second_call(model):

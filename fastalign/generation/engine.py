@@ -91,7 +91,7 @@ class Engine(LiveEngine):
             run, groups = self._accept(prompts, priorities or [0] * len(prompts), live=False, logprobs=logprobs)
             total = sum(group.params.n for group in groups)
             with tqdm(total=total, disable=progress is not True, unit="sample") as bar, self._forwarding():
-                run.on_finish = progress if callable(progress) else bar.update
+                run.on_finish, run.tracks = progress if callable(progress) else bar.update, bool(self._requests)
                 self._finish(run, groups)
                 run.on_finish = _nothing
             assert finished(groups), "the scheduler has nothing left to do, so every sample must have ended"
@@ -107,6 +107,7 @@ class Engine(LiveEngine):
                 continue
             self._expire(run)
             run.step()
+            self._untold |= {index: group for index, group in run.touched.items() if index in self._requests}
             failed = [group for group in run.touched.values() if group.error is not None and group in groups]
             for group in groups if failed else ():
                 if not group.done:

@@ -59,6 +59,7 @@ class LiveEngine:
         self._memory = Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
         self._run: Run | None = None
         self._requests: dict[int, Request] = {}  # live ones, by id
+        self._untold: dict[int, Group] = {}  # moved by a batch's steps; the next `step` names them
         self._deadlines: list[tuple[float, int, Group]] = []
         self._arrivals = self._epoch = 0
         self._seen: list[Any] | None = None  # the weights of the current epoch
@@ -93,7 +94,7 @@ class LiveEngine:
             run = self._run
             if run is None:
                 return []
-            touched = self._expire(run)
+            touched, self._untold = self._untold | self._expire(run), {}
             if run.scheduler.busy:
                 run.tracks = True
                 with self._forwarding():
@@ -107,7 +108,11 @@ class LiveEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
+        """Whether `step` has something to do or to tell."""
+        return self._busy or bool(self._untold)
+
+    @property
+    def _busy(self) -> bool:
         return self._run is not None and self._run.scheduler.busy
 
     def abort(self, request: Request, *, keep_partial: bool = True) -> None:
@@ -171,7 +176,7 @@ class LiveEngine:
 
     def release_cache(self) -> None:
         """Gives the KV cache's memory back; the next call allocates it again."""
-        if self._at_work or self.has_work:
+        if self._at_work or self._busy:
             raise RuntimeError("release_cache: the engine is generating; release between calls, when no request is left")
         self._run = None
         self._memory.release()
@@ -218,6 +223,7 @@ class LiveEngine:
             request._group.members.extend(Member(request._group, j, finish_reason="error") for j in missing)
             request._group.error = RuntimeError(f"the engine's step broke off: {type(error).__name__}: {error}")
         self._requests.clear()
+        self._untold.clear()
         self._deadlines.clear()
         if self._memory.pool is not None:
             self._memory.pool.reset()
@@ -225,13 +231,13 @@ class LiveEngine:
     def _accept(self, prompts: list[Prompt], priorities: Sequence[int], *, live: bool, logprobs: bool = False) -> tuple[Run, list[Group]]:
         """Checks the prompts and queues them as groups."""
         self._check_weights()
-        stops = self._run.stops if self._run is not None and self.has_work else StopTable(head_of(self.model).weight.shape[0])
+        stops = self._run.stops if self._run is not None and self._busy else StopTable(head_of(self.model).weight.shape[0])
         limits = Limits.of(self.model, self.tokenizer)
         groups = groups_of(prompts, limits, stops, self.tokenizer, first=self._arrivals, priorities=priorities)
         for group in groups:
             group.logprobs |= logprobs
         others = [request._group for request in self._requests.values()]
-        pool, cache = self._memory.ready(groups, others, live=live, busy=self.has_work)
+        pool, cache = self._memory.ready(groups, others, live=live, busy=self._busy)
         run = self._run = self._ready_run(groups, pool, cache, stops, live=live)
         self._arrivals += len(groups)
         for group in groups:
@@ -252,7 +258,7 @@ class LiveEngine:
 
     def _check_weights(self) -> None:
         """Notices a change that nobody announced, when nothing is running."""
-        if self.has_work:
+        if self._busy:
             return
         seen = fingerprint(self.model)
         if self._seen is not None and seen != self._seen:
@@ -261,7 +267,7 @@ class LiveEngine:
 
     def _next_epoch(self) -> None:
         self._epoch += 1
-        if self.has_work:
+        if self._busy:
             assert self._run is not None
             self._run.restart(self.weight_version, self._root)
             self._run.sampler.head = head_of(self.model)
@@ -276,7 +282,7 @@ class LiveEngine:
         """The run that is going on, made wide enough; a new one when there is none."""
         width = max(group.limit for group in groups)
         completion = max(group.limit - len(group.prompt) for group in groups)
-        if self._run is not None and self.has_work:
+        if self._run is not None and self._busy:
             self._run.rows.reserve(width, completion, pool.blocks_for(width))
             return self._run
         num_rows = self.max_num_seqs if live else min(self.max_num_seqs, sum(group.params.n for group in groups))
