@@ -181,11 +181,11 @@ def test_engine_with_decode_graphs_serves_requests_as_they_come():
                 requests.append(ours.add_request(prompts_of(9 + 20 * number % 70)[0], PARAMS))
             if number == 14:
                 with ours.updating_weights(), torch.no_grad():
-                    model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+                    model.model.layers[0].mlp.up_proj.weight.mul_(2)
         while ours.has_work:
             ours.step()
         with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight.div_(1.5)
+            model.model.layers[0].mlp.up_proj.weight.div_(2)
         found.append([[(o.token_ids, Floats(o.logprobs), o.finish_reason) for o in r.output().outputs] for r in requests])
         if isinstance(ours, GraphEngine):
             assert ours.graphs.replayed > 10

@@ -199,7 +199,9 @@ def _state(model: nn.Module) -> Iterator[object]:
     for name, module in model.named_modules():
         off = getattr(module, "disable_adapters", None)
         if isinstance(off, bool):  # a PEFT layer
-            yield name, off, module.merged, tuple(module.active_adapters), dict(module.scaling) if hasattr(module, "scaling") else None
+            scaling = getattr(module, "scaling", None)
+            scales = dict(scaling) if isinstance(scaling, dict) else scaling
+            yield name, off, getattr(module, "merged", None), str(getattr(module, "active_adapters", None)), scales
 
 
 def _first_cause(error: BaseException) -> str:

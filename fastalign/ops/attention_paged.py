@@ -149,8 +149,8 @@ def _fixed_plan(
     module: ModuleType | None, q: Tensor, layout: PagedLayout, fixed: FixedStep, k_cache: Tensor, window: int | None
 ) -> KernelPlan:
     if module is None:
-        shape = f"{q.dtype}, head size {q.shape[2]}"
-        raise RuntimeError(f"paged_attention: a step of fixed shape needs the CUDA kernel, which does not run this call ({shape})")
+        call = f"{q.dtype}, head size {q.shape[2]}"
+        raise RuntimeError(f"paged_attention: a step of fixed shape needs the CUDA kernel, which does not run this call ({call})")
     steps = (layout.cu_seqlens, layout.context_lens, layout.block_tables)
     group, sequences = q.shape[1] // k_cache.shape[1], layout.context_lens.shape[0]
     shape = (k_cache.shape[2], k_cache.shape[0])
