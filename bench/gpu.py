@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
 PEERS = WORK / "peers"
 BUILD_S, TESTS_S = 240.0, 180.0  # at most; benches get what is left of the budget
+SHARES = {"bench_decode": 5}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "pytest-benchmark")
 REQUIRED = {"torch": "torch", "pybind11": "pybind11", "pytest": "pytest"}  # module -> package
 
@@ -107,6 +108,11 @@ def bench_files() -> list[Path]:
     return sorted((ROOT / "bench").glob("bench_*.py"))
 
 
+def shares(path: Path) -> int:
+    """Of the time that is left; whole generators take longer than an op."""
+    return SHARES.get(path.stem, 1)
+
+
 def missing() -> list[str]:
     """What a run needs and this machine lacks."""
     lacking = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
@@ -167,7 +173,8 @@ def test_command() -> list[str]:
 
 
 def bench_command(path: Path) -> list[str]:
-    results = ["--results", str(WORK / f"{path.stem}.json")] if "run_file(" in path.read_text() else []
+    takes_results = any(sign in path.read_text() for sign in ("run_file(", '"--results"'))
+    results = ["--results", str(WORK / f"{path.stem}.json")] if takes_results else []
     return [sys.executable, "-u", str(path), *results]
 
 
@@ -240,7 +247,8 @@ class Campaign:
         for number, path in enumerate(files):
             results = WORK / f"{path.stem}.json"
             results.unlink(missing_ok=True)
-            outcome = run(bench_command(path), self.left() / (len(files) - number), WORK / f"{path.stem}.log", self.env)
+            share = shares(path) / sum(map(shares, files[number:]))
+            outcome = run(bench_command(path), self.left() * share, WORK / f"{path.stem}.log", self.env)
             rows = json.loads(results.read_text())["results"] if results.exists() else []
             self.record["benches"][path.stem] = {**outcome.record(), "results": rows, **({} if rows else {"lines": outcome.lines[-200:]})}
             self.write()

@@ -17,9 +17,10 @@ inline std::vector<int64_t> host_integers(const char* what, const Tensor& t, int
   return {t.ptr<int32_t>(), t.ptr<int32_t>() + t.numel()};
 }
 
-// (plan as int32 bytes, tokens, cells, items of each size): see PagedAttention in cuda/attention.h.
+// (plan as int32 bytes, tokens, cells, items of each size): see PagedAttention in cuda/attention.h. With max_tokens and max_cells the last
+// three are those of launches that serve every step within these bounds.
 inline py::tuple paged_plan(const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& block_tables, int64_t block_size,
-                            int64_t num_blocks, int64_t group, int64_t window, int64_t max_fresh) {
+                            int64_t num_blocks, int64_t group, int64_t window, int64_t max_fresh, int64_t max_tokens, int64_t max_cells) {
   const int64_t sequences = context_lens.dim() == 1 ? context_lens.size(0) : -1;
   cuda::Step step{};
   step.bounds = host_integers("paged_attention: cu_seqlens", cu_seqlens, sequences + 1);
@@ -37,6 +38,8 @@ inline py::tuple paged_plan(const Tensor& cu_seqlens, const Tensor& context_lens
   step.group = group;
   step.window = window;
   step.max_fresh = max_fresh;
+  step.max_tokens = max_tokens;
+  step.max_cells = max_cells;
   cuda::Plan plan;
   {
     py::gil_scoped_release release;
@@ -67,9 +70,10 @@ inline void paged_attention_cuda(const Tensor& q, const Tensor& k_cache, const T
   a.q = q.data, a.q_row_stride = q.stride(0), a.q_head_stride = q.stride(1);
   a.k_cache = k_cache.data, a.v_cache = v_cache.data;
   a.tables = tables.check(op, DType::i32, {-1, -1}).contiguous(op).ptr<int32_t>(), a.table_stride = tables.size(1);
-  int64_t total = 0;
-  for (int i = 0; i < cuda::kItemSizes; ++i) total += a.num_items[i] = items.at(i);
-  a.tokens = plan.check("paged_attention: plan", DType::i32, {4 * (tokens + total)}).contiguous(op).ptr<int32_t>();
+  for (int i = 0; i < cuda::kItemSizes; ++i) a.num_items[i] = items.at(i);
+  a.counts = plan.check("paged_attention: plan", DType::i32, {-1}).contiguous(op).ptr<int32_t>();
+  if (plan.size(0) < 1 + cuda::kItemSizes + 4 * tokens) throw std::invalid_argument("paged_attention: plan: expected room for its tokens");
+  a.tokens = a.counts + 1 + cuda::kItemSizes;
   a.items = a.tokens + 4 * tokens;
   a.num_tokens = tokens;
   a.heads = static_cast<int>(q.size(1)), a.kv_heads = static_cast<int>(k_cache.size(1));
@@ -105,7 +109,7 @@ inline void store_kv_cuda(const Tensor& k, const Tensor& v, const Tensor& k_cach
 
 inline void bind_attention_cuda(py::module_& m) {
   m.def("paged_plan", &paged_plan, py::arg("cu_seqlens"), py::arg("context_lens"), py::arg("block_tables"), py::arg("block_size"),
-        py::arg("num_blocks"), py::arg("group"), py::arg("window"), py::arg("max_fresh"),
+        py::arg("num_blocks"), py::arg("group"), py::arg("window"), py::arg("max_fresh"), py::arg("max_tokens") = 0, py::arg("max_cells") = 0,
         "The step on the host: (int32 bytes, tokens, cells, items of each size). Sequences with more than max_fresh new tokens are left out.");
   m.def("paged_attention_cuda", &paged_attention_cuda, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("tables"), py::arg("plan"),
         py::arg("tokens"), py::arg("items"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("partial_out"),

@@ -72,8 +72,10 @@ def fake_flash(
     window_size=(-1, -1),
     softcap=0.0,
     deterministic=False,
+    num_splits=0,
 ):
     assert causal
+    assert num_splits == 1
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert window_size[1] == (-1 if window_size[0] < 0 else 0)
     return expected_varlen(q, k, v, cu_q, cu_k, softmax_scale, window_size[0], softcap)
@@ -85,6 +87,7 @@ def fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     assert query.shape[1] == key.shape[1] or options["enable_gqa"]
     assert options["window_size"][1] == 0
+    assert options["num_splits"] == 1
     return expected_varlen(query, key, value, cu_seq_q, cu_seq_k, options["scale"], options["window_size"][0], 0.0)
 
 
@@ -228,6 +231,23 @@ def test_the_route_is_the_fastest_that_can_run_the_call(monkeypatch):
     assert routes.route_of(call(torch.float16), None, None) == "sdpa by segment"
 
 
+def test_varlen_attn_that_refuses_one_split_is_called_without(monkeypatch):
+    def refuses(*arguments, num_splits=None, **options):
+        if num_splits is not None:
+            raise RuntimeError("num_splits is not supported here")
+        return fake_varlen(*arguments, num_splits=1, **options)
+
+    refuses.__signature__ = inspect.signature(varlen_attn)
+    monkeypatch.setattr(attention_varlen, "route_of", lambda *_: "torch varlen")
+    layout, tensors, options = tree_of([5, 4], [-1, -1]), inputs(9), {"scale": 0.3, "window": None, "softcap": None}
+    monkeypatch.setattr(routes, "_varlen_function", lambda: fake_varlen)
+    want = attention_varlen.tree_attention(*tensors, *layout, **options)
+    monkeypatch.setattr(routes, "_varlen_function", lambda: refuses)
+    with pytest.warns(UserWarning, match=r"refuses num_splits=1 \(num_splits is not supported here\)"):
+        got = attention_varlen.tree_attention(*tensors, *layout, **options)
+    assert torch.equal(got, want)
+
+
 def test_env_names_the_routes_of_a_gpu(monkeypatch):
     monkeypatch.setattr(environment, "_devices", lambda: {"cpu": "a processor", "cuda:0": "a GPU"})
     monkeypatch.setattr(routes, "_flash_function", lambda: None)
@@ -253,3 +273,19 @@ def test_tree_attention_on_the_gpu_is_as_exact_as_plain_torch(tree, options, dty
     for ours, want in zip(got, exact, strict=True):
         error = (ours.double() - want).norm() / torch.maximum(want.norm(), floor)
         assert error < (2e-3 if dtype == torch.float32 else 1.5e-2)  # products of a GPU: TF32 may be on; bf16 probabilities
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"window": 100}], ids=["plain", "window"])
+def test_tree_attention_on_the_gpu_gives_a_sequence_the_same_bits_in_any_batch(options):
+    """On the two fused routes; short and long neighbours, and single queries, whose keys a kernel might split."""
+    lengths = [300, 1, 64, 2000, 129]
+    layout = TreeLayout(*tree_of(lengths, [-1] * 5))
+    q, k, v = (x.cuda() for x in inputs(sum(lengths), 14, 2, 64, torch.bfloat16))
+    if routes.route_of(q, options.get("window"), None) == "sdpa by segment":
+        pytest.skip("no fused route here")
+    together = tree_attention(q, k, v, layout, scale=0.125, **options)
+    bounds = layout.cu_seqlens.tolist()
+    for begin, end in itertools.pairwise(bounds):
+        alone = (x[begin:end] for x in (q, k, v))
+        assert torch.equal(tree_attention(*alone, TreeLayout(*tree_of([end - begin], [-1])), scale=0.125, **options), together[begin:end])

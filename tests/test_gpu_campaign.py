@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import gpu
+from bench import bench_decode, gpu
 
 ROOT = gpu.ROOT
 
@@ -121,6 +121,21 @@ def test_gpu_leaves_what_was_measured_before_a_failure(tmp_path, monkeypatch):
     assert record["benches"]["bench_good"]["results"] == [{"ms": 1.5}]
     assert record["benches"]["bench_hung"]["status"] == "out of time"
     assert record["benches"]["bench_hung"]["lines"] == ["a line"]
+
+
+def test_gpu_gives_the_decode_bench_more_time_and_asks_for_its_results():
+    decode = next(path for path in gpu.bench_files() if path.stem == "bench_decode")
+    assert gpu.shares(decode) > 1 == gpu.shares(decode.with_name("bench_scan.py"))
+    assert gpu.bench_command(decode)[-2:] == ["--results", str(gpu.WORK / "bench_decode.json")]
+
+
+def test_decode_bench_reads_weights_once_and_every_context():
+    """The floor of generation.md, for Qwen2.5-0.5B at batch 256 and context 1024: 292k tokens/s at 4.8 TB/s."""
+    model = bench_decode.random_model("0.5B", "meta")
+    moved = bench_decode.step_bytes(model, 256, 1024)
+    assert moved - bench_decode.step_bytes(model, 0, 1024) == 256 * 1024 * 2 * 24 * 2 * 64 * 2
+    assert bench_decode.step_bytes(model, 0, 0) == 2 * model.num_parameters()
+    assert 256 / (moved / 4.8e12) == pytest.approx(292_000, rel=5e-3)
 
 
 def test_gpu_file_is_named_after_the_device():

@@ -4,6 +4,8 @@
 //   (query, head of the group) rows that read it from the same memory: the group's heads, and adjacent sequences that share a prefix.
 // Grid: split_kernel (items, kv_heads), 128 threads: K of the split to shared memory (cp.async), scores with a thread a key, soft-max
 //   with a warp a row, V over the same memory, output with a thread a pair of d. merge_kernel (tokens, heads) folds splits in order.
+//   How many items and tokens there are is read from device memory: a block takes every gridDim.x-th item and one without work
+//   returns, so a launch recorded in a CUDA graph serves every step that fits it.
 // Bytes: K and V of a split once an item, so a shared prefix once for 32 rows; a partial output of head_dim + 2 floats a row and split,
 //   written and read (group / 16 of the bf16 K and V of a split that one sequence reads).
 // Numerics: fp32 sums by fma in a fixed order: q·k over d, P·V over quads of keys a thread, threads in order, splits in order. A row's
@@ -195,11 +197,8 @@ __device__ __forceinline__ void write_partial(const PagedAttention& a, const Ite
 }
 
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads, 4) split_kernel(PagedAttention a, int64_t first_item, int tile_bytes) {
-  __shared__ Item<kRows> s;
-  FA_DYNAMIC_SHARED(unsigned char, tile);
+__device__ __forceinline__ void run_item(const PagedAttention& a, const int32_t* item, Item<kRows>& s, unsigned char* tile, int tile_bytes) {
   float *q = reinterpret_cast<float*>(tile + tile_bytes), *scores = q + kRows * a.head_dim;
-  const int32_t* item = a.items + (first_item + blockIdx.x) * 4;
   const int rows = item[3], keys = tile_keys<T>(a.head_dim);
   read_item(a, item, s);
   __syncthreads();
@@ -231,8 +230,22 @@ __global__ void __launch_bounds__(kThreads, 4) split_kernel(PagedAttention a, in
   write_partial(a, s, rows, sum, reinterpret_cast<float*>(tile));
 }
 
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kThreads, 4) split_kernel(PagedAttention a, int size, int tile_bytes) {
+  __shared__ Item<kRows> s;
+  FA_DYNAMIC_SHARED(unsigned char, tile);
+  int64_t first = 0;
+  for (int i = 0; i < size; ++i) first += a.counts[1 + i];
+  const int count = a.counts[1 + size];
+  for (int i = blockIdx.x; i < count; i += gridDim.x) {
+    run_item<T, kRows>(a, a.items + (first + i) * 4, s, tile, tile_bytes);
+    __syncthreads();  // the next item writes where this one reads
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_kernel(PagedAttention a) {
+  if (static_cast<int>(blockIdx.x) >= a.counts[0]) return;
   const int32_t* token = a.tokens + static_cast<int64_t>(blockIdx.x) * 4;
   const int head = blockIdx.y, splits = token[1] / kSplit - token[2] + 1;
   const int64_t first = static_cast<int64_t>(token[3]) * a.heads + head;
@@ -266,21 +279,21 @@ __global__ void __launch_bounds__(kThreads) store_kernel(StoreKV a, int words, i
 }
 
 template <typename T, int kRows>
-void launch_items(const PagedAttention& a, int64_t first, int64_t count, uintptr_t stream) {
-  if (count == 0) return;
+void launch_items(const PagedAttention& a, int size, uintptr_t stream) {
+  if (a.num_items[size] == 0) return;
   const int slots = kThreads / (a.head_dim / 2), scratch = slots * kRows * a.head_dim * static_cast<int>(sizeof(float));
   const int keys = tile_keys<T>(a.head_dim) * row_bytes<T>(a.head_dim), tile = keys > scratch ? keys : scratch;
   const size_t shared = tile + static_cast<size_t>(kRows) * (a.head_dim + kSplit) * sizeof(float);
-  launch_shared("paged_attention", &split_kernel<T, kRows>, dim3(static_cast<unsigned>(count), a.kv_heads), kThreads, shared, stream, a, first,
-                tile);
+  launch_shared("paged_attention", &split_kernel<T, kRows>, dim3(static_cast<unsigned>(a.num_items[size]), a.kv_heads), kThreads, shared,
+                stream, a, size, tile);
 }
 
 template <typename T>
 void run(const PagedAttention& a, uintptr_t stream) {
   if (a.num_tokens == 0) return;
-  launch_items<T, kItemRows[0]>(a, 0, a.num_items[0], stream);
-  launch_items<T, kItemRows[1]>(a, a.num_items[0], a.num_items[1], stream);
-  launch_items<T, kItemRows[2]>(a, a.num_items[0] + a.num_items[1], a.num_items[2], stream);
+  launch_items<T, kItemRows[0]>(a, 0, stream);
+  launch_items<T, kItemRows[1]>(a, 1, stream);
+  launch_items<T, kItemRows[2]>(a, 2, stream);
   launch("paged_attention", &merge_kernel<T>, dim3(static_cast<unsigned>(a.num_tokens), a.heads), kThreads, stream, a);
 }
 

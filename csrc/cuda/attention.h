@@ -10,6 +10,8 @@ constexpr int kSplit = 128;
 // An item holds (query, head of the group) rows that read one split from the same memory; kernels exist for up to so many rows.
 constexpr int kItemRows[] = {4, 8, 32};
 constexpr int kItemSizes = 3;
+// Launches of a fixed shape have at most so many blocks a key head and size, several times what a GPU holds at once.
+constexpr int64_t kFixedBlocks = 2048;
 
 struct PagedAttention {
   bool bf16;  // else fp32
@@ -18,9 +20,10 @@ struct PagedAttention {
   const void *k_cache, *v_cache;  // [blocks, kv_heads, block_size, head_dim] contiguous, 16-byte aligned
   const int32_t* tables;          // [sequences, table_stride]
   int64_t table_stride;
-  const int32_t* tokens;             // [num_tokens][4]: row of q and out, position, first split, first cell
-  const int32_t* items;              // [sum of num_items][4]: split, sequence, first row (token * group + head), rows
-  int64_t num_tokens, num_items[kItemSizes];
+  const int32_t* counts;             // [1 + kItemSizes]: tokens, and items of each size
+  const int32_t* tokens;             // [counts[0]][4]: row of q and out, position, first split, first cell
+  const int32_t* items;              // [sum of the others][4]: split, sequence, first row (token * group + head), rows
+  int64_t num_tokens, num_items[kItemSizes];  // of the grids; kernels take their work from counts, so a larger grid idles
   int heads, kv_heads, head_dim, block_size;
   int window;  // 0: none
   float scale, softcap;  // 0: none

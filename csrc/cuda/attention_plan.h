@@ -17,11 +17,12 @@ struct Step {  // one step of generation, on the host
   int64_t group;      // query heads a key head
   int64_t window;     // 0: none
   int64_t max_fresh;  // sequences with more new tokens are left out
+  int64_t max_tokens, max_cells;  // what launches of a fixed shape have room for; 0: they fit this step alone
 };
 
 struct Plan {
-  std::vector<int32_t> numbers;  // tokens, then items, as PagedAttention reads them
-  int64_t tokens = 0, cells = 0, items[kItemSizes] = {};
+  std::vector<int32_t> numbers;  // counts, tokens (room for max_tokens), items: as PagedAttention reads them
+  int64_t tokens = 0, cells = 0, items[kItemSizes] = {};  // of the launches
 };
 
 struct PlannedToken {
@@ -67,26 +68,45 @@ inline std::vector<PlannedToken> plan_tokens(const Step& step) {
   return tokens;
 }
 
-// Cuts `rows` rows of one split into items, of the smallest kernel that holds each.
-inline void cut(int64_t split, int64_t sequence, int64_t first, int64_t rows, std::vector<int32_t> (&items)[kItemSizes]) {
+// The smallest kernel that holds so many rows.
+inline int size_for(int64_t rows) {
+  int size = 0;
+  while (size < kItemSizes - 1 && kItemRows[size] < rows) ++size;
+  return size;
+}
+
+// Cuts `rows` rows of one split into items; none goes to a kernel too small for a group, so a step needs fewer launches.
+inline void cut(int64_t split, int64_t sequence, int64_t first, int64_t rows, int64_t group, std::vector<int32_t> (&items)[kItemSizes]) {
   for (int64_t n = 0; n < rows; n += kItemRows[kItemSizes - 1]) {
     const int64_t count = std::min<int64_t>(rows - n, kItemRows[kItemSizes - 1]);
-    int size = 0;
-    while (kItemRows[size] < count) ++size;
-    for (int64_t x : {split, sequence, first + n, count}) items[size].push_back(static_cast<int32_t>(x));
+    for (int64_t x : {split, sequence, first + n, count}) items[size_for(std::max(count, group))].push_back(static_cast<int32_t>(x));
   }
+}
+
+// Launches that hold any step of max_tokens tokens and max_cells cells: a cell is read by at most one item per 32 rows of its group.
+inline void fix_launches(const Step& step, Plan& plan) {
+  if (plan.tokens > step.max_tokens || plan.cells > step.max_cells)
+    throw std::invalid_argument("paged_attention: a step of " + std::to_string(plan.tokens) + " tokens and " + std::to_string(plan.cells) +
+                                " splits of keys does not fit launches for " + std::to_string(step.max_tokens) + " and " +
+                                std::to_string(step.max_cells));
+  const int64_t widest = kItemRows[kItemSizes - 1], items = step.max_cells * ((step.group + widest - 1) / widest);
+  plan.tokens = step.max_tokens;
+  plan.cells = step.max_cells;
+  for (int size = 0; size < kItemSizes; ++size) plan.items[size] = size < size_for(step.group) ? 0 : std::min(items, kFixedBlocks);
 }
 
 inline Plan make_plan(const Step& step) {
   const std::vector<PlannedToken> tokens = plan_tokens(step);
   Plan plan;
   plan.tokens = static_cast<int64_t>(tokens.size());
+  plan.numbers.resize(1 + kItemSizes);
   int64_t splits = 0;
   for (const PlannedToken& t : tokens) {
     for (int64_t x : {t.row, t.position, t.first, plan.cells}) plan.numbers.push_back(static_cast<int32_t>(x));
     plan.cells += t.last - t.first + 1;
     splits = std::max(splits, t.last + 1);
   }
+  plan.numbers.resize(1 + kItemSizes + 4 * std::max(plan.tokens, step.max_tokens));
   std::vector<int64_t> shared(plan.tokens);  // keys in one memory with the token before
   for (int64_t i = 1; i < plan.tokens; ++i) {
     const int64_t s = tokens[i].sequence, before = tokens[i - 1].sequence;
@@ -102,13 +122,16 @@ inline Plan make_plan(const Step& step) {
       end = i + 1;
       if (!sees(i)) continue;
       while (end < plan.tokens && joins(end)) ++end;
-      cut(split, tokens[i].sequence, i * step.group, (end - i) * step.group, items);
+      cut(split, tokens[i].sequence, i * step.group, (end - i) * step.group, step.group, items);
     }
   }
+  plan.numbers[0] = static_cast<int32_t>(plan.tokens);
   for (int size = 0; size < kItemSizes; ++size) {
     plan.items[size] = static_cast<int64_t>(items[size].size()) / 4;
+    plan.numbers[1 + size] = static_cast<int32_t>(plan.items[size]);
     plan.numbers.insert(plan.numbers.end(), items[size].begin(), items[size].end());
   }
+  if (step.max_tokens) fix_launches(step, plan);
   return plan;
 }
 

@@ -33,6 +33,7 @@ class Engine(LiveEngine):
         max_num_seqs: sequences that decode at once.
         max_num_batched_tokens: tokens forwarded in one step; longer prompts are cut into chunks.
         prefix_caching: keep what was computed findable by its token ids, for prompts that begin alike and for `extend`.
+        cuda_graphs: on a GPU, record decode steps and replay them (generation/graphs.py).
 
     Attributes:
         stats: counts of what was done; `stats.reset()` sets them to zero.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastalign.generation.blocks import BlockPool
+from fastalign.generation.graphs import DecodeGraphs
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.memory import Memory
 from fastalign.generation.params import TIMEOUT, RequestFailedError, SamplingParams, Stats
@@ -42,6 +43,7 @@ class LiveEngine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         prefix_caching: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         for name, value in (("block_size", block_size), ("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if value < 1:
@@ -53,7 +55,7 @@ class LiveEngine:
             use_fastalign_attention(base)
             probe(base)
         self.model, self.tokenizer = model, tokenizer
-        self.block_size, self.prefix_caching = block_size, prefix_caching
+        self.block_size, self.prefix_caching, self.cuda_graphs = block_size, prefix_caching, cuda_graphs
         self.max_num_seqs, self.max_num_batched_tokens = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens
         self.stats, self.weight_version = Stats(), 0
         self._memory = Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
@@ -267,6 +269,8 @@ class LiveEngine:
 
     def _next_epoch(self) -> None:
         self._epoch += 1
+        if self._memory.cache is not None and self._memory.cache.graphs is not None:
+            self._memory.cache.graphs.verify()
         if self._busy:
             assert self._run is not None
             self._run.restart(self.weight_version, self._root)
@@ -288,6 +292,8 @@ class LiveEngine:
         num_rows = self.max_num_seqs if live else min(self.max_num_seqs, sum(group.params.n for group in groups))
         rows = Rows(num_rows, width, completion, pool.blocks_for(width))
         scheduler = Scheduler(pool, rows, self.max_num_batched_tokens, self.stats, self._root)
+        if self.cuda_graphs and cache.data.is_cuda and cache.graphs is None:
+            cache.graphs = DecodeGraphs(self.model, self.block_size)
         runner = Runner(self.model, cache, rows, self.block_size)
         sampler = Sampler(head_of(self.model), rows, stops)
         return Run(rows, scheduler, runner, sampler, stops, tokenizer=self.tokenizer, version=self.weight_version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from fastalign.generation.rows import Rows
 from fastalign.models.backbone import causal_lm, paged_hidden_states
 from fastalign.ops.attention import PagedLayout
 
+if TYPE_CHECKING:
+    from fastalign.generation.graphs import DecodeGraphs
+
 
 class KVCache:
     """Keys and values of every layer in one tensor [2, layers, num_blocks, kv_heads, block_size, head_dim].
@@ -20,7 +24,12 @@ class KVCache:
     Args:
         model: tells the shapes, the dtype and the device.
         num_blocks, block_size: of the cache.
+
+    Attributes:
+        graphs: the CUDA graphs that read this cache; None: steps run without.
     """
+
+    graphs: DecodeGraphs | None = None
 
     def __init__(self, model: nn.Module, num_blocks: int, block_size: int) -> None:
         layers, heads, head_dim = cache_shape(model)
@@ -33,6 +42,8 @@ class KVCache:
         """Makes room for more blocks behind those that there are."""
         added = num_blocks - self.num_blocks
         if added > 0:
+            if self.graphs is not None:
+                self.graphs.forget()
             two, layers, _, *block = self.data.shape
             self.data = torch.cat([self.data, self.data.new_zeros(two, layers, added, *block)], 2)
             self.keys, self.values, self.num_blocks = list(self.data[0]), list(self.data[1]), num_blocks
@@ -88,6 +99,9 @@ class Runner:
     def forward(self, plan: Plan) -> Tensor:
         """The last hidden row of each of the plan's sequences, [S, H]."""
         self.cache.copy(*plan.copies)
+        replayed = self.cache.graphs.forward(plan, self.rows, self.cache) if self.cache.graphs is not None else None
+        if replayed is not None:
+            return replayed
         rows, counts = plan.rows, plan.counts
         bounds = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=bounds[1:])

@@ -20,6 +20,7 @@ from fastalign.models.backbone import Head
 from fastalign.ops.linear_head import MIN_GEMM_ROWS, borrowed, head_logits
 from fastalign.ops.logits import logp_rows
 from fastalign.ops.sampling import sample, uniform
+from fastalign.ops.staging import to_host
 
 CHUNK_BYTES = 64 << 20  # logits held at once
 
@@ -143,7 +144,7 @@ class Sampler:
         if drawn.tokens[0] < 0:
             return drawn
         tokens = torch.from_numpy(drawn.tokens).to(logits.device)
-        raw = self._at(logits, tokens, 1.0, head)[0]
+        (raw,) = to_host(self._at(logits, tokens, 1.0, head)[0])
         logprobs = raw if self.rows.temperature[row] == 0 else drawn.logprobs
         return replace(drawn, logprobs=logprobs, raw_logprobs=raw, top=self._top(logits, draws, tokens, raw, head))
 
@@ -161,17 +162,23 @@ class Sampler:
         truncation = (column(values[source]) for values in (rows.top_k, rows.top_p, rows.min_p))
         scaled = column((heat / head.logit_scale).astype(np.float32))
         tokens, kept = sample(logits, random, scaled, *truncation, logit_softcap=head.logit_softcap)
-        drawn, kept_of_sampled = tokens.cpu().numpy(), kept.cpu().numpy()
         if not rows.wants[source].any():
+            drawn, kept_of_sampled = to_host(tokens, kept)
             nothing = np.zeros_like(kept_of_sampled)
             return Drawn(drawn, nothing, nothing, kept_of_sampled)
-        tokens = tokens.clamp(min=0)  # a draw that failed has no log-prob, the others do
-        logprobs, lse = self._at_own(logits, tokens, heat, head)
-        kept_mass = kept_of_sampled.copy()
+        failed, tokens = tokens, tokens.clamp(min=0)  # a draw that failed has no log-prob, the others do
+        logp, lse = self._at_own(logits, tokens, heat, head)
+        unbanned, raw_logp = lse, logp
         if ban is not None:
             logits[ban.rows, ban.tokens] = ban.logits
-            kept_mass *= np.exp(lse - self._at_own(logits, tokens, heat, head)[1])
-        raw = logprobs.copy() if ban is None and (heat * (heat - 1) == 0).all() else self._at(logits, tokens, 1.0, head)[0]
+            unbanned = self._at_own(logits, tokens, heat, head)[1]
+        if ban is not None or (heat * (heat - 1) != 0).any():
+            raw_logp = self._at(logits, tokens, 1.0, head)[0]
+        columns = to_host(failed, kept, logp, raw_logp, lse, unbanned)
+        drawn, kept_of_sampled, logprobs, raw = columns[0], columns[1], columns[2].copy(), columns[3]
+        kept_mass = kept_of_sampled.copy()
+        if ban is not None:
+            kept_mass *= np.exp(columns[4] - columns[5])
         cut = kept_of_sampled < 1
         logprobs[cut] -= np.log(kept_of_sampled[cut])
         greedy = heat == 0
@@ -193,22 +200,21 @@ class Sampler:
             found[i] = [(int(token), float(raw[i]) + float(value) - at_sampled) for token, value in zip(ids, values, strict=True)]
         return found
 
-    def _at_own(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float64], head: Head) -> tuple[np.ndarray, np.ndarray]:
+    def _at_own(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float64], head: Head) -> tuple[Tensor, Tensor]:
         """[D] fp32 log-probs and log-sum-exps at each draw's own temperature; greedy draws at 1."""
         heat = np.where(temperature > 0, temperature, 1)
         values = np.unique(heat)
         if len(values) == 1:
             return self._at(logits, tokens, float(values[0]), head)
-        logprobs, lse = np.empty(len(heat), np.float32), np.empty(len(heat), np.float32)
+        logprobs, lse = logits.new_empty(2, len(heat), dtype=torch.float32).unbind()
         for value in values:
-            mine = np.flatnonzero(heat == value)
-            index = torch.from_numpy(mine).to(logits.device)
-            logprobs[mine], lse[mine] = self._at(logits[index], tokens[index], float(value), head)
+            index = torch.from_numpy(np.flatnonzero(heat == value)).to(logits.device)
+            logprobs[index], lse[index] = self._at(logits[index], tokens[index], float(value), head)
         return logprobs, lse
 
-    def _at(self, logits: Tensor, tokens: Tensor, temperature: float, head: Head) -> tuple[np.ndarray, np.ndarray]:
+    def _at(self, logits: Tensor, tokens: Tensor, temperature: float, head: Head) -> tuple[Tensor, Tensor]:
         logp, lse, _, _ = logp_rows(logits, tokens, temperature=head.temperature(temperature), logit_softcap=head.logit_softcap)
-        return logp.cpu().numpy(), lse.cpu().numpy()
+        return logp, lse
 
     def _ban(self, logits: Tensor, draws: Draws) -> _Ban | None:
         """Before min_tokens a stop token has probability 0: writes -inf over its logit, and returns what to put back."""

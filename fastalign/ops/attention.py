@@ -5,7 +5,7 @@ the start of the sequence, each (query, head) row keeps its own online softmax, 
 rows are tiled or batched or on the cache's block size. So the tree forward, prefill and decode agree to the bit.
 
 That is the CPU. On CUDA trees and prefill are variable-length attention (ops/attention_varlen.py) and decode is a kernel of its own
-(csrc/cuda/attention.cu), whose bits do not depend on the batch but are not those of the tree.
+(csrc/cuda/attention.cu), whose bits do not depend on the batch but are not those of the tree; attention_routes.py says what is bitwise.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class PagedLayout:
         slots: [T] int64; block * block_size + offset where each new token is stored; -1: a padding row, nothing stored.
         k_cache: one [num_blocks, kv_heads, block_size, head_dim] a layer.
         v_cache: likewise.
+        fixed: bounds of every step that this layout will describe, when its tensors are rewritten in place from step to step (a CUDA
+            graph); None: it describes one step.
         plans: what a GPU backend works out once a step, for every layer.
     """
 
@@ -66,6 +68,7 @@ class PagedLayout:
     slots: Tensor
     k_cache: list[Tensor] = field(repr=False)
     v_cache: list[Tensor] = field(repr=False)
+    fixed: attention_paged.FixedStep | None = None
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 

@@ -1,24 +1,52 @@
 """Paged attention on a GPU: the CUDA kernel for decode and short chunks, variable-length attention over gathered keys for the rest.
 
 The plan of a step (who reads which split of keys, whose prefix is shared) is made on the host once and serves every layer.
+
+A CUDA graph replays launches with the grids and the addresses that it was recorded with. What changes from step to step is therefore read
+from device memory: slots, block tables, and the plan's numbers, how many items there are among them. With `PagedLayout.fixed` the plan
+keeps its device memory, its grids and partial results have room for any step within the bounds, and `refill` writes the next step's
+numbers there. The plan itself stays on the host, where lengths and tables are known anyway; it costs one copy a step and window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import attention_reference as reference
 from .attention_routes import Segments, route_of, varlen_attention
+from .staging import Staged
 
 if TYPE_CHECKING:
     from .attention import PagedLayout
 
 MAX_FRESH = 8  # a sequence with more new tokens gathers its keys
+SPLIT = 128  # keys of a split: kSplit in csrc/cuda/attention.h
+PLAN_HEADER = 4  # numbers before the tokens': how many tokens, and how many items of each size
+
+
+@dataclass(frozen=True)
+class FixedStep:
+    """What the decode steps of one CUDA graph have in common.
+
+    Attributes:
+        tables: [S, max_blocks] int32 on the device, the layout's block_tables there.
+        cells: splits of SPLIT keys, over all sequences, that a step may have.
+    """
+
+    tables: Tensor
+    cells: int
+
+
+def cells_of(context_lens: np.ndarray) -> int:
+    """Splits of keys that sequences with these contexts have, windows left aside."""
+    return int((-(-context_lens // SPLIT)).sum())
 
 
 @dataclass(frozen=True)
@@ -30,6 +58,7 @@ class KernelPlan:
     tokens: int
     cells: int
     items: tuple[int, ...]
+    refill: Callable[[], object] | None = None  # writes the numbers of the layout's present contents
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,18 @@ def paged_attention(
     return out
 
 
+def refill(layout: PagedLayout) -> None:
+    """Brings the plans of a fixed layout up to date with its tensors, in place.
+
+    Raises:
+        ValueError: when a step is outside the bounds of `layout.fixed`.
+    """
+    for kernel, _ in layout.plans.values():
+        assert kernel is not None, "a fixed layout gathers no keys"
+        assert kernel.refill is not None, "a fixed layout's plans are made to be refilled"
+        kernel.refill()
+
+
 def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
@@ -90,6 +131,8 @@ def _stream(x: Tensor) -> int:
 def _plan(
     module: ModuleType | None, q: Tensor, layout: PagedLayout, k_cache: Tensor, window: int | None
 ) -> tuple[KernelPlan | None, GatherPlan | None]:
+    if layout.fixed is not None:
+        return _fixed_plan(module, q, layout, layout.fixed, k_cache, window), None
     kernel, longest = None, 0
     if module is not None:
         longest, group = MAX_FRESH, q.shape[1] // k_cache.shape[1]
@@ -100,6 +143,29 @@ def _plan(
             on_device = torch.frombuffer(bytearray(numbers), dtype=torch.int32).to(q.device)
             kernel = KernelPlan(on_device, layout.block_tables.to(q.device).contiguous(), tokens, cells, items)
     return kernel, _gather_plan(layout, k_cache.shape[2], window, longest, q.device)
+
+
+def _fixed_plan(
+    module: ModuleType | None, q: Tensor, layout: PagedLayout, fixed: FixedStep, k_cache: Tensor, window: int | None
+) -> KernelPlan:
+    if module is None:
+        call = f"{q.dtype}, head size {q.shape[2]}"
+        raise RuntimeError(f"paged_attention: a step of fixed shape needs the CUDA kernel, which does not run this call ({call})")
+    steps = (layout.cu_seqlens, layout.context_lens, layout.block_tables)
+    group, sequences = q.shape[1] // k_cache.shape[1], layout.context_lens.shape[0]
+    shape = (k_cache.shape[2], k_cache.shape[0])
+    most_items = fixed.cells * -(-group // 32)
+    numbers = Staged(PLAN_HEADER + 4 * (sequences + most_items), dtype=torch.int32, device=q.device)
+
+    def fill() -> tuple[int, int, tuple[int, ...]]:
+        content, *launches = module.paged_plan(*steps, *shape, group, window or 0, 1, sequences, fixed.cells)
+        values = np.frombuffer(content, np.int32)
+        numbers.host[: len(values)] = torch.from_numpy(values.copy())
+        numbers.push(len(values))
+        return tuple(launches)  # type: ignore[return-value]
+
+    tokens, cells, items = fill()
+    return KernelPlan(numbers.device, fixed.tables, tokens, cells, items, fill)
 
 
 def _gather_plan(layout: PagedLayout, block_size: int, window: int | None, longest: int, device: torch.device) -> GatherPlan | None:

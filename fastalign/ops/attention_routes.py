@@ -7,6 +7,20 @@ A segment's queries see its keys causally from the end: the last query sees the 
 3. "sdpa by segment": one SDPA with a mask a segment (a dense soft-max with a soft-cap), any device and dtype; slower, and says so.
 
 The first two read bf16 and fp16 and head sizes that are multiples of 8 up to 256, on sm_80 and later.
+
+What is bitwise on a GPU, and what is not:
+
+- The route depends on the device, dtype, head size, window and soft-cap of a call, never on the batch: prefill and the trainer's forward of
+  one model take the same one, unless autocast gives them different dtypes.
+- 1 and 2 are asked not to split keys among blocks (`num_splits=1`, where the installed version has it), and then document the same bits for
+  a sequence in any batch. Without it the number of splits may follow the batch where each sequence brings one query.
+- Decode on fp32 and bf16 caches is a kernel of ours (csrc/cuda/attention.cu) with splits of 128 keys counted from the start: its bits
+  do not depend on the batch, block size, shared prefixes or CUDA graphs, but they are not those of 1 or 2, which sum in another order.
+  Other dtypes and head sizes decode on these routes.
+- Linears and norms around the attention are torch's, and a matrix product may choose its kernel by the row count.
+
+So the sampler's and the trainer's log-probs of a model agree on a GPU to rounding, not to the bit; `sampling/sampling_logp_difference`
+reports by how much in every step. On the CPU one kernel serves all (ops/attention.py), and they agree to the bit.
 """
 
 from __future__ import annotations
@@ -102,6 +116,8 @@ def available_routes() -> str:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float, window: int | None, softcap: float | None) -> Tensor:
     options: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
+    if "num_splits" in _parameters(_flash_function()):
+        options["num_splits"] = 1
     return _flash_function()(  # type: ignore[misc]
         q,
         k,
@@ -135,6 +151,8 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float, wi
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if "num_splits" in known and _takes_one_split(function, q.device):
+        options["num_splits"] = 1
     return function(q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, **options)  # type: ignore[misc]
 
 
@@ -179,6 +197,19 @@ def _varlen_function() -> Callable[..., Tensor] | None:
         return importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
+
+
+@functools.cache
+def _takes_one_split(function: Callable[..., Tensor], device: torch.device) -> bool:
+    """Whether varlen_attn runs with `num_splits=1`: a build may know the word and refuse it (ROCm does). Says so once."""
+    x = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
+    bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        function(x, x, x, bounds, bounds, 1, 1, scale=1.0, window_size=(-1, 0), num_splits=1)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        warnings.warn(f"fastalign: varlen_attn refuses num_splits=1 ({error}); a sequence's bits may depend on its batch.", stacklevel=2)
+        return False
+    return True
 
 
 def _parameters(function: Callable[..., Tensor] | None) -> frozenset[str]:
