@@ -478,7 +478,7 @@ def test_linear_kl_custom_ops_hold_their_contract():
     state = forward_op(*student, *teacher, *which)[1]
     for needs in ((True, True, False), (False, True, True)):
         torch.library.opcheck(backward_op, (torch.randn(6), state, *student, *teacher, *which, *needs), test_utils=checks)
-        torch.library.opcheck(fused_op, (*student, *teacher, torch.rand(6), *which, *needs), test_utils=checks)
+        torch.library.opcheck(fused_op, (torch.rand(6), *student, *teacher, *which, *needs), test_utils=checks)
 
 
 def test_linear_kl_errors_say_what_was_expected():
@@ -523,6 +523,20 @@ def test_linear_kl_on_a_gpu(rows, vocab, divergence, beta, dtype, weighted):
     ours, theirs = (graded(op, student, teacher, upstream, **options) for op in (linear_kl, eager))
     for mine, other, name in zip(relative(ours, exact), relative(theirs, exact), ("value", "hidden", "weight", "bias"), strict=True):
         assert mine <= 1.2 * other + 4 * torch.finfo(dtype).eps, (name, mine, other)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_kl_takes_a_teacher_made_under_inference_mode(frozen, weighted):
+    student, teacher = inputs(6, 11, torch.float32)
+    student = [student[0], *(t.detach() for t in student[1:])] if frozen else student
+    with torch.inference_mode():
+        unwatched = [t.clone() for t in teacher]
+    options = {"row_weight": torch.rand(6)} if weighted else {}
+    learned = [t for t in student if t.requires_grad]
+    found, expected = (torch.autograd.grad(run(student, t, **options).sum(), learned) for t in (unwatched, teacher))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_linear_kl_without_gradients_takes_none(monkeypatch):

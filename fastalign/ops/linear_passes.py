@@ -45,6 +45,15 @@ class Kept:
         logp, lse, correct = self.spread(rows.logp), self.spread(rows.lse), self.spread(rows.correct)
         return logp, lse, self.spread(rows.entropy) if entropy and rows.entropy is not None else logp.new_empty(0), correct
 
+    def gradients(self, into: Gradients, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dL/d(hidden, weight, bias) of all rows in the dtype of the weight, empty where not wanted."""
+        none, d_weight = weight.new_empty(0), into.head_gradient()
+        return (
+            none if into.hidden is None else self.spread(into.hidden),
+            none.clone() if d_weight is None else d_weight.to(weight.dtype),
+            none.clone() if into.bias is None else into.bias.to(weight.dtype),
+        )
+
 
 def logp_forward(
     hidden: Tensor,
@@ -136,12 +145,7 @@ def logp_backward(
             known = Rows(lse[s], lse[s], None if ent is None else ent[s], lse[s])
             into.add(head, dlogits_(head, logits, y[s], known, grads.of(s)), x[s], s)
             del logits  # else it lives until the next chunk's are there
-    none, d_weight = weight.new_empty(0), into.head_gradient()
-    return (
-        none if into.hidden is None else kept.spread(into.hidden),
-        none.clone() if d_weight is None else d_weight.to(weight.dtype),
-        none.clone() if into.bias is None else into.bias.to(weight.dtype),
-    )
+    return kept.gradients(into, weight)
 
 
 forward_op = torch.library.custom_op("fastalign::linear_logp_forward", logp_forward, mutates_args=())
