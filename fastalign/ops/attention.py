@@ -228,33 +228,13 @@ class _TreeAttention(torch.autograd.Function):
         return (*(once("tree_attention", g, *saved[2:5]) for g in gradients), None, None, None, None, None)
 
 
-@torch.library.custom_op("fastalign::tree_attention", mutates_args=())
-def _tree_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float
-) -> tuple[Tensor, Tensor]:
-    return _tree_forward(q, k, v, cu_seqlens, parent, scale, window, softcap)
+_tree_op = torch.library.custom_op("fastalign::tree_attention", _tree_forward, mutates_args=())
+_tree_backward_op = torch.library.custom_op("fastalign::tree_attention_backward", _tree_backward, mutates_args=())
 
 
 @_tree_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_layout: Tensor | float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-@torch.library.custom_op("fastalign::tree_attention_backward", mutates_args=())
-def _tree_backward_op(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    parent: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _tree_backward(grad, out, lse, q, k, v, cu_seqlens, parent, scale, window, softcap)
 
 
 @_tree_backward_op.register_fake
