@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 import fastalign as fa
 from fastalign.losses.packed import METRICS, preference_objective, wpo_weights
-from fastalign.losses.preference import DIVERGENCES, PREFERENCE, mixture
+from fastalign.losses.preference import DIVERGENCES, PREFERENCE, Side, mixture
 from fastalign.losses.unpaired import UNPAIRED
 from fastalign.ops.backend import load_native, use_backend
 
@@ -355,6 +355,38 @@ def test_mixture_is_the_weighted_sum(backend):
     torch.testing.assert_close(got, want)
     with pytest.raises(ValueError, match=r"mixture: expected rows out of .* got \['dqo'\]"):
         mixture({"dqo": 1.0})
+
+
+def test_mixture_rewards_are_those_of_the_part_that_has_them(backend):
+    logp, ref, cu = inputs()
+    dpo = {"beta": 0.3}
+    expected = fa.preference_loss(logp, cu, options=dpo, ref_logp=ref)[1]
+    for parts in (
+        {"sft": 1.0, "dpo": 0.5},
+        {"simpo": 1.0, "dpo": 0.5, "ipo_avg": 0.2},
+    ):  # neither NLL nor simpo measures against the reference
+        found = fa.preference_loss(logp, cu, loss=mixture(parts, {"dpo": dpo}), ref_logp=ref)[1]
+        torch.testing.assert_close(found, expected)
+    expected = fa.preference_loss(logp, cu, loss="simpo")[1]
+    found = fa.preference_loss(logp, cu, loss=mixture({"sft": 0.5, "simpo": 1.0}))[1]
+    torch.testing.assert_close(found, expected)
+
+
+def test_mixture_has_an_equation_of_its_own():
+    win, lose = (Side(torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64), torch.full((4,), 7)) for _ in "wl")
+    row = mixture({"dpo": 0.8, "sft": 0.2})
+    torch.testing.assert_close(row.function(win, lose), 0.8 * PREFERENCE["dpo"](win, lose) + 0.2 * PREFERENCE["sft"](win, lose))
+
+
+def test_preference_unknown_names_answer_with_trls_and_the_nearest():
+    logp, _, cu = inputs()
+    for name, answer in (
+        ("sigmoid", "what TRL calls sigmoid is dpo"),
+        ("sigmoid_norm", "is dpo_norm"),
+        ("apo_zer", "did you mean apo_zero"),
+    ):
+        with pytest.raises(ValueError, match=answer):
+            fa.preference_loss(logp, cu, loss=name)
 
 
 def test_wpo_weights_are_the_product_of_mean_probabilities():
