@@ -19,8 +19,10 @@ from torch import Tensor
 
 from fastalign.ops import attention_paged, attention_varlen
 from fastalign.ops import attention_reference as reference
-from fastalign.ops.backend import backend_for, forced_backend, native
+from fastalign.ops.backend import announce, backend_for, forced_backend, native
 from fastalign.ops.once import once
+
+READS = (torch.float32, torch.bfloat16)  # of the kernels
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,13 @@ def _has_native() -> bool:
 
 
 def _runs_native(q: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and _has_native()
+    if q.device.type != "cpu" or not _has_native():
+        return False
+    if q.dtype in READS:
+        return True
+    if q.dtype != torch.float64 and not torch.compiler.is_compiling():  # fp64 is the reference's own
+        announce(f"attention: the native kernel on cpu does not read {q.dtype}; cast to float32 or bfloat16 for it")
+    return False
 
 
 def _runs_varlen(q: Tensor) -> bool:
@@ -164,7 +172,7 @@ def _runs_varlen(q: Tensor) -> bool:
 
 
 def _has_cuda_kernel(q: Tensor) -> bool:
-    fits = q.is_cuda and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    fits = q.is_cuda and q.dtype in READS and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     return fits and backend_for("attention", "cuda") == "native"
 
 

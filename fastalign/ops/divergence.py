@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import backend_for, load_native
+from .backend import backend_reading, load_native
 
+READS = {"native": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 STATE = 5  # numbers kept a row: student's raw maximum and sum of e^(z − maximum), teacher's, and the center of the gradient
 
 
@@ -142,10 +143,7 @@ def kl_grad_rows_(student: Tensor, teacher: Tensor, divergence: Divergence, stat
 
 
 def _backend(student: Tensor, teacher: Tensor) -> str:
-    backend = backend_for("linear_kl", student.device)
-    native = {torch.float32, torch.bfloat16}
-    reads = {"native": native, "triton": native | {torch.float16}}.get(backend, set())
-    return backend if {student.dtype, teacher.dtype} <= reads else "reference"
+    return backend_reading("linear_kl", student.device, READS, student.dtype, teacher.dtype)
 
 
 def _run(
