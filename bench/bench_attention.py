@@ -9,9 +9,7 @@ the expanded sequences, each with its own copy of the prompt. Decode: "torch" ga
 Floors: of a tree, one GEMM of as many operations as its visible (query, key) pairs need, 4 D a pair and head forward and 10 D backward
 (on the CPU in fp32 for bf16 too: products are summed in fp32); of decode, one read of the keys and values, a shared prefix once a group.
 
-On 1 core of an AVX-512 server (CPU time, a busy machine): 8 x 512, 8 heads of 64, forward + backward: 16 times as fast as the dense mask
-in fp32 and 14 in bf16, twice as fast as a sequence at a time, at 1.3 (fp32) and 1.2 (bf16) times the floor. What is left is the
-soft-max, the packing of keys and queries, and the masked halves of the diagonal tiles.
+What the CPU kernel costs above its floor is the soft-max, the packing of keys and queries, and the masked halves of the diagonal tiles.
 """
 
 from __future__ import annotations

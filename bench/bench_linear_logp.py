@@ -6,9 +6,9 @@ The floor is the GEMMs of the op alone (forward, dL/dhidden, dL/dweight) into bu
 - fastalign: with main_grad, so that the head gradient goes to memory that exists too; "fresh grad": autograd gets a fresh one;
   "fp32 logits": head_dtype=float32.
 - torch: F.linear, logits upcast to fp32, cross_entropy, as transformers' and TRL's losses do; "16-bit loss": without the upcast.
-- torch.compile: the first of these compiled (on a GPU; on 2 cores it took 1.07 times eager's time, measured once).
-- torch chunked: torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions(); on a CPU with --quick alone (fp32 at T=512
-  V=151,936 H=896 took it 56 s a call on 2 cores of an AMD EPYC, 2026-11-20).
+- torch.compile: the first of these compiled, on a GPU alone.
+- torch chunked: torch.nn.functional.linear_cross_entropy with LinearCrossEntropyOptions(); on a CPU with --quick alone, whose ratio says
+  why: the full size would take minutes.
 - liger: its fused linear cross entropy, Triton, on a GPU alone.
 """
 
@@ -100,7 +100,7 @@ def peers(case: Inputs, targets: Tensor, quick: bool, *, frozen: bool = False) -
     if hasattr(torch.nn, "LinearCrossEntropyOptions") and not frozen and (quick or on_gpu):
         options = torch.nn.LinearCrossEntropyOptions()
         sides["torch chunked"] = case.backward_of(lambda h, w: F.linear_cross_entropy(h, w, targets, options=options))
-    if on_gpu:  # on 2 cores it took the time of eager
+    if on_gpu:
         fused = torch.compile(upcast)
         compiled = case.backward_of(lambda h, w: fused(h, w, targets), frozen=frozen)
         try:
@@ -108,7 +108,7 @@ def peers(case: Inputs, targets: Tensor, quick: bool, *, frozen: bool = False) -
             sides["torch.compile"] = compiled
         except Exception as error:  # whatever a missing or unfit compiler raises
             print(f"torch.compile is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
-    if case.hidden.is_cuda and importlib.util.find_spec("liger_kernel") and not frozen:
+    if on_gpu and importlib.util.find_spec("liger_kernel") and not frozen:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()

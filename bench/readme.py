@@ -65,14 +65,17 @@ def kernels(record: dict[str, Any]) -> list[str]:
         ours = result["backend"].startswith("fastalign") and not result["op"].startswith("sweep")
         if ours and result["torch_ms"] and (key not in best or result["torch_ms"] > best[key]["torch_ms"]):
             best[key] = result
+    taken_each = any("commit" in result for result in best.values())  # of several runs: bench.suite --into
     rows = []
     for (op, side, dtype), result in best.items():
         name = ", ".join(part for part in (op, side.removeprefix("fastalign").strip(", ")) if part)
         floor = f"{result['ms'] / result['floor_ms']:.2f}×" if result["floor_ms"] else "–"
         times = f"{number(result['torch_ms'])} ms | {number(result['ms'])} ms | **{ratio(result['torch_ms'] / result['ms'])}×**"
-        rows.append(f"| {name} | {result['shape']} | {dtype} | {times} | {floor} |")
+        when = f" {result['date']}, {result['commit']} |" if taken_each else ""
+        rows.append(f"| {name} | {result['shape']} | {dtype} | {times} | {floor} |{when}")
     head = f"Operations against torch and against their floor ({taken(record)}; `make bench`):"
-    return [head, "", "| op | shape | dtype | torch | fastalign | faster | × floor |", "|---|---|---|---|---|---|---|", *rows, ""]
+    columns = "| op | shape | dtype | torch | fastalign | faster | × floor |" + (" taken |" if taken_each else "")
+    return [head, "", columns, "|---|---|---|---|---|---|---|" + ("---|" if taken_each else ""), *rows, ""]
 
 
 def number(value: float) -> str:

@@ -3,8 +3,8 @@
 
 #include <string>
 
+#include "arguments.h"
 #include "cpu/policy.h"
-#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -12,23 +12,8 @@ namespace fa {
 namespace {
 
 template <typename T>
-T* tokens_of(const char* what, const Tensor& t, int64_t n) {
-  return t.check(what, sizeof(T) == 4 ? DType::f32 : DType::f64, {n}).contiguous(what).template ptr<T>();
-}
-
-template <typename T>
 const T* optional_tokens(const char* what, const Tensor& t, int64_t n) {
-  return t.numel() ? tokens_of<T>(what, t, n) : nullptr;
-}
-
-const int32_t* offsets(const Tensor& cu_targets, int64_t num_tokens) {
-  cu_targets.check("policy: cu_targets", DType::i32, {-1}).contiguous("policy: cu_targets");
-  const int32_t* cu = cu_targets.ptr<int32_t>();
-  const int64_t last = cu_targets.size(0) - 1;
-  bool ok = last >= 0 && cu[0] == 0 && cu[last] == num_tokens;
-  for (int64_t s = 0; ok && s < last; ++s) ok = cu[s] <= cu[s + 1];
-  if (!ok) throw std::invalid_argument("policy: cu_targets: expected offsets that rise from 0 to " + std::to_string(num_tokens));
-  return cu;
+  return t.numel() ? typed<T>(what, t, {n}) : nullptr;
 }
 
 // codes: loss, advantage, kl, correction (the enums of math/policy.h); numbers: the Reals of math::Policy, in their order.
@@ -52,31 +37,30 @@ math::Policy<T> options_of(const std::vector<int64_t>& codes, const std::vector<
 void policy(const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, const Tensor& weights, const Tensor& ref_logp,
             const Tensor& sampler_logp, const Tensor& entropy, const Tensor& cu_targets, const std::vector<int64_t>& codes,
             const std::vector<double>& numbers, const Tensor& grad, const Tensor& sums) {
-  auto run = [&]<typename T>(T) {
+  by_dtype(logp, [&]<typename T>(T) {
     const int64_t n = logp.numel();
     PolicyTokens<T> tokens{n,
-                           tokens_of<T>("policy: logp", logp, n),
-                           tokens_of<T>("policy: old_logp", old_logp, n),
-                           tokens_of<T>("policy: advantages", advantages, n),
-                           tokens_of<T>("policy: weights", weights, n),
+                           typed<T>("policy: logp", logp, {n}),
+                           typed<T>("policy: old_logp", old_logp, {n}),
+                           typed<T>("policy: advantages", advantages, {n}),
+                           typed<T>("policy: weights", weights, {n}),
                            optional_tokens<T>("policy: ref_logp", ref_logp, n),
                            optional_tokens<T>("policy: sampler_logp", sampler_logp, n),
                            optional_tokens<T>("policy: entropy", entropy, n),
                            nullptr,
                            0,
                            options_of<T>(codes, numbers),
-                           tokens_of<T>("policy: grad", grad, n),
+                           typed<T>("policy: grad", grad, {n}),
                            sums.check("policy: sums", DType::f64, {kNumPolicySums}).contiguous("policy: sums").ptr<double>()};
     if (tokens.ref_logp && tokens.options.kl == math::Divergence::none)
       throw std::invalid_argument("policy: ref_logp was given without a KL estimator");
     if (tokens.options.has_sequence_ratio() || (tokens.sampler_logp && tokens.options.has_sequence_correction())) {
-      tokens.cu_targets = offsets(cu_targets, n);
+      tokens.cu_targets = offsets("policy: cu_targets", cu_targets, n);
       tokens.num_sequences = cu_targets.numel() - 1;
     }
     py::gil_scoped_release release;
     FA_CALL(policy, tokens);
-  };
-  logp.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 #include <optional>
 #include <string>
 
+#include "arguments.h"
 #include "cpu/preference.h"
-#include "tensor.h"
 #ifdef HAS_CUDA_preference
 #include "cuda/preference.h"
 #endif
@@ -29,16 +29,6 @@ E named(const char* const (&names)[N], const std::string& name) {
   throw std::invalid_argument("preference: expected a formula out of " + all + "; got '" + name + "'");
 }
 
-template <typename T>
-constexpr DType dtype_of() {
-  return sizeof(T) == 4 ? DType::f32 : DType::f64;
-}
-
-template <typename T>
-T* typed(const char* what, const Tensor& t, std::vector<int64_t> shape) {
-  t.check(what, dtype_of<T>(), std::move(shape));
-  return t.numel() ? t.contiguous(what).template ptr<T>() : t.template ptr<T>();
-}
 using Maybe = std::optional<Tensor>;
 
 // A kernel would read an address of the other memory.
@@ -53,23 +43,11 @@ T* optional(const char* what, const Maybe& t, int64_t n) {
   return t ? typed<T>(what, *t, {n}) : nullptr;
 }
 
-// Offsets on the CPU are read here; on a GPU that would cost a synchronization.
-const int32_t* offsets(const Tensor& cu_targets, int64_t num_tokens) {
-  cu_targets.check("preference: cu_targets", DType::i32, {-1}).contiguous("preference: cu_targets");
-  const int32_t* cu = cu_targets.ptr<int32_t>();
-  if (cu_targets.cuda) return cu;
-  const int64_t last = cu_targets.size(0) - 1;
-  bool ok = last >= 0 && cu[0] == 0 && cu[last] == num_tokens;
-  for (int64_t s = 0; ok && s < last; ++s) ok = cu[s] <= cu[s + 1];
-  if (!ok) throw std::invalid_argument("preference: cu_targets must rise from 0 to the " + std::to_string(num_tokens) + " log-probs");
-  return cu;
-}
-
 template <typename T>
 Sequences<T> sequences_of(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets) {
   const int64_t n = logp.numel(), sequences = cu_targets.numel() - 1;
   return {typed<T>("preference: logp", logp, {n}), optional<T>("preference: ref_logp", ref_logp, ref_per_token ? n : sequences), ref_per_token,
-          offsets(cu_targets, n)};
+          offsets("preference: cu_targets", cu_targets, n, "log-probs")};
 }
 
 // numbers: beta, first, second, target, nll, transform, power, per_token (see csrc/math/preference.h).
@@ -119,17 +97,12 @@ Spread<T> spread_arguments(const Tensor& upstream, const Tensor& slopes, const T
   return {upstream.ptr<T>(),
           sequences ? upstream.stride(0) : 0,
           typed<T>("preference: slopes", slopes, {sequences}),
-          offsets(cu_targets, n),
+          offsets("preference: cu_targets", cu_targets, n, "log-probs"),
           sequences,
           unit,
           n,
           tail,
           typed<T>("preference: gradient", gradient, {n})};
-}
-
-template <typename Run>
-void by_dtype(const Tensor& t, Run run) {
-  t.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
 void pairs(const Tensor& logp, const Maybe& ref_logp, bool ref_per_token, const Tensor& cu_targets, const Maybe& margin,

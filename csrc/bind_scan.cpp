@@ -1,8 +1,8 @@
 // Checks and dispatch of the scans. An empty mask, bootstrap or lams tensor stands for none.
 #include <string>
 
+#include "arguments.h"
 #include "cpu/scan.h"
-#include "tensor.h"
 #ifdef HAS_CUDA_scan
 #include "cuda/scan.h"
 #endif
@@ -13,71 +13,45 @@ namespace fa {
 namespace {
 
 template <typename T>
-constexpr DType dtype_of() {
-  return sizeof(T) == 4 ? DType::f32 : DType::f64;
-}
-
-template <typename T>
-T* typed(const char* what, const Tensor& t, int64_t n) {
-  return t.check(what, dtype_of<T>(), {n}).contiguous(what).template ptr<T>();
-}
-
-// Offsets in host memory are checked; reading them from a device would wait for it.
-const int32_t* offsets(const std::string& what, const Tensor& cu_seqlens, int64_t num_tokens) {
-  cu_seqlens.check("cu_seqlens", DType::i32, {-1}).contiguous("cu_seqlens");
-  const int32_t* cu = cu_seqlens.ptr<int32_t>();
-  const int64_t count = cu_seqlens.size(0);
-  if (count == 0) throw std::invalid_argument(what + ": cu_seqlens: expected offsets [S+1], got []");
-  if (cu_seqlens.cuda) return cu;
-  bool ok = cu[0] == 0 && cu[count - 1] == num_tokens;
-  for (int64_t s = 1; s < count; ++s) ok &= cu[s - 1] <= cu[s];
-  if (ok) return cu;
-  std::string got;
-  for (int64_t s = 0; s < count && s < 16; ++s) got += (s ? ", " : "") + std::to_string(cu[s]);
-  throw std::invalid_argument(what + ": cu_seqlens must rise from 0 to the " + std::to_string(num_tokens) + " tokens, got [" + got + "]");
-}
-
-template <typename T>
 GaeScan<T> gae_arguments(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const Tensor& mask, const Tensor& bootstrap,
                          const Tensor& lams, double lam, double gamma, const Tensor& advantages, const Tensor& returns) {
   const int64_t n = rewards.numel(), sequences = cu_seqlens.numel() - 1;
-  return {typed<T>("gae: rewards", rewards, n),
-          typed<T>("gae: values", values, n),
-          offsets("gae", cu_seqlens, n),
+  return {typed<T>("gae: rewards", rewards, {n}),
+          typed<T>("gae: values", values, {n}),
+          offsets("gae: cu_seqlens", cu_seqlens, n),
           sequences,
           mask.numel() ? mask.check("gae: mask", DType::boolean, {n}).contiguous("gae: mask").ptr<bool>() : nullptr,
-          bootstrap.numel() ? typed<T>("gae: bootstrap", bootstrap, sequences) : nullptr,
+          bootstrap.numel() ? typed<T>("gae: bootstrap", bootstrap, {sequences}) : nullptr,
           lams.numel() ? lams.check("gae: lam", DType::f64, {sequences}).contiguous("gae: lam").ptr<double>() : nullptr,
           lam,
           gamma,
-          typed<T>("gae: advantages", advantages, n),
-          typed<T>("gae: returns", returns, n)};
+          typed<T>("gae: advantages", advantages, {n}),
+          typed<T>("gae: returns", returns, {n})};
 }
 
 template <typename T>
 DiscountedScan<T> discounted_arguments(const Tensor& rewards, const Tensor& cu_seqlens, double gamma, const Tensor& returns) {
   const int64_t n = rewards.numel();
-  return {typed<T>("discounted_returns: rewards", rewards, n), offsets("discounted_returns", cu_seqlens, n), cu_seqlens.numel() - 1, gamma,
-          typed<T>("discounted_returns: returns", returns, n)};
+  return {typed<T>("discounted_returns: rewards", rewards, {n}), offsets("discounted_returns: cu_seqlens", cu_seqlens, n),
+          cu_seqlens.numel() - 1, gamma,
+          typed<T>("discounted_returns: returns", returns, {n})};
 }
 
 void gae(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const Tensor& mask, const Tensor& bootstrap,
          const Tensor& lams, double lam, double gamma, const Tensor& advantages, const Tensor& returns) {
-  auto run = [&]<typename T>(T) {
+  by_dtype(rewards, [&]<typename T>(T) {
     const auto scan = gae_arguments<T>(rewards, values, cu_seqlens, mask, bootstrap, lams, lam, gamma, advantages, returns);
     py::gil_scoped_release release;
     FA_CALL(gae, scan);
-  };
-  rewards.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 void discounted_returns(const Tensor& rewards, const Tensor& cu_seqlens, double gamma, const Tensor& returns) {
-  auto run = [&]<typename T>(T) {
+  by_dtype(rewards, [&]<typename T>(T) {
     const auto scan = discounted_arguments<T>(rewards, cu_seqlens, gamma, returns);
     py::gil_scoped_release release;
     FA_CALL(discounted_returns, scan);
-  };
-  rewards.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 #ifdef HAS_CUDA_scan
@@ -88,20 +62,18 @@ double* checked_workspace(const Tensor& workspace, int64_t num_tokens) {
 void gae_cuda(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const Tensor& mask, const Tensor& bootstrap,
               const Tensor& lams, double lam, double gamma, const Tensor& advantages, const Tensor& returns, const Tensor& workspace,
               uintptr_t stream) {
-  auto run = [&]<typename T>(T) {
+  by_dtype(rewards, [&]<typename T>(T) {
     const auto scan = gae_arguments<T>(rewards, values, cu_seqlens, mask, bootstrap, lams, lam, gamma, advantages, returns);
     cuda::gae(scan, rewards.numel(), checked_workspace(workspace, rewards.numel()), stream);
-  };
-  rewards.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 void discounted_returns_cuda(const Tensor& rewards, const Tensor& cu_seqlens, double gamma, const Tensor& returns, const Tensor& workspace,
                              uintptr_t stream) {
-  auto run = [&]<typename T>(T) {
+  by_dtype(rewards, [&]<typename T>(T) {
     const auto scan = discounted_arguments<T>(rewards, cu_seqlens, gamma, returns);
     cuda::discounted_returns(scan, rewards.numel(), checked_workspace(workspace, rewards.numel()), stream);
-  };
-  rewards.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 #endif
 

@@ -18,11 +18,13 @@ class Entry:
         help: one line.
         paper: where the equation comes from; empty where there is none.
         options: its own keyword arguments, given as --loss.NAME or --advantage.NAME.
+        trl: what TRL calls it, where no row has that name.
     """
 
     help: str
     paper: str = ""
     options: tuple[str, ...] = ()
+    trl: str = ""
 
 
 ALGORITHMS: dict[str, Entry] = {
@@ -61,7 +63,7 @@ POLICY_LOSSES: dict[str, Entry] = {
 _SMOOTHED = ("beta", "label_smoothing")
 
 PREFERENCE_LOSSES: dict[str, Entry] = {
-    "dpo": Entry("-log sigmoid of the reward margin; label_smoothing makes it cDPO", "arXiv:2305.18290", _SMOOTHED),
+    "dpo": Entry("-log sigmoid of the reward margin; label_smoothing makes it cDPO", "arXiv:2305.18290", _SMOOTHED, trl="sigmoid"),
     "robust": Entry("DPO, unbiased when a share label_smoothing of the labels is flipped", "arXiv:2403.00409", _SMOOTHED),
     "ipo": Entry("squared distance of the margin to 1 / (2 beta), whole completions", "arXiv:2310.12036", ("beta",)),
     "ipo_avg": Entry("IPO of log-ratios a token, TRL's ipo", "arXiv:2310.12036", ("beta",)),
@@ -69,7 +71,7 @@ PREFERENCE_LOSSES: dict[str, Entry] = {
     "slic": Entry("hinge of log-probs without a reference, and NLL of the chosen", "arXiv:2305.10425", ("delta", "nll_coef")),
     "rso": Entry("DPO's equation for pairs that come from rejection sampling", "arXiv:2309.06657", ("beta",)),
     "spin": Entry("DPO's equation for ground truth against the previous model's samples", "arXiv:2401.01335", ("beta",)),
-    "dpo_norm": Entry("DPO of log-ratios a token", "arXiv:2411.15124", ("beta",)),
+    "dpo_norm": Entry("DPO of log-ratios a token", "arXiv:2411.15124", ("beta",), trl="sigmoid_norm"),
     "exo_pair": Entry("reverse KL to the smoothed label", "arXiv:2402.00856", _SMOOTHED),
     "nca_pair": Entry("noise contrastive: each reward on its own, against itself", "arXiv:2402.05369", ("beta",)),
     "bco_pair": Entry("binary classifier of each completion, around a running reward shift", "arXiv:2404.04656", ("beta", "shift")),
@@ -97,6 +99,8 @@ UNPAIRED_LOSSES: dict[str, Entry] = {
     "apo_zero_unpaired": Entry("raises desirable completions, lowers the others", "arXiv:2408.06266", _WEIGHTED),
 }
 
+TRL_NAMES = {entry.trl: name for name, entry in PREFERENCE_LOSSES.items() if entry.trl}
+
 AGGREGATES: dict[str, Entry] = {
     "token": Entry("every token of the batch counts the same", "arXiv:2503.14476"),
     "sequence": Entry("every sequence of the batch counts the same", "arXiv:2402.03300"),
@@ -120,8 +124,10 @@ COMMANDS: dict[str, str] = {
 
 
 def nearest(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
-    """The sentence about an unknown name: the nearest valid ones, or all of them where they are few."""
+    """The sentence about an unknown name: what TRL means by it, the nearest valid ones, or all of them where they are few."""
     valid = list(valid)
+    if TRL_NAMES.get(name) in valid:
+        return f"unknown {prefix}{name}; what TRL calls {name} is {TRL_NAMES[name]}."
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     if len(name) > 2:  # `batch_size` is not close to any flag, but it ends one
         near += [word for word in valid if word not in near and (word.startswith(name) or word.endswith(name))][: 3 - len(near)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .catalogue import nearest
+from .catalogue import TRL_NAMES, nearest
 from .losses.packed import preference_loss
 from .losses.policy import AGGREGATES, KL, POLICY, token_weights
 from .losses.preference import PREFERENCE
@@ -85,7 +85,7 @@ class FusedLinearDPO(nn.Module):
     """A preference loss of a padded batch of pairs; only scored rows reach the head, policy and reference alike.
 
     Args:
-        loss_type: a row of `losses.preference.PREFERENCE` ("sigmoid" is read as "dpo"), with its own `options`.
+        loss_type: a row of `losses.preference.PREFERENCE` or what TRL calls one ("sigmoid" is "dpo"), with its own `options`.
         beta: the row's β, where it has one; ignore_index: target of rows that are not scored.
         use_ref_model: False for rows without a reference (simpo, orpo, cpo): no reference is read.
 
@@ -104,7 +104,7 @@ class FusedLinearDPO(nn.Module):
     ) -> None:
         super().__init__()
         self.ignore_index, self.temperature, self.use_ref_model = ignore_index, temperature, use_ref_model
-        self.loss_type = "dpo" if loss_type == "sigmoid" else loss_type
+        self.loss_type = TRL_NAMES.get(loss_type, loss_type)
         if self.loss_type not in PREFERENCE:
             raise ValueError(f"FusedLinearDPO: loss_type: {nearest(self.loss_type, PREFERENCE)}")
         if use_ref_model and not PREFERENCE[self.loss_type].reference:

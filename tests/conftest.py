@@ -54,6 +54,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=["native", "triton"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each kernel that runs on this machine's CPU; Triton interpreted."""
+    if request.param == "native" and load_native()[0] is None:
+        pytest.skip("the native module is not built")
+    if request.param == "triton" and (importlib.util.find_spec("triton") is None or torch.cuda.is_available()):
+        pytest.skip("no interpreted Triton")
+    with use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test with each CPU instruction set that this machine has."""

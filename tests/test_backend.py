@@ -11,8 +11,11 @@ import torch
 
 import fastalign as fa
 from fastalign.ops import backend
+from fastalign.ops.attention import TreeLayout, tree_attention
 from fastalign.ops.backend import backend_for, forced_backend, native, use_backend
+from fastalign.ops.divergence import Divergence, kl_rows
 from fastalign.ops.logits import logp_rows
+from fastalign.ops.sampling import sample
 
 
 def test_use_backend_restores_what_was_forced_before():
@@ -59,6 +62,30 @@ def test_missing_native_module_is_announced_once(monkeypatch):
             native()
     finally:
         backend.load_native.cache_clear()
+
+
+def test_dtype_that_no_kernel_reads_is_announced_once():
+    if native() is None:
+        pytest.skip("the native module is not built")
+    x = torch.randn(3, 8)
+    heads, column = torch.randn(3, 2, 8), torch.ones(3)
+    layout = TreeLayout(torch.tensor([0, 3], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32))
+    calls = {
+        "linear_logp: the native kernel on cpu reads bfloat16 and float32, not float16": lambda d: logp_rows(
+            x.to(d), torch.zeros(3).long()
+        ),
+        "linear_kl: .* not float16": lambda d: kl_rows(x.to(d), x.to(d), Divergence(0, 0.5, 1.0)),
+        "sample: .* not float16": lambda d: sample(x.to(d), column.double() / 2, column, column.long(), column, 0 * column),
+        "attention: .* does not read torch.float16": lambda d: tree_attention(*[heads.to(d)] * 3, layout, scale=1.0),
+    }
+    for words, call in calls.items():
+        backend.announce.cache_clear()
+        with pytest.warns(UserWarning, match=words):
+            call(torch.float16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for dtype in (torch.float16, torch.float32, torch.float64):  # fp64 is the reference's own
+                call(dtype)
 
 
 def test_native_module_brings_no_openmp_runtime_of_its_own():

@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_kl_inputs import BOTH_WAYS, CASES, eager, from_kl_div, graded, inputs, relative, run, small_chunks
 
-from fastalign.ops import linear_head, linear_kl_passes, reference
-from fastalign.ops.backend import load_native, use_backend
-from fastalign.ops.divergence import Divergence, kl_grad_rows_, kl_rows
+from fastalign.ops import linear_kl_passes, reference
 from fastalign.ops.linear_kl import linear_kl
 from fastalign.ops.linear_kl_passes import backward_op, forward_op, frozen_op, fused_op
 
-CASES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # interpreted Triton, at -inf - -inf
-BOTH_WAYS = pytest.mark.parametrize("weighted", [False, True])
-
-
-@pytest.fixture(params=["native", "triton"])
-def kernel(request):
-    """Each kernel that runs on this machine's CPU; Triton interpreted."""
-    if request.param == "native" and load_native()[0] is None:
-        pytest.skip("the native module is not built")
-    if request.param == "triton" and (importlib.util.find_spec("triton") is None or torch.cuda.is_available()):
-        pytest.skip("no interpreted Triton")
-    with use_backend(request.param):
-        yield request.param
-
-
-def inputs(rows, vocab, dtype=torch.float64, *, width=5, teacher_width=7, scale=1.5, seed=0):
-    """hidden, weight, bias with gradients; teacher's without."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    student = (normal(rows, width), normal(vocab, width) * scale * width**-0.5, normal(vocab))
-    teacher = (normal(rows, teacher_width), normal(vocab, teacher_width) * scale * teacher_width**-0.5, normal(vocab))
-    return [t.to(dtype).requires_grad_() for t in student], [t.to(dtype) for t in teacher]
-
-
-def run(student, teacher, op=linear_kl, **options):
-    hidden, weight, bias = student
-    teacher_hidden, teacher_weight, teacher_bias = teacher
-    return op(hidden, weight, teacher_hidden, teacher_weight, bias=bias, teacher_bias=teacher_bias, **options)
-
-
-def from_kl_div(student_logits, teacher_logits, name, beta, temperature):
-    """The divergence by F.kl_div on log-probs, as distillation trainers write it: kl_div(log q, log p) is KL(p‖q)."""
-    s, t = (torch.log_softmax(z / temperature, -1) for z in (student_logits, teacher_logits))
-    if name == "forward_kl" or (name == "jsd" and beta == 0):
-        return F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
-    if name == "reverse_kl" or (name == "jsd" and beta == 1):
-        return F.kl_div(t, s, reduction="none", log_target=True).sum(-1)
-    b = torch.tensor(beta, dtype=s.dtype)
-    m = torch.logsumexp(torch.stack((s + torch.log1p(-b), t + b.log())), 0)
-    to_teacher, to_student = (F.kl_div(m, x, reduction="none", log_target=True).sum(-1) for x in (t, s))
-    return b * to_teacher + (1 - b) * to_student
-
-
-def eager(hidden, weight, teacher_hidden, teacher_weight, *, bias, teacher_bias, divergence, jsd_beta, temperature=1.0, row_weight=None):
-    """What a trainer writes in plain torch, in the dtype of the inputs."""
-    logits = F.linear(hidden, weight, bias), F.linear(teacher_hidden, teacher_weight, teacher_bias)
-    found = from_kl_div(*logits, divergence, jsd_beta, temperature)
-    return found if row_weight is None else (found * row_weight.to(found.dtype)).sum()
 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
@@ -110,173 +56,6 @@ def test_linear_kl_is_gkd_of_trl(beta):
     assert torch.allclose(ours.sum(), theirs, rtol=1e-12)
 
 
-def graded(op, student, teacher, upstream, **options):
-    """Per-token divergence and the gradients of its sum weighted by `upstream`; the weights go through row_weight when given there."""
-    found = run(student, teacher, op=op, **options)
-    loss = found if found.dim() == 0 else (found * upstream.to(found.dtype)).sum()
-    return [loss.detach() if found.dim() == 0 else found.detach(), *torch.autograd.grad(loss, student)]
-
-
-def relative(found, exact):
-    return [((f.double() - e).norm() / e.norm().clamp(min=1e-300)).item() for f, e in zip(found, exact, strict=True)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 512), (5, 7), (17, 1003)])
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-@BOTH_WAYS
-def test_linear_kl_is_at_least_as_exact_as_torch(rows, vocab, divergence, beta, dtype, weighted, kernel):
-    student, teacher = inputs(rows, vocab, dtype, seed=rows)
-    upstream = torch.randn(rows)
-    options = {"divergence": divergence, "jsd_beta": beta, "temperature": 0.8} | ({"row_weight": upstream} if weighted else {})
-    wide = [[t.detach().double() for t in side] for side in (student, teacher)]
-    exact = graded(reference.linear_kl, [t.requires_grad_() for t in wide[0]], wide[1], upstream, **options)
-    ours, theirs = (graded(op, student, teacher, upstream, **options) for op in (linear_kl, eager))
-    if vocab == 1:  # one token: no divergence, no gradient
-        assert all(t.abs().max() < 1e-6 for t in ours)
-        return
-    for mine, other, name in zip(relative(ours, exact), relative(theirs, exact), ("value", "hidden", "weight", "bias"), strict=True):
-        assert mine <= 1.2 * other + 4 * torch.finfo(dtype).eps, (name, mine, other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_linear_kl_is_as_exact_at_a_real_vocabulary(divergence, beta, dtype):
-    with use_backend("native"):
-        test_linear_kl_is_at_least_as_exact_as_torch(20, 50257, divergence, beta, dtype, True, "native")
-
-
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_linear_kl_bf16_gradients_are_within_the_rounding_of_the_logits(divergence, beta, kernel):
-    """A student near its teacher, as in distillation's last phase. What is left is the rounding of the logits by the CPU's bf16 GEMM."""
-    g = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(24, 64, generator=g), torch.randn(1003, 64, generator=g) * 0.4
-    student = [(hidden + 0.3 * torch.randn(24, 64, generator=g)).bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()]
-    teacher = [hidden.bfloat16(), weight.bfloat16()]
-    upstream = torch.rand(24, generator=g)
-
-    def gradients(op, dtype):
-        leaves, others = ([t.detach().to(dtype) for t in side] for side in (student, teacher))
-        leaves = [t.requires_grad_() for t in leaves]
-        options = {"divergence": divergence, "jsd_beta": beta, "bias": None, "teacher_bias": None, "row_weight": upstream}
-        return torch.autograd.grad(op(*leaves, *others, **options), leaves)
-
-    exact = gradients(reference.linear_kl, torch.float64)
-    ours, theirs = (relative(gradients(op, torch.bfloat16), exact) for op in (linear_kl, eager))
-    assert max(ours) < 0.035, (ours, theirs)
-    assert all(mine < other for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
-
-
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_linear_kl_of_close_distributions_keeps_its_digits(divergence, beta, kernel):
-    """fp32 rows whose divergence is near 1e-7: plain sums in fp32 lose all of it."""
-    student = torch.randn(4, 1003) * 3
-    teacher = student + 5e-4 * torch.randn(4, 1003)
-    exact = from_kl_div(student.double(), teacher.double(), divergence, beta, 1.0)
-    found, _ = kl_rows(student, teacher, Divergence.of("test", divergence, beta, 1.0))
-    assert exact.max() < 1e-6
-    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-@BOTH_WAYS
-def test_linear_kl_of_equals_is_zero(divergence, beta, weighted, kernel):
-    (hidden, weight, bias), _ = inputs(9, 103, torch.float32)
-    options = {"row_weight": torch.rand(9)} if weighted else {}
-    found = run((hidden, weight, bias), [t.detach() for t in (hidden, weight, bias)], divergence=divergence, jsd_beta=beta, **options)
-    assert not found.any()
-    assert all(not d.any() for d in torch.autograd.grad(found.sum(), (hidden, weight, bias)))
-
-
-@pytest.mark.parametrize("vocab", [1, 3, 17, 4096, 4099, 8191])
-@pytest.mark.parametrize("pair", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
-def test_kl_rows_on_every_instruction_set(isa, vocab, pair):
-    logits = [torch.full((3, vocab + 9), float("nan"), dtype=dtype) for dtype in pair]  # odd offsets, among poison
-    student, teacher = (z[:, 4 : 4 + vocab].copy_((torch.randn(3, vocab) * 3).to(z.dtype)) for z in logits)
-    g = torch.randn(3)
-    for divergence, beta in CASES:
-        which = Divergence.of("test", divergence, beta, 0.6)
-        found, state = kl_rows(student, teacher, which)
-        leaf = student.double().requires_grad_()
-        exact = from_kl_div(leaf, teacher.double(), divergence, beta, 0.6)
-        (slope,) = torch.autograd.grad((exact * g).sum(), leaf)
-        assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-7)
-        whole = logits[0].clone()
-        mine = whole[:, 4 : 4 + vocab]
-        kl_grad_rows_(mine, teacher, which, state, g)
-        eps = torch.finfo(student.dtype).eps
-        assert torch.allclose(mine.double(), slope, rtol=eps + 1e-5, atol=1e-6 * max(1.0, exact.max().item()))
-        at_once = student.clone()
-        again, _ = kl_rows(at_once, teacher, which, g)
-        assert torch.equal(again, found)
-        assert torch.allclose(at_once.double(), slope, rtol=eps + 1e-5, atol=1e-6 * max(1.0, exact.max().item()))
-        assert whole[:, :4].isnan().all()
-        assert whole[:, 4 + vocab :].isnan().all()
-
-
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-@pytest.mark.parametrize("side", ["teacher", "both"])
-@BOTH_WAYS
-def test_linear_kl_minus_infinity_removes_a_token(divergence, beta, side, weighted, kernel):
-    student, teacher = ([t.detach().float() for t in s] for s in inputs(6, 9))
-    masked = [[t.clone() for t in s] for s in (student, teacher)]
-    for tensors in masked[1:] if side == "teacher" else masked:
-        tensors[2][5] = -torch.inf
-    options = {"divergence": divergence, "jsd_beta": beta} | ({"row_weight": torch.rand(6)} if weighted else {})
-    leaves = [t.requires_grad_() for t in masked[0]]
-    found = run(leaves, masked[1], **options)
-    if divergence == "reverse_kl" and side == "teacher":  # the student gives mass to what the teacher rules out
-        assert (found == torch.inf).all()
-        return
-    assert found.isfinite().all()
-    grads = torch.autograd.grad(found.sum(), leaves)
-    assert all(g.isfinite().all() for g in grads)
-    if side == "both":
-        keep = [0, 1, 2, 3, 4, 6, 7, 8]
-        cut = [[s[0], s[1][keep], s[2][keep]] for s in (student, teacher)]
-        cut[0] = [t.requires_grad_() for t in cut[0]]
-        exact = run(*cut, **options)
-        wanted = torch.autograd.grad(exact.sum(), cut[0])
-        assert torch.allclose(found, exact, rtol=1e-5, atol=1e-6)
-        for mine, other, rows in zip(grads, wanted, (slice(None), keep, keep), strict=True):
-            assert torch.allclose(mine[rows], other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_linear_kl_logits_of_ten_thousand(divergence, beta, sign, kernel):
-    student, teacher = inputs(6, 9, torch.float32)
-    with torch.no_grad():
-        student[2][2] += sign * 1e4
-        teacher[2][4] -= sign * 1e4
-    found, *grads = graded(linear_kl, student, teacher, torch.ones(6), divergence=divergence, jsd_beta=beta)
-    wide = [[t.detach().double() for t in s] for s in (student, teacher)]
-    exact = run(*wide, op=reference.linear_kl, divergence=divergence, jsd_beta=beta)
-    assert torch.allclose(found.double(), exact, rtol=1e-4, atol=2e-3)
-    assert all(g.isfinite().all() for g in grads)
-
-
-@pytest.mark.parametrize("shift", [300.0, -1e4])
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_linear_kl_does_not_see_a_shift_of_all_logits(divergence, beta, shift, kernel):
-    student, teacher = torch.randn(4, 203) * 3, torch.randn(4, 203).mul(3).round(decimals=2)
-    which = Divergence.of("test", divergence, beta, 1.0)
-    moved = teacher + shift
-    exact = from_kl_div(student.double(), moved.double(), divergence, beta, 1.0)
-    assert torch.allclose(kl_rows(student, moved, which)[0].double(), exact, rtol=2e-6, atol=1e-7)
-
-
-def test_linear_kl_nan_stays_in_its_row(kernel):
-    for side in (0, 1):
-        sides = [[t.detach().clone() for t in s] for s in inputs(4, 11, torch.float32)]
-        sides[side][0][2, 0] = torch.nan
-        for divergence, beta in CASES:
-            found = run(*sides, divergence=divergence, jsd_beta=beta)
-            assert found[2].isnan()
-            assert found[[0, 1, 3]].isfinite().all()
-
-
 @BOTH_WAYS
 @pytest.mark.parametrize("rows", [0, 1, 4])
 def test_linear_kl_of_nothing_has_zero_gradients(rows, weighted, backend, monkeypatch):
@@ -289,40 +68,6 @@ def test_linear_kl_of_nothing_has_zero_gradients(rows, weighted, backend, monkey
     grads = torch.autograd.grad((found * 0).sum(), student)
     assert [g.shape for g in grads] == [t.shape for t in student]
     assert all(not g.any() for g in grads)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_linear_kl_is_bitwise_equal_in_any_batch(divergence, beta, dtype, monkeypatch):
-    student, teacher = ([t.detach() for t in s] for s in inputs(70, 1003, dtype, width=48, teacher_width=33))
-    options = {"divergence": divergence, "jsd_beta": beta}
-    whole = run(student, teacher, **options)
-    for part in (slice(0, 1), slice(3, 8), slice(11, 26), slice(30, 47), slice(2, 70)):
-        cut = [[s[0][part], *s[1:]] for s in (student, teacher)]
-        assert torch.equal(run(*cut, **options), whole[part])
-    small_chunks(monkeypatch, 9)
-    assert torch.equal(run(student, teacher, **options), whole)
-
-
-def small_chunks(monkeypatch, rows):
-    monkeypatch.setattr(linear_head, "CHUNK_ROWS", rows)
-    monkeypatch.setattr(linear_head, "CHUNK_BYTES", 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@BOTH_WAYS
-def test_linear_kl_head_gradient_error_is_flat_in_the_chunks(dtype, weighted, monkeypatch):
-    student, teacher = inputs(256, 203, dtype, width=16)
-    upstream = torch.rand(256)
-    options = {"divergence": "jsd"} | ({"row_weight": upstream} if weighted else {})
-    wide = [[t.detach().double() for t in s] for s in (student, teacher)]
-    exact = graded(reference.linear_kl, [t.requires_grad_() for t in wide[0]], wide[1], upstream, **options)
-    errors = []
-    for rows in (256, 32, 2):
-        small_chunks(monkeypatch, rows)
-        errors.append(relative(graded(linear_kl, student, teacher, upstream, **options), exact))
-    for many in errors[1:]:
-        assert many[2] <= 1.1 * errors[0][2] + 1e-6, errors
 
 
 def test_linear_kl_holds_one_chunk_of_logits(monkeypatch):
@@ -358,18 +103,6 @@ def test_linear_kl_rows_without_a_gradient_are_not_computed(frozen, monkeypatch)
     assert seen == ([] if frozen else [20, 20])  # a frozen head computes nothing again
     for grads in (weighted, each):
         assert all(torch.allclose(a, b) for a, b in zip(grads, exact, strict=True))
-
-
-def test_linear_kl_row_that_has_no_gradient_may_be_infinite():
-    """Reverse KL where the teacher rules a token out: a zero upstream gradient keeps the NaN out of the others."""
-    (hidden, weight, _), (teacher_hidden, teacher_weight, _) = inputs(3, 9, torch.float32)
-    teacher_hidden[1] = torch.inf
-    for w in (weight, weight.detach()):
-        found = linear_kl(hidden, w, teacher_hidden, teacher_weight, divergence="reverse_kl")
-        assert not found[1].isfinite()
-        (d_hidden,) = torch.autograd.grad((found * torch.tensor([1.0, 0.0, 1.0])).nansum(), hidden)
-        assert d_hidden.isfinite().all()
-        assert not d_hidden[1].any()
 
 
 @pytest.mark.parametrize("chunk", [512, 3])
@@ -478,7 +211,7 @@ def test_linear_kl_custom_ops_hold_their_contract():
     state = forward_op(*student, *teacher, *which)[1]
     for needs in ((True, True, False), (False, True, True)):
         torch.library.opcheck(backward_op, (torch.randn(6), state, *student, *teacher, *which, *needs), test_utils=checks)
-        torch.library.opcheck(fused_op, (*student, *teacher, torch.rand(6), *which, *needs), test_utils=checks)
+        torch.library.opcheck(fused_op, (torch.rand(6), *student, *teacher, *which, *needs), test_utils=checks)
 
 
 def test_linear_kl_errors_say_what_was_expected():
@@ -523,6 +256,20 @@ def test_linear_kl_on_a_gpu(rows, vocab, divergence, beta, dtype, weighted):
     ours, theirs = (graded(op, student, teacher, upstream, **options) for op in (linear_kl, eager))
     for mine, other, name in zip(relative(ours, exact), relative(theirs, exact), ("value", "hidden", "weight", "bias"), strict=True):
         assert mine <= 1.2 * other + 4 * torch.finfo(dtype).eps, (name, mine, other)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_kl_takes_a_teacher_made_under_inference_mode(frozen, weighted):
+    student, teacher = inputs(6, 11, torch.float32)
+    student = [student[0], *(t.detach() for t in student[1:])] if frozen else student
+    with torch.inference_mode():
+        unwatched = [t.clone() for t in teacher]
+    options = {"row_weight": torch.rand(6)} if weighted else {}
+    learned = [t for t in student if t.requires_grad]
+    found, expected = (torch.autograd.grad(run(student, t, **options).sum(), learned) for t in (unwatched, teacher))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_linear_kl_without_gradients_takes_none(monkeypatch):

@@ -6,6 +6,7 @@ called, multiplies by those of its sides. `fastalign.preference_loss` is the sam
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,19 +98,18 @@ class PairLoss:
         return self.statistics is not None and None in self.options.values()
 
 
+Parts = tuple[tuple[PairLoss, float, tuple[tuple[str, Any], ...]], ...]  # (row, weight, its options as items)
+
+
 @dataclass(frozen=True)
 class Mixture(PairLoss):
-    """A weighted sum of rows. parts: (row, weight, its options as items); a divergence concerns the rows that have a reference."""
+    """A weighted sum of rows; a divergence concerns the rows that have a reference."""
 
-    parts: tuple[tuple[PairLoss, float, tuple[tuple[str, Any], ...]], ...] = ()
+    parts: Parts = ()
 
     def unweighted(self, win: Side, lose: Side, divergence: str, divergence_alpha: float, **options: float | Tensor) -> Tensor:
         """[B] losses."""
-        losses = [
-            weight * row.unweighted(win, lose, divergence if row.divergence else "reverse_kl", divergence_alpha, **dict(given))
-            for row, weight, given in self.parts
-        ]
-        return torch.stack(losses).sum(0)
+        return _sum_of(self.parts, win, lose, divergence, divergence_alpha)
 
     @property
     def couples_pairs(self) -> bool:
@@ -120,6 +120,8 @@ class Mixture(PairLoss):
 def mixture(parts: Mapping[str, float], options: Mapping[str, Mapping[str, float]] | None = None) -> PairLoss:
     """A row that is the weighted sum of rows: mixture({"dpo": 0.8, "sft": 0.2}, {"dpo": {"beta": 0.05}}).
 
+    Its reward metrics are those of one part: the first that reads a reference, else the first that compares scores at all.
+
     Raises:
         ValueError: a name is unknown, or options are given for a row that is not a part.
     """
@@ -128,24 +130,27 @@ def mixture(parts: Mapping[str, float], options: Mapping[str, Mapping[str, float
     if unknown or not parts:
         raise ValueError(f"mixture: expected rows out of {', '.join(PREFERENCE)}, and options for its parts alone; got {unknown or parts}")
     rows = {name: PREFERENCE[name] for name in parts}
-
+    formulas = [row.formula(**{**row.options, **given.get(name, {})}) for name, row in rows.items()]
+    rewards = min(zip(rows.values(), formulas, strict=True), key=lambda part: (not part[0].reference, part[1].name == "none"))[1]
     members = tuple((rows[name], weight, tuple(given.get(name, {}).items())) for name, weight in parts.items())
-    first = next(iter(parts))
-    beta = rows[first].formula(**{**rows[first].options, **given.get(first, {})}).beta
-    reads = {flag: any(getattr(row, flag) for row in rows.values()) for flag in ("reference", "margin")}
-    divergence = all(row.divergence or not row.reference for row in rows.values())
     return Mixture(
-        _of_parts,
-        lambda: Formula(beta=beta),
-        reference=reads["reference"],
-        margin=reads["margin"],
-        divergence=divergence,
+        functools.partial(_sum_of, members),
+        lambda: Formula(beta=rewards.beta, per_token=rewards.per_token),
+        reference=any(row.reference for row in rows.values()),
+        per_token=rewards.per_token,
+        margin=any(row.margin for row in rows.values()),
+        divergence=all(row.divergence or not row.reference for row in rows.values()),
         parts=members,
     )
 
 
-def _of_parts(win: Side, lose: Side) -> Tensor:
-    raise NotImplementedError("a mixture has no equation of its own: call the row")
+def _sum_of(parts: Parts, win: Side, lose: Side, divergence: str = "reverse_kl", divergence_alpha: float = 0.5) -> Tensor:
+    """[B] losses of a mixture."""
+    losses = [
+        weight * row.unweighted(win, lose, divergence if row.divergence else "reverse_kl", divergence_alpha, **dict(given))
+        for row, weight, given in parts
+    ]
+    return torch.stack(losses).sum(0)
 
 
 def _logistic(beta: float, label_smoothing: float = 0.0, gamma: float = 0.0, nll_coef: float = 0.0, *, per_token: bool = False) -> Formula:

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from fastalign.ops import attention_paged, attention_varlen
 from fastalign.ops import attention_reference as reference
-from fastalign.ops.backend import backend_for, forced_backend, native
+from fastalign.ops.backend import announce, backend_for, forced_backend, native
 from fastalign.ops.once import once
+
+READS = (torch.float32, torch.bfloat16)  # of the kernels
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,13 @@ def _has_native() -> bool:
 
 
 def _runs_native(q: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and _has_native()
+    if q.device.type != "cpu" or not _has_native():
+        return False
+    if q.dtype in READS:
+        return True
+    if q.dtype != torch.float64 and not torch.compiler.is_compiling():  # fp64 is the reference's own
+        announce(f"attention: the native kernel on cpu does not read {q.dtype}; cast to float32 or bfloat16 for it")
+    return False
 
 
 def _runs_varlen(q: Tensor) -> bool:
@@ -167,7 +175,7 @@ def _runs_varlen(q: Tensor) -> bool:
 
 
 def _has_cuda_kernel(q: Tensor) -> bool:
-    fits = q.is_cuda and q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    fits = q.is_cuda and q.dtype in READS and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     return fits and backend_for("attention", "cuda") == "native"
 
 
@@ -231,33 +239,13 @@ class _TreeAttention(torch.autograd.Function):
         return (*(once("tree_attention", g, *saved[2:5]) for g in gradients), None, None, None, None, None)
 
 
-@torch.library.custom_op("fastalign::tree_attention", mutates_args=())
-def _tree_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parent: Tensor, scale: float, window: int, softcap: float
-) -> tuple[Tensor, Tensor]:
-    return _tree_forward(q, k, v, cu_seqlens, parent, scale, window, softcap)
+_tree_op = torch.library.custom_op("fastalign::tree_attention", _tree_forward, mutates_args=())
+_tree_backward_op = torch.library.custom_op("fastalign::tree_attention_backward", _tree_backward, mutates_args=())
 
 
 @_tree_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_layout: Tensor | float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-@torch.library.custom_op("fastalign::tree_attention_backward", mutates_args=())
-def _tree_backward_op(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    parent: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _tree_backward(grad, out, lse, q, k, v, cu_seqlens, parent, scale, window, softcap)
 
 
 @_tree_backward_op.register_fake

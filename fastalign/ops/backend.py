@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Collection, Mapping
 from types import ModuleType
 
 import torch  # first: the native module takes OpenMP from the runtime that torch loads
@@ -88,6 +89,29 @@ def has_triton(op: str) -> bool:
 def _interprets() -> bool:
     """Whether kernels imported now run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def backend_reading(op: str, device: torch.device, reads: Mapping[str, Collection[torch.dtype]], *dtypes: torch.dtype) -> str:
+    """`backend_for`, or "reference" where that backend does not read these dtypes, which is said once. fp64 is the reference's own.
+
+    Args:
+        reads: the dtypes that the kernels of each backend read.
+    """
+    backend = "reference" if torch.float64 in dtypes else backend_for(op, device)
+    if backend == "reference" or set(dtypes) <= set(reads[backend]):
+        return backend
+    announce(f"{op}: the {backend} kernel on {device.type} reads {_names(reads[backend])}, not {_names(dtypes)}")
+    return "reference"
+
+
+def _names(dtypes: Collection[torch.dtype]) -> str:
+    return " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+
+
+@functools.cache
+def announce(what: str) -> None:
+    """Says once that a slower path is taken."""
+    warnings.warn(f"fastalign: {what}; its slower torch reference runs.", stacklevel=3)
 
 
 def backend_for(op: str, device: torch.device | str = "cpu") -> str:

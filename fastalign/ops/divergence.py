@@ -6,15 +6,79 @@ that row alone: not on the number of rows, the threads or the chunk it came in.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import backend_for, load_native
+from .backend import backend_reading, load_native
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+READS = {"native": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 STATE = 5  # numbers kept a row: student's raw maximum and sum of e^(z − maximum), teacher's, and the center of the gradient
+
+
+def log_mixture(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    """log(beta e^t + (1 - beta) e^s)."""
+    mixture = torch.stack((t + torch.tensor(beta, dtype=t.dtype).log(), s + torch.tensor(-beta, dtype=s.dtype).log1p()))
+    return torch.logsumexp(mixture, 0)
+
+
+def weighted(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Σ p (a − b) over the last dimension; a probability of zero adds nothing, to the gradient neither."""
+    dead = p == 0
+    return (p * (a.masked_fill(dead, 0.0) - b.masked_fill(dead, 0.0))).sum(-1)
+
+
+def around(s: Tensor, other: Tensor, center: Tensor) -> Tensor:
+    """e^s (s − other − center) [N, V]; zero where the student's probability is."""
+    p = s.exp()
+    dead = p == 0
+    return (p * (s.masked_fill(dead, 0.0) - other.masked_fill(dead, 0.0) - center)).masked_fill_(dead, 0.0)
+
+
+def _forward_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    return weighted(t.exp(), t, s), torch.zeros_like(s[:, 0])
+
+
+def _forward_kl_slope(s: Tensor, t: Tensor, center: Tensor, beta: float) -> Tensor:
+    return s.exp() - t.exp()
+
+
+def _reverse_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    value = weighted(s.exp(), s, t)
+    return value, value
+
+
+def _reverse_kl_slope(s: Tensor, t: Tensor, center: Tensor, beta: float) -> Tensor:
+    return around(s, t, center)
+
+
+def _jsd(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    m = log_mixture(s, t, beta)
+    center = weighted(s.exp(), s, m)
+    return beta * weighted(t.exp(), t, m) + (1.0 - beta) * center, center
+
+
+def _jsd_slope(s: Tensor, t: Tensor, center: Tensor, beta: float) -> Tensor:
+    return (1.0 - beta) * around(s, log_mixture(s, t, beta), center)
+
+
+class Equation(NamedTuple):
+    """A row: log-probs s and t [N, V], beta → (divergence, center of its gradient) [N]; with the center [N, 1] → its slope by the
+    student's logits at temperature 1 [N, V]; and the betas at which it is another row."""
+
+    value: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    slope: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    limits: Mapping[float, str] = {}
+
+
+EQUATIONS = {  # in the order of csrc/math/divergence.h
+    "forward_kl": Equation(_forward_kl, _forward_kl_slope),
+    "reverse_kl": Equation(_reverse_kl, _reverse_kl_slope),
+    "jsd": Equation(_jsd, _jsd_slope, {0.0: "forward_kl", 1.0: "reverse_kl"}),
+}
+DIVERGENCES = tuple(EQUATIONS)
 
 
 class Divergence(NamedTuple):
@@ -37,9 +101,13 @@ class Divergence(NamedTuple):
             raise ValueError(f"{op}: jsd_beta must be in [0, 1], got {jsd_beta}")
         if not 0.0 < temperature < float("inf"):
             raise ValueError(f"{op}: temperature must be > 0 and finite, got {temperature}")
-        if name == "jsd" and jsd_beta in (0.0, 1.0):
-            name = "forward_kl" if jsd_beta == 0.0 else "reverse_kl"
+        name = EQUATIONS[name].limits.get(jsd_beta, name)
         return cls(DIVERGENCES.index(name), float(jsd_beta), float(temperature))
+
+    @property
+    def equation(self) -> Equation:
+        """Its row."""
+        return EQUATIONS[DIVERGENCES[self.kind]]
 
 
 def kl_rows(student: Tensor, teacher: Tensor, divergence: Divergence, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,10 +143,7 @@ def kl_grad_rows_(student: Tensor, teacher: Tensor, divergence: Divergence, stat
 
 
 def _backend(student: Tensor, teacher: Tensor) -> str:
-    backend = backend_for("linear_kl", student.device)
-    native = {torch.float32, torch.bfloat16}
-    reads = {"native": native, "triton": native | {torch.float16}}.get(backend, set())
-    return backend if {student.dtype, teacher.dtype} <= reads else "reference"
+    return backend_reading("linear_kl", student.device, READS, student.dtype, teacher.dtype)
 
 
 def _run(
@@ -116,46 +181,18 @@ def _reference_rows(student: Tensor, teacher: Tensor, divergence: Divergence) ->
         state[:, i] = _wide(logits).amax(1)
         state[:, i + 1] = ((_wide(logits) - state[:, i, None]) / divergence.temperature).exp().sum(1)
     s, t = _log_probs(student, teacher, divergence, state)
-    value, center = divergence_terms(s, t, DIVERGENCES[divergence.kind], divergence.beta)
+    value, center = divergence_terms(s, t, divergence)
     state[:, 4] = center
     return value, state
 
 
-def divergence_terms(s: Tensor, t: Tensor, name: str, beta: float) -> tuple[Tensor, Tensor]:
+def divergence_terms(s: Tensor, t: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """Log-probs s and t [N, V] → (divergence [N], center of the gradient [N])."""
-    if name == "forward_kl":
-        return weighted(t.exp(), t, s), torch.zeros_like(s[:, 0])
-    if name == "reverse_kl":
-        value = weighted(s.exp(), s, t)
-        return value, value
-    m = log_mixture(s, t, beta)
-    center = weighted(s.exp(), s, m)
-    return beta * weighted(t.exp(), t, m) + (1.0 - beta) * center, center
-
-
-def log_mixture(s: Tensor, t: Tensor, beta: float) -> Tensor:
-    """log(beta e^t + (1 - beta) e^s)."""
-    mixture = torch.stack((t + torch.tensor(beta, dtype=t.dtype).log(), s + torch.tensor(-beta, dtype=s.dtype).log1p()))
-    return torch.logsumexp(mixture, 0)
-
-
-def weighted(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ p (a − b) over the last dimension; a probability of zero adds nothing, to the gradient neither."""
-    dead = p == 0
-    return (p * (a.masked_fill(dead, 0.0) - b.masked_fill(dead, 0.0))).sum(-1)
+    return divergence.equation.value(s, t, divergence.beta)
 
 
 def _reference_grad_(student: Tensor, teacher: Tensor, divergence: Divergence, state: Tensor, g: Tensor) -> Tensor:
     s, t = _log_probs(student, teacher, divergence, state)
-    p, name, center = s.exp(), DIVERGENCES[divergence.kind], state[:, 4, None]
-    dead = p == 0
-    if name == "forward_kl":
-        slope = p - t.exp()
-    elif name == "reverse_kl":
-        slope = p * (s.masked_fill(dead, 0.0) - t.masked_fill(dead, 0.0) - center)
-    else:
-        m = log_mixture(s, t, divergence.beta)
-        slope = (1.0 - divergence.beta) * p * (s.masked_fill(dead, 0.0) - m.masked_fill(dead, 0.0) - center)
-    slope = slope.masked_fill_(dead, 0.0) if name != "forward_kl" else slope
+    slope = divergence.equation.slope(s, t, state[:, 4, None], divergence.beta)
     g = (g / divergence.temperature)[:, None].to(slope.dtype)
     return student.copy_((slope * g).masked_fill_(g == 0, 0.0))

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastalign.ops.gemm import product, uses_onednn, wide_product
 
 MIN_GEMM_ROWS = 16
-CHUNK_ROWS = 512  # below this the bf16 head gradient's pass over [V, H] shows (two naive chunks cost 1.58×, measured)
+CHUNK_ROWS = 512  # with fewer, the bf16 head gradient's pass over [V, H], one a chunk, shows beside its GEMMs
 CHUNK_BYTES = 64 << 20  # with a small vocabulary a chunk takes more rows, up to this many bytes of logits
 MAX_CHUNK_BYTES = 1 << 30  # how far a chunk may grow to hold one unit
 

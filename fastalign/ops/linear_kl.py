@@ -15,8 +15,18 @@ from torch import Tensor
 from fastalign.ops.divergence import Divergence
 from fastalign.ops.head_gradient import lend_for
 from fastalign.ops.linear_fused import tie, wanted_gradients
-from fastalign.ops.linear_head import compute_dtype
-from fastalign.ops.linear_kl_passes import Heads, backward_op, forward_op, frozen_op, fused_op, kl_backward, kl_forward, kl_frozen, kl_fused
+from fastalign.ops.linear_kl_passes import (
+    Heads,
+    Reading,
+    backward_op,
+    forward_op,
+    frozen_op,
+    fused_op,
+    kl_backward,
+    kl_forward,
+    kl_frozen,
+    kl_fused,
+)
 from fastalign.ops.once import once
 
 OP = "linear_kl"
@@ -61,49 +71,44 @@ def linear_kl(
         RuntimeError: on a second differentiation.
     """
     which = Divergence.of(OP, divergence, jsd_beta, temperature)
-    _check(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, row_weight)
-    student = _cast(OP, hidden, weight, bias)
-    teacher = _detached(_cast(f"{OP} (teacher)", teacher_hidden, teacher_weight, teacher_bias))
+    given = Reading(hidden, weight, bias), Reading(teacher_hidden, teacher_weight, teacher_bias)
+    _check(*given, row_weight)
+    student, teacher = given[0].cast(OP), given[1].cast(f"{OP} (teacher)").detached()
     if row_weight is None:
-        student = student if torch.is_grad_enabled() else _detached(student)  # else a frozen head's gradient would be taken all the same
+        student = student if torch.is_grad_enabled() else student.detached()  # else a frozen head's gradient would be taken all the same
         found: Tensor = LinearKl.apply(*student, *teacher, which)
         return found
     wanted = wanted_gradients(hidden, weight, bias)
-    inputs = (*_detached(student), *teacher)
-    weights = row_weight.detach().to(torch.promote_types(student[0].dtype, torch.float32))
+    student = student.detached()
+    weights = row_weight.detach().to(torch.promote_types(student.hidden.dtype, torch.float32))
     if torch.compiler.is_compiling():
         if wanted[1]:
-            lend_for(weight, inputs[1].dtype, 0, op=OP)  # raises when there is a main_grad
-        loss, *gradients = fused_op(*inputs, weights, *which, *wanted)
-        return tie(OP, loss, (hidden, weight, bias), tuple(g if need else None for g, need in zip(gradients, wanted, strict=True)))  # type: ignore[arg-type]
+            lend_for(weight, student.weight.dtype, 0, op=OP)  # raises when there is a main_grad
+        loss, *gradients = fused_op(weights, *student, *teacher, *which, *wanted)
+        return tie(OP, loss, given[0], tuple(g if need else None for g, need in zip(gradients, wanted, strict=True)))  # type: ignore[arg-type]
     with torch.no_grad():
-        loss, gradients, loan = kl_fused(Heads.of(*inputs, which=which), weights, wanted, weight if wanted[1] else None)
-    return tie(OP, loss, (hidden, weight, bias), gradients, loan)
+        loss, gradients, loan = kl_fused(Heads.of(student, teacher, which), weights, wanted, weight if wanted[1] else None)
+    return tie(OP, loss, given[0], gradients, loan)
 
 
 class LinearKl(torch.autograd.Function):
     """(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, which) → divergence [N]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        which: Divergence,
-    ) -> Tensor:
-        inputs = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-        compiling, ctx.which = torch.compiler.is_compiling(), which
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        student, teacher, ctx.which = Reading(*inputs[:3]), Reading(*inputs[3:6]), inputs[6]
         ctx.frozen = tuple(ctx.needs_input_grad[:3]) == (True, False, False)
+        if torch.compiler.is_compiling():
+            found, state = (frozen_op if ctx.frozen else forward_op)(*student, *teacher, *ctx.which)
+        else:
+            found, state = (kl_frozen if ctx.frozen else kl_forward)(Heads.of(student, teacher, ctx.which))
         if ctx.frozen:
-            found, slope = (frozen_op if compiling else kl_frozen)(*inputs, *which)
-            ctx.save_for_backward(hidden, slope)
+            ctx.save_for_backward(student.hidden, state)
             return found
-        found, state = (forward_op if compiling else kl_forward)(*inputs, *which)
-        ctx.save_for_backward(*inputs, state)
+        # autograd refuses to save a tensor that was made under inference_mode: it could not tell whether it has changed since
+        unwatched = not torch.compiler.is_compiling() and any(t is not None and t.is_inference() for t in teacher)
+        ctx.teacher = teacher if unwatched else None
+        ctx.save_for_backward(*student, *(() if unwatched else teacher), state)
         return found
 
     @staticmethod
@@ -113,36 +118,20 @@ class LinearKl(torch.autograd.Function):
             g = g[:, None].to(slope.dtype)  # where g is zero the slope may be NaN, and adds nothing
             return (once(OP, torch.where(g == 0, torch.zeros_like(slope), slope * g), hidden), *(None,) * 6)
         *inputs, state = ctx.saved_tensors
+        student, teacher = Reading(*inputs[:3]), Reading(*inputs[3:]) if ctx.teacher is None else ctx.teacher
         needs = ctx.needs_input_grad[:3]
-        run = backward_op if torch.compiler.is_compiling() else kl_backward
         with torch.no_grad():  # create_graph turns gradients on in here
-            grads = run(g, state, *inputs, *ctx.which, *needs)
-        kept = [t for t in inputs[:3] if t is not None]
+            if torch.compiler.is_compiling():
+                grads = backward_op(g, state, *student, *teacher, *ctx.which, *needs)
+            else:
+                grads = kl_backward(g, state, Heads.of(student, teacher, ctx.which), needs)
+        kept = [t for t in student if t is not None]
         return (*(once(OP, d, *kept) if need else None for d, need in zip(grads, needs, strict=True)), *(None,) * 4)
 
 
-def _cast(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = compute_dtype(op, hidden, weight)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _detached(side: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
-    hidden, weight, bias = side
-    return hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    row_weight: Tensor | None,
-) -> None:
+def _check(student: Reading, teacher: Reading, row_weight: Tensor | None) -> None:
     """Shapes and dtypes; raises ValueError or TypeError that says what was expected."""
-    sides = (("", "H", hidden, weight, bias), ("teacher_", "K", teacher_hidden, teacher_weight, teacher_bias))
-    for side, width, x, w, b in sides:
+    for side, width, (x, w, b) in (("", "H", student), ("teacher_", "K", teacher)):
         if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
             raise ValueError(
                 f"{OP}: expected {side}hidden [N, {width}] and {side}weight [V, {width}], got {list(x.shape)} and {list(w.shape)}"
@@ -151,18 +140,20 @@ def _check(
             raise TypeError(f"{OP}: expected floating-point {side}hidden and {side}weight, got {x.dtype} and {w.dtype}")
         if b is not None and b.shape != w.shape[:1]:
             raise ValueError(f"{OP}: expected {side}bias [{w.shape[0]}], one a row of {side}weight, got {list(b.shape)}")
-    if weight.shape[0] != teacher_weight.shape[0]:
+    if student.weight.shape[0] != teacher.weight.shape[0]:
         raise ValueError(
-            f"{OP}: student and teacher must have one vocabulary, got {weight.shape[0]} and {teacher_weight.shape[0]} rows;"
+            f"{OP}: student and teacher must have one vocabulary, got {student.weight.shape[0]} and {teacher.weight.shape[0]} rows;"
             " if one head is only padded, cut both to the shorter"
         )
-    if hidden.shape[0] != teacher_hidden.shape[0]:
-        raise ValueError(f"{OP}: expected teacher_hidden [{hidden.shape[0]}, K], a row a row of hidden, got {list(teacher_hidden.shape)}")
-    if weight.shape[0] == 0:
-        raise ValueError(f"{OP}: expected at least one row of weight, got {list(weight.shape)}")
+    if student.hidden.shape[0] != teacher.hidden.shape[0]:
+        raise ValueError(
+            f"{OP}: expected teacher_hidden [{student.hidden.shape[0]}, K], a row a row of hidden, got {list(teacher.hidden.shape)}"
+        )
+    if student.weight.shape[0] == 0:
+        raise ValueError(f"{OP}: expected at least one row of weight, got {list(student.weight.shape)}")
     if row_weight is None:
         return
-    if row_weight.shape != hidden.shape[:1]:
-        raise ValueError(f"{OP}: expected row_weight [{hidden.shape[0]}], one a row of hidden, got {list(row_weight.shape)}")
+    if row_weight.shape != student.hidden.shape[:1]:
+        raise ValueError(f"{OP}: expected row_weight [{student.hidden.shape[0]}], one a row of hidden, got {list(row_weight.shape)}")
     if row_weight.requires_grad:
         raise ValueError(f"{OP}: row_weight must not require gradients; multiply the per-token divergence, or detach it")

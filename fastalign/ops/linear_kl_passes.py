@@ -1,6 +1,6 @@
 """The passes of linear_kl over all rows: forward, backward, the frozen-head forward, and the forward that takes the gradient along.
 
-Each is a plain function and, for torch.compile, a custom op with a fake implementation.
+Each is a plain function of `Heads` and, for torch.compile, a custom op of flat arguments (`HEADS`) with a fake implementation.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,27 @@ from torch import Tensor
 from fastalign.ops.divergence import STATE, Divergence, kl_grad_rows_, kl_rows
 from fastalign.ops.head_gradient import Loan, lend_for
 from fastalign.ops.linear_chunks import Gradients
-from fastalign.ops.linear_head import Head, blas_ready, borrowed, chunk_rows, even_chunks, head_logits
+from fastalign.ops.linear_head import Head, blas_ready, borrowed, chunk_rows, compute_dtype, even_chunks, head_logits
 from fastalign.ops.linear_passes import Kept
 
 Wanted = tuple[bool, bool, bool]  # hidden, weight, bias
+
+
+class Reading(NamedTuple):
+    """One head and what it reads: hidden [N, H], weight [V, H], bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def cast(self, op: str) -> Reading:
+        """In the dtype of its GEMM."""
+        dtype = compute_dtype(op, self.hidden, self.weight)
+        return Reading(self.hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def detached(self) -> Reading:
+        """Without gradients."""
+        return Reading(self.hidden.detach(), self.weight.detach(), None if self.bias is None else self.bias.detach())
 
 
 @dataclass(frozen=True)
@@ -32,18 +50,13 @@ class Heads:
     which: Divergence
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        which: Divergence,
-    ) -> Heads:
-        student, teacher = (Head(blas_ready(w), b, which.temperature, None) for w, b in ((weight, bias), (teacher_weight, teacher_bias)))
-        return cls(student, teacher, hidden, teacher_hidden, which)
+    def of(cls, student: Reading, teacher: Reading, which: Divergence) -> Heads:
+        mine, other = (Head(blas_ready(side.weight), side.bias, which.temperature, None) for side in (student, teacher))
+        return cls(mine, other, student.hidden, teacher.hidden, which)
+
+    def wide(self, *shape: int) -> Tensor:
+        """An empty tensor in the dtype of divergences."""
+        return _wide(self.hidden, self.teacher_hidden, *shape)
 
     def only(self, kept: Kept) -> Heads:
         """The same for some of the rows."""
@@ -74,20 +87,9 @@ class Heads:
                 )
 
 
-def kl_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    kind: int,
-    beta: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+def kl_forward(heads: Heads) -> tuple[Tensor, Tensor]:
     """(divergence [N], state [N, 5]). 4TVH."""
-    heads = Heads.of(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, Divergence(kind, beta, temperature))
-    found, state = _wide(hidden, teacher_hidden, len(hidden)), _wide(hidden, teacher_hidden, len(hidden), STATE)
+    found, state = heads.wide(len(heads.hidden)), heads.wide(len(heads.hidden), STATE)
 
     def work(s: slice, student: Tensor, teacher: Tensor) -> None:
         found[s], state[s] = kl_rows(student, teacher, heads.which)
@@ -96,20 +98,9 @@ def kl_forward(
     return found, state
 
 
-def kl_frozen(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    kind: int,
-    beta: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
+def kl_frozen(heads: Heads) -> tuple[Tensor, Tensor]:
     """(divergence [N], its gradient by hidden [N, H]) in one pass: 6TVH."""
-    heads = Heads.of(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, Divergence(kind, beta, temperature))
-    found, slope = _wide(hidden, teacher_hidden, len(hidden)), torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    found, slope = heads.wide(len(heads.hidden)), torch.empty_like(heads.hidden, memory_format=torch.contiguous_format)
     ones = torch.ones_like(found)
 
     def work(s: slice, student: Tensor, teacher: Tensor) -> None:
@@ -120,40 +111,19 @@ def kl_frozen(
     return found, slope
 
 
-def kl_backward(
-    g: Tensor,
-    state: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    kind: int,
-    beta: float,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def kl_backward(g: Tensor, state: Tensor, heads: Heads, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the dtype of the GEMM, empty where not needed; rows that have no upstream gradient cost nothing. 8TVH."""
-    heads = Heads.of(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, Divergence(kind, beta, temperature))
     kept = Kept.where(g != 0)
     heads, g, state = heads.only(kept), kept.of(g), kept.of(state)
     chunks = heads.chunks()
-    into = Gradients.of(heads.student, len(g), (need_hidden, need_weight, need_bias), only_chunk=len(chunks) == 1)
+    into = Gradients.of(heads.student, len(g), wanted, only_chunk=len(chunks) == 1)
 
     def work(s: slice, student: Tensor, teacher: Tensor) -> None:
         kl_grad_rows_(student, teacher, heads.which, state[s], g[s])
         into.add(heads.student, student, heads.hidden[s], s)
 
     heads.each(chunks, work)
-    none, d_weight = weight.new_empty(0), into.head_gradient()
-    return (
-        none if into.hidden is None else kept.spread(into.hidden),
-        none.clone() if d_weight is None else d_weight.to(weight.dtype),
-        none.clone() if into.bias is None else into.bias.to(weight.dtype),
-    )
+    return kept.gradients(into, heads.student.weight)
 
 
 def kl_fused(
@@ -184,37 +154,42 @@ def kl_fused(
     return total.to(g.dtype), (d_hidden, into.head_gradient(), into.bias), loan
 
 
-def _fused(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    row_weight: Tensor,
-    kind: int,
-    beta: float,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kl_fused` as an op: (loss, dL/dhidden, dL/dweight fp32, dL/dbias fp32), empty where not needed."""
-    heads = Heads.of(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, Divergence(kind, beta, temperature))
-    loss, gradients, _ = kl_fused(heads, row_weight, (need_hidden, need_weight, need_bias), may_narrow=False)
-    d_hidden, d_weight, d_bias = (weight.new_empty(0) if d is None else d for d in gradients)
-    return loss, d_hidden, d_weight, d_bias
-
-
 def _wide(hidden: Tensor, teacher_hidden: Tensor, *shape: int) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, teacher_hidden.dtype), torch.float32)
     return torch.empty(shape, dtype=dtype, device=hidden.device)
 
 
-forward_op = torch.library.custom_op("fastalign::linear_kl_forward", kl_forward, mutates_args=())
-frozen_op = torch.library.custom_op("fastalign::linear_kl_frozen", kl_frozen, mutates_args=())
-backward_op = torch.library.custom_op("fastalign::linear_kl_backward", kl_backward, mutates_args=())
-fused_op = torch.library.custom_op("fastalign::linear_kl_fused", _fused, mutates_args=())
+HEADS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,"
+    " int kind, float beta, float temperature"
+)
+WANTED = "bool need_hidden, bool need_weight, bool need_bias"
+
+
+def _heads(*flat: Any) -> Heads:
+    return Heads.of(Reading(*flat[:3]), Reading(*flat[3:6]), Divergence(*flat[6:]))
+
+
+def _backward(g: Tensor, state: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return kl_backward(g, state, _heads(*flat[:-3]), flat[-3:])
+
+
+def _fused(row_weight: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kl_fused` as an op: (loss, dL/dhidden, dL/dweight fp32, dL/dbias fp32), empty where not needed."""
+    loss, gradients, _ = kl_fused(_heads(*flat[:-3]), row_weight, flat[-3:], may_narrow=False)
+    d_hidden, d_weight, d_bias = (flat[1].new_empty(0) if d is None else d for d in gradients)
+    return loss, d_hidden, d_weight, d_bias
+
+
+def _op(name: str, run: Callable[..., tuple[Tensor, ...]], arguments: str, results: int) -> Any:
+    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+    return torch.library.custom_op(f"fastalign::linear_kl_{name}", run, mutates_args=(), schema=schema)
+
+
+forward_op = _op("forward", lambda *flat: kl_forward(_heads(*flat)), HEADS, 2)
+frozen_op = _op("frozen", lambda *flat: kl_frozen(_heads(*flat)), HEADS, 2)
+backward_op = _op("backward", _backward, f"Tensor g, Tensor state, {HEADS}, {WANTED}", 3)
+fused_op = _op("fused", _fused, f"Tensor row_weight, {HEADS}, {WANTED}", 4)
 
 
 @forward_op.register_fake
@@ -234,7 +209,7 @@ def _(g, state, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bi
 
 
 @fused_op.register_fake
-def _(hidden, weight, bias, th, tw, tb, row_weight, kind, beta, temperature, *need):  # type: ignore[no-untyped-def]
+def _(row_weight, hidden, weight, bias, th, tw, tb, kind, beta, temperature, *need):  # type: ignore[no-untyped-def]
     wide = torch.promote_types(weight.dtype, torch.float32)
     found = (hidden.new_empty(hidden.shape), weight.new_empty(weight.shape, dtype=wide), weight.new_empty(weight.shape[0], dtype=wide))
     gradients = (value if wanted else weight.new_empty(0) for value, wanted in zip(found, need, strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.linear_head import check_inputs, compute_dtype, wants_wide
-from fastalign.ops.linear_passes import backward_op, forward_op, frozen_op, logp_backward, logp_forward, logp_frozen
+from fastalign.ops.linear_passes import Scored, backward_op, forward_op, frozen_op, logp_backward, logp_forward, logp_frozen
 from fastalign.ops.once import once
 
 
@@ -70,15 +70,16 @@ class LinearLogp(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.options = options
-        compiling = torch.compiler.is_compiling()
         ctx.frozen = tuple(ctx.needs_input_grad[:3]) == (True, False, False) and not return_lse
+        if torch.compiler.is_compiling():
+            found = (frozen_op if ctx.frozen else forward_op)(hidden, weight, bias, targets, *options, return_entropy)
+        else:
+            found = (logp_frozen if ctx.frozen else logp_forward)(Scored.of(hidden, weight, bias, targets, *options), return_entropy)
         if ctx.frozen:
-            run = frozen_op if compiling else logp_frozen
-            logp, entropy, slope, slope_entropy = run(hidden, weight, bias, targets, *options, return_entropy)
+            logp, entropy, slope, slope_entropy = found
             ctx.save_for_backward(hidden, slope, slope_entropy)
             return logp, entropy if return_entropy else None, None
-        run = forward_op if compiling else logp_forward
-        logp, lse, entropy, _ = run(hidden, weight, bias, targets, *options, return_entropy)
+        logp, lse, entropy, _ = found
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         return logp, entropy if return_entropy else None, lse if return_lse else None
 

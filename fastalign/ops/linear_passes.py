@@ -1,12 +1,14 @@
 """The passes of linear_logp over all rows: forward, backward, and the frozen-head forward that leaves nothing to recompute.
 
-Each is a plain function and, for torch.compile, a custom op of the same name with a fake implementation. An output that
-was not asked for is an empty tensor.
+Each is a plain function and, for torch.compile, a custom op of flat arguments with a fake implementation. An output that was
+not asked for is an empty tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,61 +47,77 @@ class Kept:
         logp, lse, correct = self.spread(rows.logp), self.spread(rows.lse), self.spread(rows.correct)
         return logp, lse, self.spread(rows.entropy) if entropy and rows.entropy is not None else logp.new_empty(0), correct
 
+    def gradients(self, into: Gradients, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dL/d(hidden, weight, bias) of all rows in the dtype of the weight, empty where not wanted."""
+        none, d_weight = weight.new_empty(0), into.head_gradient()
+        return (
+            none if into.hidden is None else self.spread(into.hidden),
+            none.clone() if d_weight is None else d_weight.to(weight.dtype),
+            none.clone() if into.bias is None else into.bias.to(weight.dtype),
+        )
 
-def logp_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    wide: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class Scored:
+    """The rows that are scored, and the head that scores them."""
+
+    head: Head
+    kept: Kept
+    hidden: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        logit_softcap: float | None,
+        ignore_index: int,
+        wide: bool,
+    ) -> Scored:
+        check_targets("linear_logp", targets, weight.shape[0], ignore_index)
+        kept = Kept.where(targets != ignore_index)
+        head = Head(blas_ready(weight), bias, temperature, logit_softcap, wide)
+        return cls(head, kept, kept.of(hidden), kept.of(targets))
+
+    def each(self, entropy: bool, work: Callable[[slice, Tensor, Rows], None] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(logp, lse, entropy or empty, correct), [N] and 0 where ignored; work(chunk, its logits, its rows) before the next reuses them.
+
+        A call and not an iterator: a loop's variables would keep the last chunk's logits alive beside the next one's.
+        """
+        rows, _ = self.head.chunk_rows(None)
+        found: list[Rows] = []
+        with self.head.borrowed(min(rows, len(self.targets))) as buffer:
+            for s in even_chunks(0, len(self.targets), rows):
+                logits, known = forward_chunk(self.head, self.hidden[s], self.targets[s], entropy=entropy, buffer=buffer)
+                found.append(known)
+                if work is not None:
+                    work(s, logits, known)
+                del logits
+        return self.kept.join(found, self.hidden, entropy)
+
+
+def logp_forward(scored: Scored, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, entropy, correct), each [N] and 0 where ignored. 2TVH over the rows that are kept."""
-    check_targets("linear_logp", targets, weight.shape[0], ignore_index)
-    head = Head(blas_ready(weight), bias, temperature, logit_softcap, wide)
-    kept = Kept.where(targets != ignore_index)
-    x, y = kept.of(hidden), kept.of(targets)
-    found: list[Rows] = []
-    rows, _ = head.chunk_rows(None)
-    with head.borrowed(min(rows, len(y))) as buffer:
-        for s in even_chunks(0, len(y), rows):
-            found.append(forward_chunk(head, x[s], y[s], entropy=entropy, buffer=buffer)[1])
-    return kept.join(found, x, entropy)
+    return scored.each(entropy)
 
 
-def logp_frozen(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    wide: bool,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logp_frozen(scored: Scored, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], dlogp/dhidden [N, H], dentropy/dhidden [N, H]) in one pass: 4TVH, 6 with entropy."""
-    check_targets("linear_logp", targets, weight.shape[0], ignore_index)
-    head = Head(blas_ready(weight), bias, temperature, logit_softcap, wide)
-    kept = Kept.where(targets != ignore_index)
-    x, y = kept.of(hidden), kept.of(targets)
-    found: list[Rows] = []
-    slope, slope_entropy = torch.empty_like(x), torch.empty_like(x if entropy else x[:0])
-    rows, _ = head.chunk_rows(None)
-    with head.borrowed(min(rows, len(y))) as buffer:
-        for s in even_chunks(0, len(y), rows):
-            logits, r = forward_chunk(head, x[s], y[s], entropy=entropy, buffer=buffer)
-            found.append(r)
-            one, zero = torch.ones_like(r.lse), torch.zeros_like(r.lse)
-            if entropy:
-                slope_entropy[s] = dlogits_(head, logits.clone(), y[s], r, RowGrads(zero, one)) @ head.weight
-            slope[s] = dlogits_(head, logits, y[s], r, RowGrads(one)) @ head.weight
-            del logits
-    logp, _, ent, _ = kept.join(found, x, entropy)
-    return logp, ent, kept.spread(slope), kept.spread(slope_entropy) if entropy else slope_entropy
+    head, targets, hidden = scored.head, scored.targets, scored.hidden
+    slope, slope_entropy = torch.empty_like(hidden), torch.empty_like(hidden if entropy else hidden[:0])
+
+    def work(s: slice, logits: Tensor, rows: Rows) -> None:
+        one, zero = torch.ones_like(rows.lse), torch.zeros_like(rows.lse)
+        if entropy:
+            slope_entropy[s] = dlogits_(head, logits.clone(), targets[s], rows, RowGrads(zero, one)) @ head.weight
+        slope[s] = dlogits_(head, logits, targets[s], rows, RowGrads(one)) @ head.weight
+
+    logp, _, found, _ = scored.each(entropy, work)
+    return logp, found, scored.kept.spread(slope), scored.kept.spread(slope_entropy) if entropy else slope_entropy
 
 
 def logp_backward(
@@ -136,16 +154,23 @@ def logp_backward(
             known = Rows(lse[s], lse[s], None if ent is None else ent[s], lse[s])
             into.add(head, dlogits_(head, logits, y[s], known, grads.of(s)), x[s], s)
             del logits  # else it lives until the next chunk's are there
-    none, d_weight = weight.new_empty(0), into.head_gradient()
-    return (
-        none if into.hidden is None else kept.spread(into.hidden),
-        none.clone() if d_weight is None else d_weight.to(weight.dtype),
-        none.clone() if into.bias is None else into.bias.to(weight.dtype),
-    )
+    return kept.gradients(into, weight)
 
 
-forward_op = torch.library.custom_op("fastalign::linear_logp_forward", logp_forward, mutates_args=())
-frozen_op = torch.library.custom_op("fastalign::linear_logp_frozen", logp_frozen, mutates_args=())
+FORWARD = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? logit_softcap, int ignore_index, bool wide,"
+    " bool entropy) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _op(name: str, run: Callable[[Scored, bool], tuple[Tensor, ...]]) -> Any:
+    def flat(*scored_and_entropy: Any) -> tuple[Tensor, ...]:
+        return run(Scored.of(*scored_and_entropy[:-1]), scored_and_entropy[-1])
+
+    return torch.library.custom_op(f"fastalign::linear_logp_{name}", flat, mutates_args=(), schema=FORWARD)
+
+
+forward_op, frozen_op = _op("forward", logp_forward), _op("frozen", logp_frozen)
 backward_op = torch.library.custom_op("fastalign::linear_logp_backward", logp_backward, mutates_args=())
 
 

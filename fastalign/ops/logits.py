@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import backend_for, load_native, load_triton
+from .backend import backend_reading, load_native, load_triton
+
+READS = dict.fromkeys(("native", "triton"), (torch.float32, torch.bfloat16))
 
 
 def logp_rows(
@@ -105,7 +107,7 @@ def _scales(what: str, logits: Tensor, targets: Tensor, temperature: float, logi
 
 
 def _backend(logits: Tensor) -> str:
-    return backend_for("linear_logp", logits.device) if logits.dtype in (torch.float32, torch.bfloat16) else "reference"
+    return backend_reading("linear_logp", logits.device, READS, logits.dtype)
 
 
 def _call(backend: str, name: str, logits: Tensor, targets: Tensor, *arguments: object) -> None:

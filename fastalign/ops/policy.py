@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend_for, load_native
+from .offsets import as_int32
 from .once import once
 from .policy_equations import ADVANTAGES, CORRECTIONS, KINDS, KL, POLICY, Kernel, PolicyLoss
 from .policy_reference import PolicyInputs, policy_reference
@@ -190,12 +191,7 @@ def _offsets(cu_targets: Tensor, num_tokens: int) -> Tensor:
     """int32, checked where reading them costs no synchronization."""
     if cu_targets.dim() != 1 or cu_targets.numel() < 1 or cu_targets.is_floating_point():
         raise ValueError(f"policy_loss: cu_targets: expected integers [B+1], got {cu_targets.dtype} {list(cu_targets.shape)}")
-    cu = cu_targets.to(torch.int32)
-    if not torch.compiler.is_compiling() and cu.device.type == "cpu":
-        rises = int(cu[0]) == 0 and int(cu[-1]) == num_tokens and bool((cu[1:] >= cu[:-1]).all())
-        if not rises:
-            raise ValueError(f"policy_loss: cu_targets must rise from 0 to the {num_tokens} tokens, got {cu.tolist()[:16]}")
-    return cu
+    return as_int32("policy_loss: cu_targets", cu_targets, num_tokens)
 
 
 @torch.compiler.assume_constant_result

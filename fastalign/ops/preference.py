@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from . import preference_reference as reference
 from .backend import backend_for
+from .offsets import as_int32
 from .preference_native import pairs, singles
 from .preference_reference import Side
 
@@ -156,13 +156,8 @@ def _like(logp: Tensor, *given: Tensor | None) -> list[Tensor | None]:
 
 
 def _offsets(sequences: Sequences, logp: Tensor, *, kernel: bool) -> Tensor:
-    """The offsets where the log-probs are. On the CPU the kernel checks them itself; on the GPU they are taken as they are."""
+    """The offsets where the log-probs are. The native kernel checks int32 on the CPU itself."""
     cu = sequences.cu_targets
-    if torch.compiler.is_compiling():
-        return cu.to(logp.device, torch.int32).contiguous()
-    on_cpu = cu.is_cpu and logp.is_cpu
-    if cu.is_cpu and not (kernel and on_cpu):
-        offsets = cu.tolist()
-        if offsets[0] != 0 or offsets[-1] != logp.shape[0] or any(b < a for a, b in pairwise(offsets)):
-            raise ValueError(f"preference: cu_targets must rise from 0 to the {logp.shape[0]} log-probs, got {offsets[:16]}")
-    return (cu if on_cpu and cu.dtype == torch.int32 else cu.to(logp.device, torch.int32)).contiguous()
+    if not (kernel and logp.is_cpu and cu.is_cpu and cu.dtype == torch.int32):
+        cu = as_int32("preference: cu_targets", cu, logp.shape[0], of="log-probs")
+    return cu.to(logp.device).contiguous()

@@ -5,7 +5,8 @@ A forward keeps one slope a sequence, dloss/dsum; a backward writes upstream * s
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,89 +86,68 @@ class _Tied(torch.autograd.Function):
         return gradient, None, None
 
 
-class _TracedPairs(torch.autograd.Function):
-    """The arguments of `_run_pairs` → its results, as torch.func and torch.compile want it: torch spends 20 us on binding this form."""
+class _Traced(torch.autograd.Function):
+    """(unit, tail, the arguments of an op) → its results, as torch.func and torch.compile want it: this form costs more to bind."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return pairs_op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _save(ctx, inputs, output, "preference_loss", 2, inputs[-1])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, upstream), None, None, None, None, None, None, None, None
-
-
-class _TracedSingles(torch.autograd.Function):
-    """The same of `_run_singles`."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return singles_op(*inputs)
+    def forward(unit: int, tail: float, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = LOSSES[unit].op(*inputs)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _save(ctx, inputs, output, "unpaired_loss", 1, 1.0)
+        ctx.unit, ctx.tail, logp, cu_targets, *others = inputs
+        _, metrics, slopes = output
+        ctx.num_others = len(others)
+        ctx.save_for_backward(logp, slopes, cu_targets)
+        ctx.mark_non_differentiable(metrics, slopes)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, upstream), None, None, None, None, None, None, None
+        gradient = None
+        if upstream is not None:
+            logp, slopes, cu_targets = ctx.saved_tensors
+            run = spread_op if torch.compiler.is_compiling() else _spread
+            gradient = once(LOSSES[ctx.unit].name, run(upstream, slopes, cu_targets, logp.shape[0], ctx.unit, ctx.tail), logp)
+        return (None, None, gradient, *(None,) * (ctx.num_others + 1))
 
 
 def pairs(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(losses, metrics) of the arguments of `_run_pairs`; autograd only where there is something to differentiate."""
-    if torch.compiler.is_compiling():
-        return _TracedPairs.apply(*arguments)[:2]
-    losses, metrics, slopes = _run_pairs(*arguments)
-    logp, cu_targets = arguments[:2]
-    if logp.requires_grad and torch.is_grad_enabled():
-        losses = _Tied.apply(logp, losses, ("preference_loss", slopes, cu_targets, logp.shape[0], 2, arguments[-1]))
-    return losses, metrics
+    return _losses(2, arguments[-1], arguments)
 
 
 def singles(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(losses, metrics) of the arguments of `_run_singles`."""
+    return _losses(1, 1.0, arguments)
+
+
+def _losses(unit: int, tail: float, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """unit: sequences of a loss; tail: as `Sequences` has it."""
     if torch.compiler.is_compiling():
-        return _TracedSingles.apply(*arguments)[:2]
-    losses, metrics, slopes = _run_singles(*arguments)
+        return _Traced.apply(unit, tail, *arguments)[:2]
+    losses, metrics, slopes = LOSSES[unit].run(*arguments)
     logp, cu_targets = arguments[:2]
     if logp.requires_grad and torch.is_grad_enabled():
-        losses = _Tied.apply(logp, losses, ("unpaired_loss", slopes, cu_targets, logp.shape[0], 1, 1.0))
+        losses = _Tied.apply(logp, losses, (LOSSES[unit].name, slopes, cu_targets, logp.shape[0], unit, tail))
     return losses, metrics
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], op: str, unit: int, tail: float) -> None:
-    _, metrics, slopes = output
-    ctx.save_for_backward(inputs[0], slopes, inputs[1])
-    ctx.mark_non_differentiable(metrics, slopes)
-    ctx.set_materialize_grads(False)
-    ctx.op, ctx.unit, ctx.tail = op, unit, tail
+pairs_op = torch.library.custom_op("fastalign::preference_pairs", _run_pairs, mutates_args=())
+singles_op = torch.library.custom_op("fastalign::preference_singles", _run_singles, mutates_args=())
+spread_op = torch.library.custom_op("fastalign::preference_spread", _spread, mutates_args=())
 
 
-def _gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
-    if upstream is None:
-        return None
-    logp, slopes, cu_targets = ctx.saved_tensors
-    run = _spread_op if torch.compiler.is_compiling() else _spread
-    return once(ctx.op, run(upstream, slopes, cu_targets, logp.shape[0], ctx.unit, ctx.tail), logp)
+class Loss(NamedTuple):
+    """What errors call it, its forward, and the same as an op."""
+
+    name: str
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    op: Any
 
 
-@torch.library.custom_op("fastalign::preference_pairs", mutates_args=())
-def pairs_op(
-    logp: Tensor,
-    cu_targets: Tensor,
-    ref_logp: Tensor | None,
-    margin: Tensor | None,
-    weight: Tensor | None,
-    ref_per_token: bool,
-    name: str,
-    numbers: list[float],
-    tail: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_pairs(logp, cu_targets, ref_logp, margin, weight, ref_per_token, name, numbers, tail)
+LOSSES = {2: Loss("preference_loss", _run_pairs, pairs_op), 1: Loss("unpaired_loss", _run_singles, singles_op)}  # by sequences of a loss
 
 
 @pairs_op.register_fake
@@ -176,31 +156,12 @@ def _(logp: Tensor, cu_targets: Tensor, *_given: Any) -> tuple[Tensor, Tensor, T
     return logp.new_empty(num_pairs), logp.new_empty(6, num_pairs), logp.new_empty(2 * num_pairs)
 
 
-@torch.library.custom_op("fastalign::preference_singles", mutates_args=())
-def singles_op(
-    logp: Tensor,
-    cu_targets: Tensor,
-    labels: Tensor,
-    ref_logp: Tensor | None,
-    weight: Tensor | None,
-    ref_per_token: bool,
-    name: str,
-    numbers: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_singles(logp, cu_targets, labels, ref_logp, weight, ref_per_token, name, numbers)
-
-
 @singles_op.register_fake
 def _(logp: Tensor, cu_targets: Tensor, *_given: Any) -> tuple[Tensor, Tensor, Tensor]:
     num = cu_targets.shape[0] - 1
     return logp.new_empty(num), logp.new_empty(2, num), logp.new_empty(num)
 
 
-@torch.library.custom_op("fastalign::preference_spread", mutates_args=())
-def _spread_op(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: int, unit: int, tail: float) -> Tensor:
-    return _spread(upstream, slopes, cu_targets, num_tokens, unit, tail)
-
-
-@_spread_op.register_fake
+@spread_op.register_fake
 def _(upstream: Tensor, slopes: Tensor, cu_targets: Tensor, num_tokens: int, unit: int, tail: float) -> Tensor:
     return slopes.new_empty(num_tokens)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops.divergence import divergence_terms
+from fastalign.ops.divergence import Divergence, divergence_terms
 
 
 def scaled_logits(logits: Tensor, temperature: float = 1.0, logit_softcap: float | None = None) -> Tensor:
@@ -123,7 +123,5 @@ def linear_kl(
     s = torch.log_softmax(scaled_logits(F.linear(hidden, weight, bias), temperature), -1)
     with torch.no_grad():
         t = torch.log_softmax(scaled_logits(F.linear(teacher_hidden, teacher_weight, teacher_bias), temperature), -1)
-    if divergence == "jsd" and jsd_beta in (0.0, 1.0):
-        divergence = "forward_kl" if jsd_beta == 0.0 else "reverse_kl"
-    found = divergence_terms(s, t, divergence, jsd_beta)[0]
+    found = divergence_terms(s, t, Divergence.of("linear_kl", divergence, jsd_beta, temperature))[0]
     return found if row_weight is None else (found * row_weight).sum()

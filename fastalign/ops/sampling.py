@@ -11,8 +11,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from fastalign.ops.backend import backend_for, load_native, load_triton
+from fastalign.ops.backend import backend_for, backend_reading, load_native, load_triton
 
+READS = dict.fromkeys(("native", "triton"), (torch.float32, torch.bfloat16))
 MASK = 0xFFFFFFFF
 ROUNDS = 10
 
@@ -85,7 +86,7 @@ def sample(
         ValueError: on shapes or dtypes that do not fit together.
     """
     _check(logits, uniforms, temperature, top_k, top_p, min_p)
-    backend = backend_for("sample", logits.device) if logits.dtype in (torch.float32, torch.bfloat16) else "reference"
+    backend = backend_reading("sample", logits.device, READS, logits.dtype)
     if backend == "reference":
         return sample_reference(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
