@@ -199,10 +199,12 @@ def test_rows_say_what_is_wrong(backend):
         logp_rows(logits, torch.tensor([0, 10, 0]))
     with pytest.raises(ValueError, match="got -100 at row 2"):
         logp_rows(logits, torch.tensor([0, 1, -100]))
-    with pytest.raises(ValueError, match="temperature must be > 0"):
-        logp_rows(logits, targets, temperature=0.0)
-    with pytest.raises(ValueError, match="logit_softcap must be > 0"):
-        logp_rows(logits, targets, logit_softcap=-1.0)
+    for bad in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature must be > 0 and finite"):
+            logp_rows(logits, targets, temperature=bad)
+    for bad in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="logit_softcap must be > 0 and finite"):
+            logp_rows(logits, targets, logit_softcap=bad)
     with pytest.raises(ValueError, match="expected logits"):
         logp_rows(logits, targets[:2])
     with pytest.raises(ValueError, match="needs the rows' entropy"):

@@ -117,6 +117,9 @@ def test_scan_rejects_wrong_offsets(backend, cu):
 
 def test_scan_rejects_wrong_shapes_and_dtypes(backend):
     cu = offsets_of([5])
+    for name in ("gamma", "lam"):
+        with pytest.raises(ValueError, match=f"gae: {name} must be a finite number, got nan"):
+            gae(torch.zeros(5), torch.zeros(5), torch.tensor([0, 5]), **{name: float("nan")})
     with pytest.raises(ValueError, match="gae: values: expected"):
         gae(torch.randn(5), torch.randn(4), cu)
     with pytest.raises(ValueError, match="cu_seqlens: expected integer offsets"):

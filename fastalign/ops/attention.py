@@ -274,5 +274,5 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, s
         raise ValueError(f"{op}: q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them or use autocast outside")
     if window is not None and window < 1:
         raise ValueError(f"{op}: window must be >= 1 or None, got {window}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{op}: softcap must be > 0 or None, got {softcap}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be > 0 and finite, or None for no cap, got {softcap}")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.ops.gemm import product, uses_onednn, wide_product
+from fastalign.ops.logits import check_scales
 
 MIN_GEMM_ROWS = 16
 CHUNK_ROWS = 512  # with fewer, the bf16 head gradient's pass over [V, H], one a chunk, shows beside its GEMMs
@@ -171,10 +172,7 @@ def check_inputs(
         raise TypeError(f"{op}: expected floating-point hidden and weight, got {_name(hidden)} and {_name(weight)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: expected bias [{weight.shape[0]}], one a row of weight, got {list(bias.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"{op}: logit_softcap must be > 0 or None, got {logit_softcap}")
+    check_scales(op, temperature, logit_softcap)
 
 
 def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int | None) -> None:

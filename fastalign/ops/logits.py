@@ -6,6 +6,8 @@ depends on that row alone: not on the number of rows, the threads or the chunk i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -95,14 +97,19 @@ def grad_rows_(
     return logits if out is logits else out.copy_(logits.to(out.dtype))  # through a temporary: out may be the logits' own memory
 
 
+def check_scales(what: str, temperature: float, logit_softcap: float | None) -> None:
+    """Raises ValueError unless both are positive and finite, or there is no soft-cap."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{what}: temperature must be > 0 and finite, got {temperature}; for greedy decoding take the arg-max")
+    if logit_softcap is not None and not 0.0 < logit_softcap < math.inf:
+        raise ValueError(f"{what}: logit_softcap must be > 0 and finite, or None for no cap, got {logit_softcap}")
+
+
 def _scales(what: str, logits: Tensor, targets: Tensor, temperature: float, logit_softcap: float | None) -> tuple[float, float]:
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         shapes = f"logits {list(logits.shape)} and targets {list(targets.shape)}"
         raise ValueError(f"{what}: expected logits [N, V] and targets [N], got {shapes}")
-    if not temperature > 0:
-        raise ValueError(f"{what}: temperature must be > 0, got {temperature}; for greedy decoding take the arg-max")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"{what}: logit_softcap must be > 0 or None, got {logit_softcap}")
+    check_scales(what, temperature, logit_softcap)
     return 1.0 / temperature, logit_softcap or 0.0
 
 

@@ -7,6 +7,8 @@ on any device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def gae(
     Raises:
         ValueError: shapes, dtypes, devices or offsets are wrong.
     """
-    num_tokens, num_sequences = _check("gae", rewards, cu_seqlens)
+    num_tokens, num_sequences = _check("gae", rewards, cu_seqlens, gamma=gamma, **({} if isinstance(lam, Tensor) else {"lam": lam}))
     _expect("gae: values", values, rewards, rewards.dtype, num_tokens)
     if mask is not None:
         _expect("gae: mask", mask, rewards, torch.bool, num_tokens)
@@ -86,7 +88,7 @@ def discounted_returns(rewards: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.
     Raises:
         ValueError: shapes, dtypes, devices or offsets are wrong.
     """
-    num_tokens, _ = _check("discounted_returns", rewards, cu_seqlens)
+    num_tokens, _ = _check("discounted_returns", rewards, cu_seqlens, gamma=gamma)
     if backend_for("scan", rewards.device) != "native":
         scale = torch.full_like(rewards, gamma, dtype=torch.float64)
         return _reference_scan(scale, rewards.double(), as_int32("discounted_returns: cu_seqlens", cu_seqlens.cpu(), num_tokens)).to(
@@ -122,8 +124,11 @@ def _expect(what: str, tensor: Tensor, rewards: Tensor, dtype: torch.dtype, size
         raise ValueError(f"{what}: expected a tensor on {rewards.device}, where the rewards are, got one on {tensor.device}")
 
 
-def _check(what: str, rewards: Tensor, cu_seqlens: Tensor) -> tuple[int, int]:
+def _check(what: str, rewards: Tensor, cu_seqlens: Tensor, **numbers: float) -> tuple[int, int]:
     """The number of tokens and of sequences."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{what}: {name} must be a finite number, got {value}")
     if rewards.dim() != 1 or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{what}: rewards: expected float32 or float64 [T], got {rewards.dtype} {list(rewards.shape)}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
