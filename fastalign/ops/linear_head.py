@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops.gemm import product, uses_onednn, wide_product
+from fastalign.ops.gemm import packed_product, product, uses_onednn, wide_product
 
 MIN_GEMM_ROWS = 16
 CHUNK_ROWS = 512  # with fewer, the bf16 head gradient's pass over [V, H], one a chunk, shows beside its GEMMs
@@ -67,6 +67,9 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
         return wide_product(hidden, weight, bias, None if out is None else out[: hidden.shape[0]])[:rows]
     if uses_onednn(hidden, weight, bias):
         return product(hidden, weight, bias)[:rows]
+    packed = packed_product(hidden, weight, bias)
+    if packed is not None:
+        return packed[:rows]
     out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out[: hidden.shape[0]]
     if bias is None:
         torch.mm(hidden, weight.t(), out=out)
