@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 groups, 32 new tokens, short prompts")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--groups", type=int, default=32)
+    parser.add_argument("--new", type=int, default=0, help="new tokens in place of the load's")
+    parser.add_argument("--cpu_time", action="store_true", help="count CPU time of all threads: the figure for a machine that others use")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     parser.add_argument("--skip", nargs="*", choices=SIDES[1:], default=[], help="sides that are left out")
@@ -132,12 +135,12 @@ def main() -> None:
         engine = Engine(model)
         for title in ["short"] if arguments.quick else arguments.loads:
             samples, length, new = LOADS[title]
-            length = min(length, model.config.max_position_embeddings - new)
             groups = (4 if arguments.quick else arguments.groups) * (1 if samples > 1 else 8)
-            new = 32 if arguments.quick else new
+            new = arguments.new or (32 if arguments.quick else new)
+            length = min(length, model.config.max_position_embeddings - new)
             cases = sides(model, engine, (groups, samples, length, new))
             cases = working({side: run for side, run in cases.items() if side not in arguments.skip})
-            times = rounds_of(cases, arguments.rounds)
+            times = rounds_of(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
             given = f"{engine.stats.prompt_tokens} of {groups * samples * length}"
             print(f"{name:13}{f'{groups}x{samples} {length}+{new}':20}{line(times, groups * samples * new)}  {given}", flush=True)
 
