@@ -90,16 +90,16 @@ def sides(model: PreTrainedModel, engine: Engine, load: tuple[int, int, int, int
     return dict(zip(SIDES, (ours, generate, generate_batch), strict=True))
 
 
-def working(cases: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """The sides that run at all, after their first call; the others' reasons are printed."""
-    left = {}
+def working(cases: dict[str, Callable[[], object]]) -> list[str]:
+    """The names of the sides that run at all, after a first call of each; the others' reasons are printed."""
+    left = []
     for name, run in cases.items():
         try:
             run()
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             print(f"  {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
         else:
-            left[name] = run
+            left.append(name)
     return left
 
 
@@ -138,8 +138,9 @@ def main() -> None:
             groups = (4 if arguments.quick else arguments.groups) * (1 if samples > 1 else 8)
             new = arguments.new or (32 if arguments.quick else new)
             length = min(length, model.config.max_position_embeddings - new)
-            cases = sides(model, engine, (groups, samples, length, new))
-            cases = working({side: run for side, run in cases.items() if side not in arguments.skip})
+            small = sides(model, engine, (1, samples, length, 4))  # tries and warms every side
+            run = working({side: call for side, call in small.items() if side not in arguments.skip})
+            cases = {side: call for side, call in sides(model, engine, (groups, samples, length, new)).items() if side in run}
             times = rounds_of(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
             given = f"{engine.stats.prompt_tokens} of {groups * samples * length}"
             print(f"{name:13}{f'{groups}x{samples} {length}+{new}':20}{line(times, groups * samples * new)}  {given}", flush=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ready, sampled_logprobs, scored
+from tiny_models import ready, sampled_logprobs, scored, values
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastalign.generation import Engine, SamplingParams
@@ -123,3 +123,21 @@ def test_parity_in_every_step_of_a_grpo_run(tmp_path, dtype):
     found = [row["sampling/sampling_logp_difference/max"] for row in rows if "sampling/sampling_logp_difference/max" in row]
     assert len(found) == 50
     assert max(found) == 0, f"log-probs differ in {sum(map(bool, found))} of 50 steps, by up to {max(found)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_serve_many_calls_and_follow_every_change(dtype):
+    built = ready(stories_shape().to(dtype))
+    engine, params = Engine(built), SamplingParams(n=2, max_tokens=8, seed=0, ignore_eos=True)
+    weight = built.model.layers[0].mlp.up_proj.weight
+    engine.rollout([[5, 6, 7]], params)
+    packed = engine._packs.of(weight)
+    engine.rollout([[5, 6, 7, 8]], params)
+    assert engine._packs.of(weight) is packed
+    weight.data.mul_(1.5)  # which no version counter sees
+    assert values(engine.rollout([[5, 6, 7]], params)) == values(Engine(built).rollout([[5, 6, 7]], params))
+    with engine.updating_weights(), torch.no_grad():
+        weight.mul_(1.5)
+    assert values(engine.rollout([[5, 6, 7]], params)) == values(Engine(built).rollout([[5, 6, 7]], params))
+    engine.release_cache()
+    assert not engine._packs._kept
