@@ -1,31 +1,41 @@
-"""The engine against transformers' model.generate, interleaved in one run: the same weights, prompts and token counts.
+"""The engine against transformers' model.generate and generate_batch, interleaved in one run: same weights, prompts and token counts.
 
-    python bench/bench_generation.py [--quick] [--rounds 2] [--models stories260k 40M] [--dtype float32]
+    python bench/bench_generation.py [--quick] [--rounds 2] [--models stories260k 40M] [--dtype float32] [--groups 32]
 
 stories260k is the pretrained folder where it is beside the project, else a random model of its shape; 40M is a random Qwen2 of
-512 hidden, 8 layers, 8/4 heads and 32,000 tokens. Both sides sample at temperature 1 and never stop early; the engine also
-returns two log-probs a token, which model.generate does not. x generate: our rate over that of model.generate.
+512 hidden, 8 layers, 8/4 heads and 32,000 tokens. Each load is `groups` prompts of 8 samples and 128 new tokens; prompts are drawn
+anew every round, so that no cache of an earlier round helps. All sides sample at temperature 1 and never stop early; the engine also
+returns two log-probs a token, which the others do not. generate_batch (continuous batching) has pages of 16 tokens and the
+blocks that the load needs: its defaults take most of the free memory and were slower. Where a side raises, its reason is printed.
+
+tokens/s: of the median round, (slowest-fastest). x: our median rate over that of model.generate (gen) and generate_batch (batch).
+prompt tokens: what the engine forwarded of prompts in one round, of what was given (groups x samples x length).
+On a machine that others use, OMP_WAIT_POLICY=passive keeps waiting threads from taking the cores that they wait for.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.harness import interleaved  # noqa: E402
+from bench.harness import rounds_of  # noqa: E402
 from fastalign.generation import Engine, SamplingParams  # noqa: E402
 from fastalign.models.attention import NAME, use_fastalign_attention  # noqa: E402
 from fastalign.models.load import load_causal_lm  # noqa: E402
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
+PAGE = 16  # tokens
 
 
 def stories260k() -> PreTrainedModel:
@@ -41,55 +51,99 @@ def qwen2_40m() -> PreTrainedModel:
 
 
 MODELS = {"stories260k": stories260k, "40M": qwen2_40m}
-# name: (prompts, samples a prompt, prompt tokens, new tokens)
-LOADS = {
-    "64 prompts": (64, 1, 32, 64),
-    "8 prompts x 8": (8, 8, 32, 64),
-    "64 long prompts": (64, 1, 256, 64),
-    "8 long prompts x 8": (8, 8, 256, 64),
-}
+# name: (samples a prompt, prompt tokens, new tokens)
+LOADS = {"short": (8, 32, 128), "shared 512": (8, 512, 128), "no group": (1, 32, 128)}
+SIDES = ("fastalign", "generate", "generate_batch")
 
 
-def sides(model: PreTrainedModel, load: tuple[int, int, int, int]) -> dict[str, Callable[[], object]]:
-    """One call of each side over the same work."""
-    prompts, samples, length, new = load
-    vocab = model.config.vocab_size
-    ids = torch.randint(3, vocab, (prompts, length), generator=torch.Generator().manual_seed(0))
-    engine = Engine(model)
-    params = SamplingParams(n=samples, max_tokens=new, seed=0, ignore_eos=True)
-    options = {"do_sample": True, "top_k": 0, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
+def sides(model: PreTrainedModel, engine: Engine, load: tuple[int, int, int, int]) -> dict[str, Callable[[], object]]:
+    """One call of each side over the same work: (groups, samples, prompt tokens, new tokens)."""
+    groups, samples, length, new = load
+    numbers = dict.fromkeys(SIDES, 0)
+    common = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "num_return_sequences": samples, "pad_token_id": 0}
+    pages = -(-(length + new) // PAGE) * groups * samples
+    batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=1024)
+
+    def prompts(side: str, implementation: str) -> torch.Tensor:
+        model.set_attn_implementation(implementation)
+        numbers[side] += 1  # every side sees the same prompts in a round, and no round those of another
+        generator = torch.Generator().manual_seed(numbers[side])
+        return torch.randint(3, model.config.vocab_size, (groups, length), generator=generator)
 
     def ours() -> None:
-        model.set_attn_implementation(NAME)
-        engine.generate(ids.tolist(), params)
+        ids = prompts("fastalign", NAME).tolist()
+        engine.stats.reset()
+        engine.generate(ids, SamplingParams(n=samples, max_tokens=new, seed=0, ignore_eos=True))
 
     def generate() -> None:
-        model.set_attn_implementation("sdpa")
-        model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=samples, **options)
+        ids = prompts("generate", "sdpa")
+        model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, **common)
 
-    return {"fastalign": ours, "generate": generate}
+    def generate_batch() -> None:
+        ids = prompts("generate_batch", "sdpa").tolist()
+        config = GenerationConfig(eos_token_id=-1, **common)
+        outs = model.generate_batch(ids, generation_config=config, continuous_batching_config=batching, warmup=False)
+        tokens = sum(len(out.generated_tokens) for out in outs.values())
+        if tokens != groups * samples * new:  # it logs errors and returns what it has
+            raise RuntimeError(f"generate_batch returned {tokens} tokens, expected {groups * samples * new}")
+
+    return dict(zip(SIDES, (ours, generate, generate_batch), strict=True))
+
+
+def working(cases: dict[str, Callable[[], object]]) -> list[str]:
+    """The names of the sides that run at all, after a first call of each; the others' reasons are printed."""
+    left = []
+    for name, run in cases.items():
+        try:
+            run()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            print(f"  {name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        else:
+            left.append(name)
+    return left
+
+
+def line(times: dict[str, list[float]], tokens: int) -> str:
+    """Rates and ratios of one load."""
+    rate = {name: 1e3 * tokens / statistics.median(ms) for name, ms in times.items()}
+    cells = []
+    for name in SIDES:
+        span = f"({1e3 * tokens / max(times[name]):.0f}-{1e3 * tokens / min(times[name]):.0f})" if name in times else ""
+        cells.append(f"{rate[name]:8.0f} {span:15}" if name in rate else f"{'-':>8} {'':15}")
+    ratios = [f"{rate['fastalign'] / rate[name]:8.2f}" if name in rate else f"{'-':>8}" for name in SIDES[1:]]
+    return " ".join(cells + ratios)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 new tokens and the short prompts alone")
+    parser.add_argument("--quick", action="store_true", help="4 groups, 32 new tokens, short prompts")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--groups", type=int, default=32)
+    parser.add_argument("--new", type=int, default=0, help="new tokens in place of the load's")
+    parser.add_argument("--cpu_time", action="store_true", help="count CPU time of all threads: the figure for a machine that others use")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--skip", nargs="*", choices=SIDES[1:], default=[], help="sides that are left out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
-    print(f"{'model':14}{'load':22}{'dtype':10}{'tokens/s':>10}{'generate':>10}{'x generate':>12}   threads {torch.get_num_threads()}")
+    names = "".join(f"{name + ' tok/s':25}" for name in SIDES)
+    print(f"{'model':13}{'load':20}{names}{'x gen':>8}{'x batch':>9}  prompt tokens   {arguments.dtype}, {torch.get_num_threads()} threads")
     for name in arguments.models:
         torch.manual_seed(0)
         model = MODELS[name]().to(getattr(torch, arguments.dtype)).eval()
         use_fastalign_attention(model)
-        for title, load in LOADS.items():
-            if arguments.quick and "long" in title:
-                continue
-            load = (*load[:3], 16) if arguments.quick else load
-            best = interleaved(sides(model, load), arguments.rounds)
-            tokens = load[0] * load[1] * load[3]
-            ours, theirs = (1e3 * tokens / best[side] for side in ("fastalign", "generate"))
-            print(f"{name:14}{title:22}{arguments.dtype:10}{ours:10.0f}{theirs:10.0f}{ours / theirs:12.2f}", flush=True)
+        engine = Engine(model)
+        for title in ["short"] if arguments.quick else arguments.loads:
+            samples, length, new = LOADS[title]
+            groups = (4 if arguments.quick else arguments.groups) * (1 if samples > 1 else 8)
+            new = arguments.new or (32 if arguments.quick else new)
+            length = min(length, model.config.max_position_embeddings - new)
+            small = sides(model, engine, (1, samples, length, 4))  # tries and warms every side
+            run = working({side: call for side, call in small.items() if side not in arguments.skip})
+            cases = {side: call for side, call in sides(model, engine, (groups, samples, length, new)).items() if side in run}
+            times = rounds_of(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
+            given = f"{engine.stats.prompt_tokens} of {groups * samples * length}"
+            print(f"{name:13}{f'{groups}x{samples} {length}+{new}':20}{line(times, groups * samples * new)}  {given}", flush=True)
 
 
 if __name__ == "__main__":

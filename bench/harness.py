@@ -136,16 +136,20 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, clock: C
 
     `clock=time.process_time` counts CPU time of all threads instead: the figure for a machine that others use too.
     """
-    best = dict.fromkeys(cases, float("inf"))
-    for number in range(rounds + 1):
+    for run in cases.values():
+        run()
+    return {name: min(times) for name, times in rounds_of(cases, rounds, clock).items()}
+
+
+def rounds_of(
+    cases: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Times of each case in ms, one a round, every case once a round."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
         for name, run in cases.items():
-            _synchronize()
-            start = clock()
-            run()
-            _synchronize()
-            if number:
-                best[name] = min(best[name], 1e3 * (clock() - start))
-    return best
+            times[name].append(timed(run, clock))
+    return times
 
 
 def peak_mib(run: Callable[[], object]) -> float:

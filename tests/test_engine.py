@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import FAMILIES, PARAMS, PROMPTS, llama, prompts_of, ready, values
+from tiny_models import FAMILIES, PARAMS, PROMPTS, llama, prompts_of, ready, sampled_logprobs, scored, values
 
 from fastalign.generation import Engine, SamplingParams
-from fastalign.models.backbone import head_of, hidden_states
+from fastalign.models.backbone import hidden_states
 from fastalign.ops.backend import native
-from fastalign.ops.linear_logp import linear_logp
 from fastalign.packing import conversation, pack
 
 
@@ -21,20 +20,6 @@ def model():
 @pytest.fixture(scope="module")
 def plain(model):
     return Engine(model).rollout(PROMPTS, PARAMS)
-
-
-def scored(model, rollout, temperature):
-    """Log-probs of every sampled token as training computes them: packed tree, one head call."""
-    packed = pack(rollout.trees())
-    head = head_of(model)
-    hidden = hidden_states(model, packed)[packed.rows]
-    return linear_logp(
-        hidden, head.weight, packed.targets, bias=head.bias, temperature=head.temperature(temperature), logit_softcap=head.logit_softcap
-    ).detach()
-
-
-def sampled_logprobs(rollout, raw=False):
-    return torch.tensor([v for s in rollout.flat for v in (s.raw_logprobs if raw else s.logprobs)])
 
 
 def assert_same(ours, theirs):

@@ -109,3 +109,50 @@ def test_use_row_linears_keeps_parameters_and_subclasses():
     assert type(model[0]) is RowLinear
     assert type(model[1]) is Special
     assert list(model.state_dict()) == names
+
+
+@onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_kept_until_the_weight_changes(dtype):
+    packs, x, w = gemm.PackedWeights(), torch.randn(4, 64).to(dtype), torch.randn(48, 64).to(dtype)
+
+    def product():
+        with torch.no_grad(), packs.active():
+            return gemm.linear(x, w), packs.of(w)
+
+    first, again = product(), product()
+    assert first[1] is again[1]
+    w.mul_(2)
+    changed = product()
+    assert changed[1] is not again[1]
+    torch.testing.assert_close(changed[0], 2 * first[0])
+    w.data[0] = 0  # unseen by the version counter
+    packs.clear()
+    assert torch.equal(product()[0], gemm.linear(x, w))
+
+
+@onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("width", "out"), [(512, 512), (1408, 512), (64, 172), (173, 61)])
+def test_packed_bf16_has_the_bits_of_the_dense_product(width, out, bias):
+    torch.manual_seed(width)
+    x, w = torch.randn(600, width).bfloat16(), torch.randn(out, width).bfloat16()
+    b = torch.randn(out).bfloat16() if bias else None
+    whole, packs = F.linear(x, w, b), gemm.PackedWeights()
+    for rows in (2, 3, 7, 16, 31, 64, 256, 511):
+        with torch.no_grad(), packs.active():
+            assert torch.equal(gemm.linear(x[5 : 5 + rows], w, b), whole[5 : 5 + rows])
+
+
+@onednn
+def test_packed_bf16_leaves_a_gradient_to_torch_and_a_shape_that_differs(monkeypatch):
+    x, w = torch.randn(4, 64).bfloat16(), torch.randn(48, 64).bfloat16().requires_grad_()
+    with gemm.PackedWeights().active():
+        gemm.linear(x, w).sum().backward()
+        assert w.grad is not None
+    monkeypatch.setattr(gemm, "_exact", {})
+    monkeypatch.setattr(gemm, "_packs_exactly", lambda weight, packed: False)
+    packs = gemm.PackedWeights()
+    with torch.no_grad(), packs.active():
+        assert gemm.packed_product(x, w) is None
+        assert torch.equal(gemm.linear(x, w), F.linear(x, w))

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 from fastalign.models.adapters import attach_lora, load_adapter, reference_disabled, save_adapter
 from fastalign.models.attention import UnsupportedModelError, disable_dropout, observe_calls, use_fastalign_attention
-from fastalign.models.backbone import causal_lm, head_of, hidden_states, paged_hidden_states, row_multiple
+from fastalign.models.backbone import causal_lm, head_of, hidden_states, paged_hidden_states
+from fastalign.models.linear import RowLinear
 from fastalign.models.load import load_causal_lm, load_tokenizer
 from fastalign.models.probe import probe
+from fastalign.models.row_counts import row_counts
 from fastalign.ops.attention import PagedLayout
 from fastalign.ops.backend import load_native
 from fastalign.packing import group, pack
@@ -236,8 +239,33 @@ def test_stories260k_training_forward_equals_paged_generation_to_the_bit(dtype):
     assert_parity(load_causal_lm(str(STORIES), dtype=dtype))
 
 
-def test_row_multiple_grows_with_odd_widths():
+def test_row_counts_follow_widths_and_products():
     torch.set_num_threads(1)
-    assert row_multiple(llama(128)) == 16
-    assert row_multiple(llama(173)) == 32
-    assert row_multiple(llama(173).to(torch.bfloat16)) == 64
+    onednn = row_counts(llama(128))
+    assert (onednn.least, onednn.multiple) == (2, 4)  # sines of heads of 8
+    assert [onednn.padding(rows) for rows in (0, 1, 4, 5, 16)] == [0, 3, 0, 3, 0]
+    assert row_counts(llama(173)).multiple == 32
+    assert row_counts(llama(173).to(torch.bfloat16)).multiple == 64
+
+
+def test_row_counts_of_linears_outside_the_row_linears():
+    """MKL's fp32 product of few rows has other bits: the look finds it, and the padding settles it."""
+    model = llama(128)
+    for module in model.modules():
+        if type(module) is RowLinear:
+            module.__class__ = nn.Linear
+    least, x = row_counts(model).least, torch.randn(64, 64)
+    linear = model.model.layers[0].mlp.gate_proj
+    assert all(torch.equal(linear(x[:rows]), linear(x)[:rows]) for rows in range(least, 64))
+
+
+def test_row_counts_say_what_no_padding_settles():
+    class Restless(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 + 1e-3 * len(x))
+
+    model = llama(128)
+    model.model.layers[0].mlp.gate_proj.__class__ = Restless
+    with pytest.warns(RuntimeWarning, match="Restless of 64 float32 inputs .* depend on the number of rows"):
+        row_counts(model)
+    row_counts(model)  # said once

@@ -7,7 +7,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from fastalign.generation import SamplingParams
 from fastalign.models.attention import use_fastalign_attention
+from fastalign.models.backbone import head_of, hidden_states
 from fastalign.ops.backend import native
+from fastalign.ops.linear_logp import linear_logp
+from fastalign.packing import pack
 
 VOCAB = 131
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
@@ -48,6 +51,20 @@ def ready(built):
 def prompts_of(*lengths):
     generator = torch.Generator().manual_seed(sum(lengths))
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def scored(model, rollout, temperature):
+    """Log-probs of every sampled token as training computes them: packed tree, one head call."""
+    packed = pack(rollout.trees())
+    head = head_of(model)
+    hidden = hidden_states(model, packed)[packed.rows]
+    return linear_logp(
+        hidden, head.weight, packed.targets, bias=head.bias, temperature=head.temperature(temperature), logit_softcap=head.logit_softcap
+    ).detach()
+
+
+def sampled_logprobs(rollout, raw=False):
+    return torch.tensor([v for s in rollout.flat for v in (s.raw_logprobs if raw else s.logprobs)])
 
 
 class Floats(tuple):

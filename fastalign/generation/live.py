@@ -27,7 +27,7 @@ from fastalign.generation.weights import evaluating, fingerprint
 from fastalign.models.attention import NAME, use_fastalign_attention
 from fastalign.models.backbone import causal_lm, head_of
 from fastalign.models.probe import probe
-from fastalign.ops.gemm import packed_weights
+from fastalign.ops.gemm import PackedWeights
 
 
 class LiveEngine:
@@ -65,7 +65,7 @@ class LiveEngine:
         self._deadlines: list[tuple[float, int, Group]] = []
         self._arrivals = self._epoch = 0
         self._seen: list[Any] | None = None  # the weights of the current epoch
-        self._at_work = ""
+        self._packs, self._at_work = PackedWeights(), ""
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -172,15 +172,15 @@ class LiveEngine:
         try:
             yield
         finally:
-            self.weight_version += 1
-            self._seen = None
+            self.weight_version, self._seen = self.weight_version + 1, None
             self._next_epoch()
 
     def release_cache(self) -> None:
-        """Gives the KV cache's memory back; the next call allocates it again."""
+        """Gives the memory of the KV cache and of packed weights back; the next call allocates it again."""
         if self._at_work or self._busy:
             raise RuntimeError("release_cache: the engine is generating; release between calls, when no request is left")
         self._run = None
+        self._packs.clear()
         self._memory.release()
 
     @property
@@ -205,7 +205,7 @@ class LiveEngine:
     def _forwarding(self) -> Iterator[None]:
         """Around steps: how the model must be for them; whatever breaks off in the middle of one leaves nothing taken."""
         try:
-            with evaluating(self.model), torch.no_grad(), packed_weights():
+            with evaluating(self.model), torch.no_grad(), self._packs.active():
                 yield
         except RequestFailedError:
             raise
@@ -269,6 +269,7 @@ class LiveEngine:
 
     def _next_epoch(self) -> None:
         self._epoch += 1
+        self._packs.clear()
         if self._memory.cache is not None and self._memory.cache.graphs is not None:
             self._memory.cache.graphs.verify()
         if self._busy:

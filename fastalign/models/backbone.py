@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastalign.models.attention import UnsupportedModelError, reading_layout
+from fastalign.models.row_counts import row_counts
 from fastalign.ops.attention import PagedLayout, TreeLayout
 from fastalign.packing import Packed
-
-_row_multiples: WeakKeyDictionary[nn.Module, dict[tuple[int, int], int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -101,33 +98,6 @@ def paged_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tenso
     return _forward(model, input_ids, position_ids, layout)
 
 
-def row_multiple(model: nn.Module) -> int:
-    """Rows are padded to a multiple of this, so that a row's bits do not depend on how many others there are.
-
-    Two things on the CPU depend on the row count (measured): MKL's fp32 GEMM below 12 rows, and ATen's element-wise
-    activations, which finish a run of elements that is no multiple of two vectors with scalar code. 16 rows settle both at
-    ordinary widths; a width such as 172 or 173 takes 32 or 64.
-    """
-    base = causal_lm(model)
-    setting = (next(base.parameters()).element_size(), torch.get_num_threads())
-    known = _row_multiples.setdefault(base, {})
-    if setting not in known:
-        known[setting] = _row_multiple(base, *setting)
-    return known[setting]
-
-
-def _row_multiple(base: PreTrainedModel, element_size: int, threads: int) -> int:
-    head = base.get_output_embeddings()
-    inner = [m for m in base.modules() if m is not head and not isinstance(m, nn.Embedding)]
-    widths = {width for m in inner for p in m.parameters(recurse=False) if p.dim() > 1 for width in p.shape[-2:]}
-    step = 2 * 64 // element_size  # elements of two 64-byte vectors
-    step <<= max(1, threads).bit_length() - 1  # ATen cuts long runs evenly among its threads
-    multiple = 16
-    while multiple < 64 and any(multiple * width % step for width in widths):
-        multiple *= 2
-    return multiple
-
-
 def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: TreeLayout | PagedLayout) -> Tensor:
     base = causal_lm(model)
     rows = input_ids.shape[0]
@@ -137,7 +107,7 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
             f"{base.config.model_type}: its rotary embedding changes for the whole batch past position {limit}, got "
             f"{int(position_ids.max())}; keep sequences within {limit} tokens"
         )
-    padding = -rows % row_multiple(model) if input_ids.device.type == "cpu" else 0
+    padding = row_counts(base).padding(rows) if input_ids.device.type == "cpu" else 0
     if padding:
         input_ids = nn.functional.pad(input_ids, (0, padding))
         position_ids = nn.functional.pad(position_ids, (0, padding))

@@ -3,9 +3,9 @@
 Numerics. The logits have the dtype of the GEMM: a bf16 GEMM rounds them to bf16 (up to 0.06 nats at logp ≈ −14), unless
 `head_dtype=torch.float32` asks for its fp32 sums (`gemm.wide_product`); everything after them (log-sum-exp, logp, entropy,
 losses) is fp32. The head gradient is summed in fp32.
-In fp32 and bf16 a row's logits depend on that row alone, bit for bit: GEMMs of fewer than 16 rows are padded to 16. On an
-AVX-512 CPU the fp32 result was measured to depend on the number of rows below 2 (oneDNN, see `gemm`) or below 12 (MKL), and
-never from 16 on; fp64 differs.
+In fp32 and bf16 a row's logits depend on that row alone, bit for bit: torch's GEMMs of fewer than 16 rows are padded to 16, oneDNN's
+of one row to 2. On an AVX-512 CPU the fp32 result was measured to depend on the number of rows below 2 (oneDNN, see `gemm`) or
+below 12 (MKL), and never from 16 on; fp64 differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops.gemm import product, uses_onednn, wide_product
+from fastalign.ops.gemm import MIN_ROWS, packed_product, product, uses_onednn, wide_product
 from fastalign.ops.logits import check_scales
 
 MIN_GEMM_ROWS = 16
@@ -62,12 +62,17 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
             which allocates its own (and is faster all the same, see `gemm`).
     """
     rows = hidden.shape[0]
+    if not wide:  # a row in place of none: a product of no rows goes the way of the others
+        few = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows)) if rows < MIN_ROWS else hidden
+        if uses_onednn(few, weight, bias):
+            return product(few, weight, bias)[:rows]
+        packed = packed_product(few, weight, bias)
+        if packed is not None:
+            return packed[:rows]
     if rows < MIN_GEMM_ROWS:
         hidden = F.pad(hidden, (0, 0, 0, MIN_GEMM_ROWS - rows))
     if wide:
         return wide_product(hidden, weight, bias, None if out is None else out[: hidden.shape[0]])[:rows]
-    if uses_onednn(hidden, weight, bias):
-        return product(hidden, weight, bias)[:rows]
     out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out[: hidden.shape[0]]
     if bias is None:
         torch.mm(hidden, weight.t(), out=out)
