@@ -10,7 +10,7 @@ packed weights give the same bits (tested), so the sampler packs and the trainer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastalign.ops.backend import backend_for, load_native
+from fastalign.ops.int8 import QuantizedWeights
 
 _Packs = dict[int, tuple[Tensor, Tensor]]  # id of a weight → (the weight, its packed form)
 _packing: ContextVar[_Packs | None] = ContextVar("fastalign_packing", default=None)  # one a thread: engines may generate side by side
@@ -115,6 +116,29 @@ def packed_weights() -> Iterator[None]:
         yield
     finally:
         _packing.reset(token)
+
+
+class PackedWeights:
+    """What an engine keeps of its weights beside them; `clear` follows every change of a weight.
+
+    Args:
+        quantization: "int8": linear layers multiply by integers (`ops.int8`), kept until `clear`; what is asked for here, as the
+            head's products are, stays exact.
+    """
+
+    def __init__(self, quantization: str | None = None) -> None:
+        self._quantized = None if quantization is None else QuantizedWeights()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, products without a gradient use these copies; a thread's own, so that engines may generate side by side."""
+        with packed_weights(), nullcontext() if self._quantized is None else self._quantized.active():
+            yield
+
+    def clear(self) -> None:
+        """Forgets every copy."""
+        if self._quantized is not None:
+            self._quantized.clear()
 
 
 class _Linear(torch.autograd.Function):
