@@ -26,6 +26,10 @@ from fastalign.recipes.policy import terms_of
 
 SHAPES = [(1, 1), (3, 7), (4, 16), (5, 17), (61, 49), (172, 64), (173, 131), (64, 48), (896, 100)]  # (K, N)
 DTYPES = [torch.float32, torch.bfloat16]
+DIGITS = """
+def digits(prompts, completions, **columns):
+    return [sum(c in "12345" for c in text) / max(len(text), 1) for text in completions]
+"""
 
 
 def poisoned(x: torch.Tensor, packed: Int8Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -267,7 +271,8 @@ def test_grpo_with_int8_rollouts_clips_where_it_is_told(task, tmp_path):  # noqa
     """A cut below every ratio takes every token; a mask that leaves none takes every gradient."""
     flags = {"rollout_quantization": "int8", "importance_correction_high": 1e-3}
     online.run(arguments(task, tmp_path / "cut", "grpo", optim={"max_steps": 2}, online=flags))
-    clipped = [row["sampling/importance_sampling_ratio/clipped"] for row in rows_of(tmp_path / "cut") if "loss" in row and row.get("grad_norm")]
+    rows = [row for row in rows_of(tmp_path / "cut") if "loss" in row and row.get("grad_norm")]
+    clipped = [row["sampling/importance_sampling_ratio/clipped"] for row in rows]
     assert clipped
     assert min(clipped) == 1
     masked = {"rollout_quantization": "int8", "importance_correction": "mask", "importance_correction_high": 1e-3}
@@ -287,17 +292,18 @@ def test_int8_rollouts_are_evaluated_with_the_weights_themselves(task, tmp_path)
     assert [first[0][key] for key in keys] == [first[1][key] for key in keys]
 
 
-def test_int8_rollouts_learn(task, tmp_path):  # noqa: F811
-    """Rewards of odd lengths rise from the start to the end of a run, as they do without quantization."""
-    flags = {
-        "optim": {"max_steps": 25, "learning_rate": 3e-3},
-        "batch": {"per_device_train_batch_size": 32},
-        "online": {"rollout_quantization": "int8", "num_generations": 8, "beta": 0.0},
-        "run": {"seed": 1},
-    }
-    online.run(arguments(task, tmp_path, "grpo", **flags))
-    rewards = [row["reward"] for row in rows_of(tmp_path) if "reward" in row]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+def test_int8_rollouts_learn_what_exact_ones_learn(task, tmp_path):  # noqa: F811
+    """A dense reward (the share of low digits) rises as far as with exact rollouts; a sparse one rises with neither in so few steps."""
+    (task / "digits.py").write_text(DIGITS)
+    last = {}
+    for name in ("none", "int8"):
+        flags = {"rollout_quantization": name, "num_generations": 8, "beta": 0.0, "reward": [f"{task / 'digits.py'}:digits"]}
+        changes = {"optim": {"max_steps": 10, "learning_rate": 3e-3}, "batch": {"per_device_train_batch_size": 32}, "run": {"seed": 1}}
+        online.run(arguments(task, tmp_path / name, "grpo", online=flags, **changes))
+        rewards = [row["reward"] for row in rows_of(tmp_path / name) if "reward" in row]
+        last[name] = sum(rewards[-3:]) / 3
+        assert last[name] > rewards[0] + 0.15
+    assert abs(last["int8"] - last["none"]) < 0.05
 
 
 # --- the flags ------------------------------------------------------------------------------------------------------------
