@@ -10,6 +10,7 @@ from torch import nn
 
 from fastalign.algorithms import ALGORITHMS
 from fastalign.generation import Engine, SamplingParams
+from fastalign.losses.packed import preference_loss
 from fastalign.models.adapters import attach_lora
 from fastalign.models.backbone import head_of, hidden_states
 from fastalign.models.linear import RowLinear, use_row_linears
@@ -17,6 +18,7 @@ from fastalign.ops import gemm
 from fastalign.ops.backend import load_native, native, use_backend
 from fastalign.ops.int8 import Int8Weight, QuantizedWeights, int8_linear, int8_linear_reference, quantize
 from fastalign.ops.linear_logp import linear_logp
+from fastalign.ops.policy import PolicyOptions
 from fastalign.ops.policy_equations import CORRECTIONS
 from fastalign.packing import pack
 from fastalign.recipes import online
@@ -340,6 +342,19 @@ def test_correction_flags_name_every_row_of_the_op():
 def test_correction_flags_that_do_nothing_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         algorithm(**flags)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["kl_coef", "entropy_coef", "correction_low", "correction_high"])
+def test_policy_options_that_are_not_finite_are_named(name, value):
+    with pytest.raises(ValueError, match=f"PolicyOptions: {name}: expected a finite number, got {value}"):
+        PolicyOptions(**{name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_preference_options_that_are_not_finite_are_named(value):
+    with pytest.raises(ValueError, match=f"beta must be finite, got {value}"):
+        preference_loss(torch.randn(4), torch.tensor([0, 2, 4]), loss="simpo", options={"beta": value})
 
 
 def test_rollout_flags_are_parsed_like_the_others():

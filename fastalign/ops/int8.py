@@ -1,8 +1,15 @@
 """Linear layers with int8 weights for rollouts on the CPU: a quarter of fp32's bytes, which is what a decoding step waits for.
 
 Weight-only: the weights are 8-bit integers with one scale an output, the activations stay fp32 or bf16, the sums are fp32. An
-output is one running sum over K, so a row has the same bits in any batch. The product differs from the exact weights' (measured:
-bench/accuracy_int8.py), and so do the log-probs of what is sampled with it: the trainer scores those tokens again.
+output is one running sum over K, so a row has the same bits in any batch. The log-probs of what is sampled with such weights are not
+the trainer's: on a pretrained model of 260K parameters (fp32, 12,752 sampled tokens) they differ by 0.017 nats in the mean and 0.24 at
+most, so the trainer's own forward gives the log-probs that it learns from, and ratios are corrected.
+
+Measured on one core of an AMD EPYC with AVX-512, cold caches, [M, 896] · [4864, 896]ᵀ against packed fp32: M = 1 3.7 times as fast,
+4 2.6, 16 1.5, 64 1.1, 256 1.0: from some 16 rows on multiplications are what a product costs, and they stay fp32's.
+
+The head is not quantized. Its own integers would add 0.010 nats in the mean (0.11 at most) to that difference, for a product
+[16, 512] · [32000, 512]ᵀ that is 1.26 times as fast in fp32 and no faster in bf16 against packed weights, or at 64 rows.
 """
 
 from __future__ import annotations

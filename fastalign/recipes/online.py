@@ -166,12 +166,11 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
     quantization = quantization_of(args.online)
     if quantization and algorithm.correction_options.get("correction") == "none":
         log.warning("the rollouts are quantized, and --importance_correction none weighs their tokens as if they were the policy's own")
-    options = {"kv_cache_tokens": args.sampling.kv_cache_tokens or None, "max_num_seqs": args.sampling.max_num_seqs}
-    engine = Engine(loaded.model, loaded.tokenizer, **options, quantization=quantization)
+    engine = _engine(args, loaded, quantization)
     return OnlineTask(
         updater=build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
         engine=engine,
-        exact_engine=Engine(loaded.model, loaded.tokenizer, **options) if quantization else engine,
+        exact_engine=_engine(args, loaded, None) if quantization else engine,
         reference=reference,
         rewards=rewards_of(args, algorithm),
         prompts=prompts,
@@ -182,6 +181,17 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
         num_prompts=num_prompts_of(args),
         num_iterations=args.online.num_iterations,
         max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
+    )
+
+
+def _engine(args: Arguments, loaded: Loaded, quantization: str | None) -> Engine:
+    sampling = args.sampling
+    return Engine(
+        loaded.model,
+        loaded.tokenizer,
+        kv_cache_tokens=sampling.kv_cache_tokens or None,
+        max_num_seqs=sampling.max_num_seqs,
+        quantization=quantization,
     )
 
 
