@@ -17,6 +17,7 @@ void bind_policy(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_sample(py::module_& m);
 void bind_adamw(py::module_& m);
+void bind_int8(py::module_& m);
 
 namespace {
 
@@ -87,6 +88,10 @@ PYBIND11_MODULE(_C, m) {
 #ifdef HAS_adamw
   fa::bind_adamw(m);
   ops.append("adamw");
+#endif
+#ifdef HAS_int8
+  fa::bind_int8(m);
+  ops.append("int8");
 #endif
 #ifdef HAS_CUDA_linear_logp
   cuda_ops.append("linear_logp");

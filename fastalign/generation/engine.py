@@ -33,6 +33,8 @@ class Engine(LiveEngine):
         max_num_seqs: sequences that decode at once.
         max_num_batched_tokens: tokens forwarded in one step; longer prompts are cut into chunks.
         prefix_caching: keep what was computed findable by its token ids, for prompts that begin alike and for `extend`.
+        quantization: "int8": on the CPU linear layers multiply by 8-bit weights (`ops.int8`), the head by its own. Log-probs are then
+            those of the quantized model, which differ from training's; the weights themselves stay as they are.
         cuda_graphs: on a GPU, record decode steps and replay them (generation/graphs.py).
 
     Attributes:

@@ -26,8 +26,8 @@ from fastalign.generation.stops import StopTable
 from fastalign.generation.weights import evaluating, fingerprint
 from fastalign.models.attention import NAME, use_fastalign_attention
 from fastalign.models.backbone import causal_lm, head_of
+from fastalign.models.linear import packs_for
 from fastalign.models.probe import probe
-from fastalign.ops.gemm import PackedWeights
 
 
 class LiveEngine:
@@ -43,6 +43,7 @@ class LiveEngine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         prefix_caching: bool = True,
+        quantization: str | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         for name, value in (("block_size", block_size), ("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -57,15 +58,14 @@ class LiveEngine:
         self.model, self.tokenizer = model, tokenizer
         self.block_size, self.prefix_caching, self.cuda_graphs = block_size, prefix_caching, cuda_graphs
         self.max_num_seqs, self.max_num_batched_tokens = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens
-        self.stats, self.weight_version = Stats(), 0
+        self.stats, self.weight_version, self._packs = Stats(), 0, packs_for(base, quantization)
         self._memory = Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
         self._run: Run | None = None
         self._requests: dict[int, Request] = {}  # live ones, by id
         self._untold: dict[int, Group] = {}  # moved by a batch's steps; the next `step` names them
         self._deadlines: list[tuple[float, int, Group]] = []
-        self._arrivals = self._epoch = 0
+        self._arrivals, self._epoch, self._at_work = 0, 0, ""
         self._seen: list[Any] | None = None  # the weights of the current epoch
-        self._packs, self._at_work = PackedWeights(), ""
 
     # --- requests -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -104,6 +105,8 @@ def _resolve(op: str, table: Mapping[str, Any], loss: Any, options: Mapping[str,
     for name, value in chosen.items():
         if name not in row.options:
             raise ValueError(f"{op}: options of {loss}: {catalogue.nearest(name, row.options)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
         if name in POSITIVE and not value > 0:
             raise ValueError(f"{op}: {name} must be > 0, got {value}")
         if name == "label_smoothing" and not 0 <= value < 1:

@@ -119,7 +119,7 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
 
     Args:
         op: the stem of its native source or Triton kernels: "linear_logp", "linear_kl", "scan", "preference", "policy", "attention",
-            "sample" or "adamw".
+            "sample", "adamw" or "int8".
         device: a torch device or its name.
 
     Returns:

@@ -13,7 +13,7 @@ first use (`_packs_exactly`). Everything else goes to `F.linear`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastalign.ops.backend import backend_for, load_native
+from fastalign.ops.int8 import QuantizedWeights
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # not a fake, a wrapper or a quantized tensor
 PACKED_ROWS = 64  # the row count that packed weights are laid out for; any count may use them
@@ -34,9 +35,14 @@ class PackedWeights:
 
     A weight that was written to since (its version counter says so) is packed again. Writing through `.data` or a pointer does not
     count: call `clear` after that.
+
+    Args:
+        quantization: "int8": linear layers multiply by integers (`ops.int8`), kept until `clear`; what is asked for here, as the
+            head's products are, stays exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quantization: str | None = None) -> None:
+        self._quantized = None if quantization is None else QuantizedWeights()
         self._kept: dict[int, tuple[Tensor, int, Tensor | None]] = {}  # id of a weight → (it, its version, its packed form)
 
     @contextmanager
@@ -44,13 +50,16 @@ class PackedWeights:
         """Inside, products without a gradient use these copies; a thread's own, so that engines may generate side by side."""
         token = _packing.set(self)
         try:
-            yield
+            with nullcontext() if self._quantized is None else self._quantized.active():
+                yield
         finally:
             _packing.reset(token)
 
     def clear(self) -> None:
         """Forgets every copy and frees its memory."""
         self._kept.clear()
+        if self._quantized is not None:
+            self._quantized.clear()
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The packed form of weight [N, K]; None where its products would have other bits than the dense one's."""

@@ -7,6 +7,7 @@ devices that no kernel reads, take the torch equations.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,9 @@ class PolicyOptions:
         for name, value, rows in (("kl", self.kl, tuple(KL)), ("correction", self.correction, CORRECTIONS)):
             if value not in rows:
                 raise ValueError(f"PolicyOptions: {name}: expected one of {', '.join(rows)}, got {value!r}")
+        for name in ("kl_coef", "entropy_coef", "correction_low", "correction_high"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"PolicyOptions: {name}: expected a finite number, got {getattr(self, name)}")
         if not 0 <= self.correction_low <= self.correction_high:
             found = f"{self.correction_low}, {self.correction_high}"
             raise ValueError(f"PolicyOptions: expected 0 <= correction_low <= correction_high, got {found}")

@@ -189,6 +189,11 @@ class OnlineArguments:
         advantage: replaces the algorithm's advantage estimator by another row.
         loss: replaces the algorithm's policy loss by another row.
         aggregate: replaces the algorithm's aggregation: token, sequence or budget.
+        entropy_coef: coefficient of the entropy bonus; unset: the algorithm's.
+        rollout_quantization: int8: sample with 8-bit weights (CPU), train the weights as they are; none: sample with the weights.
+        importance_correction: weight of tokens that another policy sampled; auto: truncate for a quantized rollout, else the algorithm's.
+        importance_correction_low: the mask corrections drop ratios below this; unset: the algorithm's, or 0.5.
+        importance_correction_high: ratios are cut at this, or dropped above it by the mask corrections; unset: the algorithm's, or 2.
     """
 
     algorithm: str = "grpo"
@@ -203,6 +208,11 @@ class OnlineArguments:
     advantage: str = ""
     loss: str = ""
     aggregate: str = ""
+    entropy_coef: float | None = None
+    rollout_quantization: Literal["none", "int8"] = "none"
+    importance_correction: Literal["auto", "none", "truncate", "mask", "sequence_truncate", "sequence_mask"] = "auto"
+    importance_correction_low: float | None = None
+    importance_correction_high: float | None = None
 
 
 @dataclass

@@ -32,7 +32,7 @@ _POSITIVE = {
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
     *("seed", "save_steps", "save_total_limit", "eval_steps", "temperature", "top_k", "min_p", "kv_cache_tokens"),
-    *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2"),
+    *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2", "importance_correction_low", "importance_correction_high"),
 }
 _AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}

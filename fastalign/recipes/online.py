@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +13,17 @@ from ..advantages import ADVANTAGES
 from ..algorithms import Algorithm, resolve
 from ..data import DataOrder, Prompt, load_records, parse_dataset_map, prompt_examples
 from ..generation import Engine, SamplingParams
-from ..models.backbone import head_of
+from ..models.backbone import causal_lm, head_of
+from ..models.linear import check_quantization
+from ..ops.policy import PolicyOptions
 from ..rewards import RewardSet, load_rewards
-from .arguments import Arguments
+from .arguments import Arguments, OnlineArguments
 from .online_task import OnlineTask
 from .reference import Reference
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .training import Job, execute
+
+log = logging.getLogger("fastalign")
 
 
 def algorithm_of(args: Arguments) -> Algorithm:
@@ -37,8 +44,43 @@ def algorithm_of(args: Arguments) -> Algorithm:
         advantage_options=args.advantage_options,
         loss_options=options,
     )
+    if online.entropy_coef is not None:
+        algorithm = replace(algorithm, entropy_coef=online.entropy_coef)
+    algorithm = replace(algorithm, correction_options=correction_of(online, algorithm.correction_options))
     check_group_size(algorithm, online.num_generations)
     return algorithm
+
+
+def correction_of(online: OnlineArguments, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The importance correction that the flags name; own: the algorithm's.
+
+    Raises:
+        ValueError: a bound that the correction does not read, or bounds out of order.
+    """
+    options = dict(own)
+    if online.importance_correction != "auto":
+        options["correction"] = online.importance_correction
+    elif online.rollout_quantization != "none" and options.get("correction", "none") == "none":
+        options["correction"] = "truncate"
+    correction = options.get("correction", "none")
+    read = {"none": (), "truncate": ("high",)}.get(correction.removeprefix("sequence_"), ("low", "high"))
+    for side, value in (("low", online.importance_correction_low), ("high", online.importance_correction_high)):
+        if value is None:
+            continue
+        if side not in read:
+            hint = "mask or sequence_mask" if correction != "none" else "truncate, mask, sequence_truncate or sequence_mask"
+            given = f"--importance_correction_{side} {value:g}"
+            raise ValueError(f"{given}: the importance correction {correction!r} has no such bound; give --importance_correction {hint}")
+        options[f"correction_{side}"] = value
+    if "low" not in read and options.get("correction_high") is not None:
+        options["correction_low"] = 0.0  # not read, and a cut below its default is a cut all the same
+    PolicyOptions(**options)
+    return options
+
+
+def quantization_of(online: OnlineArguments) -> str | None:
+    """What the engine that samples is given; evaluation always runs the weights themselves."""
+    return None if online.rollout_quantization == "none" else online.rollout_quantization
 
 
 def prompts_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Prompt]:
@@ -121,15 +163,14 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
     """Reference, engine, rewards and updater around the loaded model."""
     algorithm = algorithm_of(args)
     reference = Reference(loaded.model) if algorithm.kl_coef > 0 else None
-    engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
-        kv_cache_tokens=args.sampling.kv_cache_tokens or None,
-        max_num_seqs=args.sampling.max_num_seqs,
-    )
+    quantization = quantization_of(args.online)
+    if quantization and algorithm.correction_options.get("correction") == "none":
+        log.warning("the rollouts are quantized, and --importance_correction none weighs their tokens as if they were the policy's own")
+    engine = _engine(args, loaded, quantization)
     return OnlineTask(
         updater=build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
         engine=engine,
+        exact_engine=_engine(args, loaded, None) if quantization else engine,
         reference=reference,
         rewards=rewards_of(args, algorithm),
         prompts=prompts,
@@ -140,6 +181,17 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
         num_prompts=num_prompts_of(args),
         num_iterations=args.online.num_iterations,
         max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
+    )
+
+
+def _engine(args: Arguments, loaded: Loaded, quantization: str | None) -> Engine:
+    sampling = args.sampling
+    return Engine(
+        loaded.model,
+        loaded.tokenizer,
+        kv_cache_tokens=sampling.kv_cache_tokens or None,
+        max_num_seqs=sampling.max_num_seqs,
+        quantization=quantization,
     )
 
 
@@ -160,6 +212,7 @@ def run(args: Arguments) -> dict[str, Any]:
         raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), module:function or path.py:function")
     seed_everything(args.run.seed)
     loaded = load(args.model)
+    check_quantization(causal_lm(loaded.model), quantization_of(args.online))
     prompts = prompts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
     held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
     max_steps = num_steps(args.optim, len(prompts), num_prompts)

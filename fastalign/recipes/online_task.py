@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from ..algorithms import Algorithm
 from ..data import DataOrder, Prompt
@@ -32,6 +32,7 @@ class OnlineTask:
         *,
         updater: Updater,
         engine: Engine,
+        exact_engine: Engine,
         reference: Reference | None,
         rewards: RewardSet,
         prompts: list[Prompt],
@@ -44,6 +45,7 @@ class OnlineTask:
         max_tokens_per_micro_batch: int,
     ):
         self.updater, self.engine, self.reference, self.rewards = updater, engine, reference, rewards
+        self.exact_engine = exact_engine  # runs what is evaluated and shown; another one only where the rollouts are quantized
         self.prompts, self.eval_prompts, self.order = prompts, eval_prompts, order
         self.algorithm, self.params = algorithm, params
         self.num_prompts, self.num_iterations = num_prompts, num_iterations
@@ -61,6 +63,7 @@ class OnlineTask:
     def step(self, index: int) -> dict[str, float]:
         self.timing.clear()
         rollout = self.collect()
+        self.engine.release_cache()  # the update has the memory
         advantages = group_advantages(rollout, self.algorithm, self.reward_weights)
         chunks = build_chunks(rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens)
         if self.reference is not None:
@@ -85,7 +88,9 @@ class OnlineTask:
         return result
 
     def commit(self, apply) -> None:
-        with self.engine.updating_weights():
+        with ExitStack() as stack:
+            for engine in {self.engine, self.exact_engine}:
+                stack.enter_context(engine.updating_weights())
             apply()
 
     def collect(self) -> Rollout:
@@ -129,12 +134,18 @@ class OnlineTask:
             for sample, value in zip(samples, values, strict=True):
                 sample.rewards[name] = value
 
+    def complete(self, prompts: list[Prompt], params: SamplingParams) -> Rollout:
+        """A rollout of the weights as they are."""
+        rollout = self.exact_engine.rollout([p.ids for p in prompts], params)
+        self.exact_engine.release_cache()  # the update, or the other engine, has the memory
+        return rollout
+
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""
         if not self.eval_prompts:
             return {}
         greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self.params.max_tokens, stop=self.params.stop)
-        rollout = self.engine.rollout([p.ids for p in self.eval_prompts], greedy)
+        rollout = self.complete(self.eval_prompts, greedy)
         self.score(self.eval_prompts, rollout)
         return {f"eval/{key}": value for key, value in reward_metrics(rollout.flat, self.reward_weights).items()}
 
@@ -142,7 +153,7 @@ class OnlineTask:
         """Greedy completions of a few prompts."""
         prompts = (self.eval_prompts or self.prompts)[:NUM_SHOWN]
         greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self.params.max_tokens, stop=self.params.stop)
-        rollout = self.engine.rollout([p.ids for p in prompts], greedy)
+        rollout = self.complete(prompts, greedy)
         self.score(prompts, rollout)
         return [
             {
@@ -176,6 +187,9 @@ class OnlineTask:
         }
         if self.reference is not None:
             out["kl"] = first.get("kl", 0.0) / count
+        if "correction" in first:
+            out["sampling/importance_sampling_ratio/mean"] = first["correction"] / count
+            out["sampling/importance_sampling_ratio/clipped"] = first["correction_clipped"] / count
         out |= reward_metrics(rollout.flat, self.reward_weights) | group_metrics(rollout, self.reward_weights)
         return out | {f"timing_s/{name}": value for name, value in self.timing.items()}
 

@@ -97,6 +97,7 @@ class SupervisedTask:
         if self.engine is None or not self.show_prompts:
             return []
         outputs = self.engine.generate([ids for _, ids in self.show_prompts], self.show_params)
+        self.engine.release_cache()  # the update has the memory
         texts = [out.outputs[0].text for out in outputs]
         return [{"prompt": prompt, "completion": text} for (prompt, _), text in zip(self.show_prompts, texts, strict=True)]
 
