@@ -89,6 +89,18 @@ def test_async_streams_are_what_generate_gives(model, plain):
     assert [parts_of(output) for output in results[4:]] == results[:4]
 
 
+def test_async_each_sample_ends_once(model):
+    """Samples that end while others of their request go on, each told at its own end."""
+    params = SamplingParams(n=6, max_tokens=40, seed=2, stop_token_ids=range(3, 40))
+    wanted = make_engine(model).generate(PROMPTS[0], params)[0]
+    assert len({len(out.token_ids) for out in wanted.outputs}) > 3
+
+    async def scenario(engine):
+        return await joined(engine.stream(PROMPTS[0], params, request_id=0), 6)
+
+    assert on_engine(model, scenario) == parts_of(wanted)
+
+
 def test_async_stop_strings_end_the_text(model):
     free = make_engine(model).generate(PROMPTS[1], LONG)[0].outputs[0].text
     stop = next(free[i : i + 2] for i in range(20, len(free)) if "\ufffd" not in free[i : i + 2])

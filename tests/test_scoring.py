@@ -135,3 +135,13 @@ def test_score_in_training_mode_is_without_dropout(model):
     assert Engine(built).score(prompts_of(9)) == wanted
     assert built.training
     assert Engine(built).generate([3], SamplingParams(max_tokens=1))
+
+
+def test_score_follows_the_weights():
+    built = ready(llama())
+    engine = Engine(built)
+    before = engine.score(prompts_of(9))
+    with torch.no_grad():
+        for parameter in built.parameters():  # announced to nobody
+            parameter.mul_(1.1)
+    assert engine.score(prompts_of(9)) == Engine(built).score(prompts_of(9)) != before

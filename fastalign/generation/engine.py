@@ -15,7 +15,6 @@ from fastalign.generation.rows import Rows
 from fastalign.generation.run import Run, finished
 from fastalign.generation.scoring import SequenceScores, score_sequences
 from fastalign.generation.weights import evaluating
-from fastalign.ops.gemm import packed_weights
 from fastalign.rollout import Rollout, Sample
 
 Progress = bool | Callable[[int], object]
@@ -96,7 +95,8 @@ class Engine(LiveEngine):
             ValueError: an empty or over-long sequence, an id outside the vocabulary, or an option out of its range.
         """
         options = {"temperature": temperature, "top_logprobs": top_logprobs, "max_tokens": self.max_num_batched_tokens}
-        with self._working("score"), evaluating(self.model), packed_weights():
+        with self._working("score"), evaluating(self.model), self._packs.active():
+            self._check_weights()
             return score_sequences(self.model, sequences, **options)  # type: ignore[arg-type]
 
     def _complete(

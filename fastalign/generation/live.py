@@ -56,10 +56,9 @@ class LiveEngine:
             probe(base)
         self.model, self.tokenizer = model, tokenizer
         self.block_size, self.prefix_caching, self.cuda_graphs = block_size, prefix_caching, cuda_graphs
-        self.kv_cache_tokens = kv_cache_tokens
         self.max_num_seqs, self.max_num_batched_tokens = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens
         self.stats, self.weight_version = Stats(), 0
-        self._memory = Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
+        self.kv_cache_tokens, self._memory = kv_cache_tokens, Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
         self._run: Run | None = None
         self._requests: dict[int, Request] = {}  # live ones, by id
         self._untold: dict[int, Group] = {}  # moved by a batch's steps; the next `step` names them

@@ -173,10 +173,11 @@ class SteppingThread:
             stream = self._streams.get(request.id)
             if stream is None:
                 continue
-            batches[stream.loop].append((stream, request.new_outputs(), request.finished))
+            self._on_progress(stream)
+            if request.finished or not stream.quiet:
+                batches[stream.loop].append((stream, request.new_outputs(), request.finished))
             if request.finished:
                 del self._streams[request.id]
-            self._on_progress(stream)
         for loop, batch in batches.items():
             if not _send(loop, lambda batch=batch: _hand_over(batch)):  # type: ignore[misc]
                 for stream, _, _ in batch:  # its readers are gone with their loop

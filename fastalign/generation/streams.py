@@ -56,6 +56,7 @@ class Stream:
         params: what was asked for.
         request: the engine's handle, once the engine has taken the request.
         closed: nobody wants it any more.
+        quiet: nobody reads it before its end, so that the engine's thread need not hand anything over before.
 
     Args:
         params: what was asked for.
@@ -65,7 +66,7 @@ class Stream:
     """
 
     def __init__(self, params: SamplingParams, tokenizer: Any, special: frozenset[int], on_close: Callable[[Stream], None]) -> None:
-        self.params, self.closed = params, False
+        self.params, self.closed, self.quiet = params, False, False
         self.request: Any = None
         self.loop = asyncio.get_running_loop()
         self._tokenizer, self._special, self._on_close = tokenizer, special, on_close
@@ -97,6 +98,7 @@ class Stream:
         Raises:
             EngineFailedError, EngineClosedError: the engine did not get there. RuntimeError: the stream was closed before.
         """
+        self.quiet = True
         await self._over.wait()
         if self._failure is not None:
             raise self._failure
