@@ -33,6 +33,7 @@ _HOME = {
     "losses": "losses",
     "advantages": "advantages",
     "Engine": "generation.engine",
+    "AsyncEngine": "generation.asynchronous",
     "SamplingParams": "generation.params",
     "RequestOutput": "generation.params",
     "patch": "integrations.transformers",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from . import advantages as advantages
     from . import losses as losses
     from .environment import env as env
+    from .generation.asynchronous import AsyncEngine as AsyncEngine
     from .generation.engine import Engine as Engine
     from .generation.params import RequestOutput as RequestOutput
     from .generation.params import SamplingParams as SamplingParams

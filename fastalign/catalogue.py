@@ -117,6 +117,7 @@ COMMANDS: dict[str, str] = {
     "sft": "supervised fine-tuning",
     "grpo": "online reinforcement learning with rewards: grpo, dr_grpo, rloo, dapo, … (--algorithm)",
     "generate": "completions of prompts, with log-probs if asked for",
+    "serve": "an OpenAI-compatible server over the live engine: completions, chat, streams, log-probs",
     "demo": "a small model learns arithmetic in minutes on a CPU: SFT, then GRPO",
     "algorithms": "the rows that --algorithm, --advantage, --loss and --aggregate name",
     "env": "what is in use: versions, devices, the backend of every operation",

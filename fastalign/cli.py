@@ -75,6 +75,11 @@ def _start(command: str, values: dict[str, Any]) -> None:
 
         generate.run(args.model, args.data, args.sampling, args.generate)
         return
+    if command == "serve":
+        from .recipes import serve
+
+        serve.run(args.model, args.serve)
+        return
     if command == "sft":
         from .recipes.sft import run
     else:
@@ -94,7 +99,8 @@ def check_required(args: Arguments) -> None:
         FileNotFoundError: the model or data is a local path, and there is nothing there.
     """
     required = {"--model_name_or_path": bool(args.model.model_name_or_path)}
-    required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
+    if args.command != "serve":
+        required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
     if args.command == "grpo":
         required["--reward"] = bool(args.online.reward)
     missing = [flag for flag, given in required.items() if not given]

@@ -13,6 +13,8 @@ from fastalign.generation.params import CompletionOutput, RequestOutput, Samplin
 from fastalign.generation.requests import Prompt, PromptLike, read_requests
 from fastalign.generation.rows import Rows
 from fastalign.generation.run import Run, finished
+from fastalign.generation.scoring import SequenceScores, score_sequences
+from fastalign.generation.weights import evaluating
 from fastalign.rollout import Rollout, Sample
 
 Progress = bool | Callable[[int], object]
@@ -82,6 +84,22 @@ class Engine(LiveEngine):
         groups, rows = self._complete(read, None, progress, logprobs=True)
         samples = [[_sample(out) for out in request_output(group, None, self.tokenizer, rows).outputs] for group in groups]
         return Rollout([prompt.ids.tolist() for prompt in read], samples, [{} for _ in read])
+
+    def score(self, sequences: Sequence[Sequence[int]], *, temperature: float = 1.0, top_logprobs: int = 0) -> list[SequenceScores]:
+        """Log-probs of given sequences, as `raw_logprobs` would have them if they had been sampled (`scoring.score_sequences`).
+
+        Args:
+            sequences: token ids, at least one each; what they begin with alike is forwarded once.
+            temperature: divides the logits.
+            top_logprobs: return so many of the most probable tokens at each place, too.
+
+        Raises:
+            ValueError: an empty or over-long sequence, an id outside the vocabulary, or an option out of its range.
+        """
+        options = {"temperature": temperature, "top_logprobs": top_logprobs, "max_tokens": self.max_num_batched_tokens}
+        with self._working("score"), evaluating(self.model), self._packs.active():
+            self._check_weights()
+            return score_sequences(self.model, sequences, **options)  # type: ignore[arg-type]
 
     def _complete(
         self, prompts: list[Prompt], priorities: Sequence[int] | None, progress: Progress, *, logprobs: bool = False

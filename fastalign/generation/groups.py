@@ -26,7 +26,7 @@ class Member:
         high_water: tokens that have been forwarded once already.
         finish_reason: "" until it ends.
         top_logprobs: a list of (token id, log-prob) a token, where the request asks for them.
-        streamed: tokens that the caller has been given already.
+        streamed: tokens that the caller has been given already; told: whether it knows that the sample has ended.
     """
 
     group: Group
@@ -39,6 +39,7 @@ class Member:
     stop_reason: int | str | None = None
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     streamed: int = 0
+    told: bool = False
 
 
 @dataclass(eq=False)

@@ -59,7 +59,7 @@ class LiveEngine:
         self.block_size, self.prefix_caching, self.cuda_graphs = block_size, prefix_caching, cuda_graphs
         self.max_num_seqs, self.max_num_batched_tokens = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens
         self.stats, self.weight_version, self._packs = Stats(), 0, packs_for(base, quantization)
-        self._memory = Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
+        self.kv_cache_tokens, self._memory = kv_cache_tokens, Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
         self._run: Run | None = None
         self._requests: dict[int, Request] = {}  # live ones, by id
         self._untold: dict[int, Group] = {}  # moved by a batch's steps; the next `step` names them

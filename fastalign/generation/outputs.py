@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.params import CompletionOutput, RequestOutput
 from fastalign.generation.rows import Rows
-from fastalign.generation.stops import decode, first_stop
+from fastalign.generation.text import completion_text
 
 
 def request_output(group: Group, prompt: str | None, tokenizer: Any, rows: Rows) -> RequestOutput:
@@ -47,8 +47,34 @@ def _completion(member: Member, tokenizer: Any, rows: Rows) -> CompletionOutput:
 
 
 def _text(member: Member, ids: list[int], tokenizer: Any) -> str:
-    if isinstance(member.stop_reason, int):
-        return decode(tokenizer, ids[:-1])
-    text = decode(tokenizer, ids)
-    found = first_stop(text, member.group.params.stop) if member.finish_reason == "stop" else None
-    return text[: found[0]] if found else text
+    stop_reason = member.stop_reason if member.finish_reason == "stop" else None
+    return completion_text(tokenizer, ids, stop_reason, member.group.params.min_tokens)
+
+
+def new_outputs(group: Group, rows: Rows) -> list[CompletionOutput]:
+    """What each sample gained since it was last asked for, its end included; samples that gained nothing are left out. No text."""
+    fresh = []
+    for member in group.members:
+        start, ids = member.streamed, drawn_ids(member, rows)[member.streamed :].tolist()
+        if not ids and (not member.finish_reason or member.told):
+            continue
+        member.streamed, member.told = start + len(ids), bool(member.finish_reason)
+        drawn = {name: _drawn(member, rows, name)[start : member.streamed].tolist() for name in ("logprobs", "raw_logprobs")}
+        fresh.append(
+            CompletionOutput(
+                index=member.index,
+                token_ids=ids,
+                logprobs=drawn["logprobs"] if group.logprobs else None,
+                raw_logprobs=drawn["raw_logprobs"] if group.logprobs else None,
+                weight_versions=_drawn(member, rows, "versions")[start : member.streamed].tolist(),
+                finish_reason=member.finish_reason,
+                stop_reason=member.stop_reason,
+                top_logprobs=member.top_logprobs[start : member.streamed] if group.params.top_logprobs else None,
+                error=str(group.error) if member.finish_reason == "error" else None,
+            )
+        )
+    return fresh
+
+
+def _drawn(member: Member, rows: Rows, name: str) -> NDArray[Any]:
+    return getattr(member.record, name) if member.row < 0 else getattr(rows, name)[member.row]

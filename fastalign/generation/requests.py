@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastalign.generation.groups import MAX_SAMPLES, Group
-from fastalign.generation.outputs import drawn_ids, request_output
-from fastalign.generation.params import RequestOutput, SamplingParams
+from fastalign.generation.outputs import drawn_ids, new_outputs, request_output
+from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams
 from fastalign.generation.rows import Rows
 from fastalign.generation.stops import StopTable
 from fastalign.models.backbone import causal_lm, head_of
@@ -81,6 +81,13 @@ class Request:
             member.streamed += len(ids)
             fresh.append(ids)
         return fresh + [[] for _ in range(self.params.n - len(fresh))]
+
+    def new_outputs(self) -> list[CompletionOutput]:
+        """What the samples gained since the last call of this or of `new_tokens`, log-probs and ends included, without text.
+
+        A sample that gained nothing is left out. For a caller that passes on what each step gave: it costs the new tokens alone.
+        """
+        return new_outputs(self._group, self._rows)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .serve_arguments import ServeArguments
+
 
 @dataclass
 class ModelArguments:
@@ -253,6 +255,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "sft": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments),
     "grpo": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments, SamplingArguments, OnlineArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
+    "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
 }
 
@@ -275,13 +278,15 @@ class Arguments:
     sampling: SamplingArguments = field(default_factory=SamplingArguments)
     online: OnlineArguments = field(default_factory=OnlineArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
+    serve: ServeArguments = field(default_factory=ServeArguments)
     loss_options: dict[str, Any] = field(default_factory=dict)
     advantage_options: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """Every argument of the command by flag name, as config.yaml holds them: `--config` reads it back."""
         flat: dict[str, Any] = {}
-        for section in (self.model, self.data, self.optim, self.batch, self.run, self.sampling, self.online, self.generate):
+        sections = (self.model, self.data, self.optim, self.batch, self.run, self.sampling, self.online, self.generate, self.serve)
+        for section in sections:
             if isinstance(section, COMMANDS[self.command]):
                 flat |= asdict(section)
         flat |= {f"loss.{name}": value for name, value in self.loss_options.items()}
