@@ -50,5 +50,8 @@ def _text(member: Member, ids: list[int], tokenizer: Any) -> str:
     if isinstance(member.stop_reason, int):
         return decode(tokenizer, ids[:-1])
     text = decode(tokenizer, ids)
-    found = first_stop(text, member.group.params.stop) if member.finish_reason == "stop" else None
+    if member.finish_reason != "stop":
+        return text
+    read = len(decode(tokenizer, ids[:-1]).rstrip("\ufffd"))  # a stop string in there came before min_tokens, and ended nothing
+    found = first_stop(text, member.group.params.stop, read)
     return text[: found[0]] if found else text

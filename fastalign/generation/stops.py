@@ -41,9 +41,10 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def first_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str] | None:
-    """(position, string) of the stop string that begins first at or after `start`; the longer one when two begin together."""
-    found = [(at, -len(stop), stop) for stop in stops if (at := text.find(stop, start)) >= 0]
+def first_stop(text: str, stops: Sequence[str], seen: int = 0) -> tuple[int, str] | None:
+    """(position, string) of the stop string that begins first, of those that end behind the first `seen` characters; the longer
+    one when two begin together."""
+    found = [(at, -len(stop), stop) for stop in stops if (at := text.find(stop, max(0, seen - len(stop) + 1))) >= 0]
     if not found:
         return None
     at, _, stop = min(found)
@@ -63,19 +64,20 @@ class StopScanner:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
-        self.longest = max(len(stop) for stop in stops)
         self.ids: list[int] = []
         self.text = ""
+        self._seen = 0  # characters in which every stop string has been reported
         self._prefix = self._read = 0  # ids[prefix:read] is settled text that the next tokens are decoded together with
 
     def push(self, token: int) -> str | None:
-        """Reads one more token; returns the stop string that the text now contains, if any."""
+        """Reads one more token; returns the stop string that it completes, if any."""
         self.ids.append(token)
         before = decode(self.tokenizer, self.ids[self._prefix : self._read])
         after = decode(self.tokenizer, self.ids[self._prefix :])
         new = after[len(before) :]
         seen = self.text + new.rstrip("\ufffd")
-        stop = first_stop(seen, self.stops, max(0, len(self.text) - self.longest + 1))
+        stop = first_stop(seen, self.stops, self._seen)
+        self._seen = len(seen)
         if not new.endswith("\ufffd") or len(self.ids) - self._read > MAX_PENDING:
             self.text += new
             self._prefix, self._read = self._read, len(self.ids)
