@@ -520,6 +520,7 @@ def test_campaign_long(subjects):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_naive_foresight_changes_nothing(subjects, family):
+    torch.set_num_threads(1)
     versions = subjects[family].versions
     plain, quick = (NaiveGenerator(versions, [EOS], LONGEST, Letters()) for _ in range(2))
     params = SamplingParams(max_tokens=12, temperature=1.3, top_k=20, logits_processors=(no_repeats,), ignore_eos=True)
