@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import FAMILIES, PARAMS, PROMPTS, llama, prompts_of, ready, sampled_logprobs, scored, values
+from test_sampler import kept_probabilities
+from test_token_tree import FAMILIES as EVERY_FAMILY
+from tiny_models import FAMILIES, PARAMS, PROMPTS, VOCAB, llama, prompts_of, ready, sampled_logprobs, scored, values
 
 from fastalign.generation import Engine, SamplingParams
 from fastalign.models.backbone import hidden_states
@@ -42,6 +44,21 @@ def test_engine_greedy_is_model_generate(family):
         wanted = built.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         assert out.outputs[0].token_ids == wanted.tolist()
         assert out.outputs[0].logprobs == out.outputs[0].raw_logprobs
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_engine_serves_every_family_as_model_generate_does(family):
+    built = ready(EVERY_FAMILY[family]())
+    prompts = [[token % 97 for token in prompt] for prompt in prompts_of(3, 17, 33)]
+    engine = Engine(built, block_size=4, max_num_seqs=2, max_num_batched_tokens=20, kv_cache_tokens=76)
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    requests = [engine.add_request(prompt, params) for prompt in (*prompts, prompts[2])]
+    while engine.has_work:
+        engine.step()
+    for request in requests:
+        ids = torch.tensor([request.prompt_token_ids])
+        wanted = built.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        assert request.output().outputs[0].token_ids == wanted.tolist()
 
 
 @pytest.mark.gpu
@@ -82,6 +99,40 @@ def test_engine_at_temperature_zero_reports_the_models_logprob(model):
     assert rollout.flat[0].ids == rollout.flat[1].ids
     assert rollout.flat[0].logprobs == rollout.flat[0].raw_logprobs
     assert_same(sampled_logprobs(rollout), scored(model, rollout, 1.0))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.5},
+        {"top_k": 7},
+        {"top_p": 0.8},
+        {"min_p": 0.08},
+        {"top_k": 30, "top_p": 0.9, "min_p": 0.02},
+    ],
+    ids=str,
+)
+def test_engine_samples_follow_the_models_distribution(model, case):
+    """χ² of many first tokens, and of the tokens after the most frequent first one, against the model's own probabilities."""
+    prompt, n = prompts_of(7)[0], 12000
+    engine = Engine(model, max_num_seqs=n, max_num_batched_tokens=n)
+    outs = engine.generate([prompt], SamplingParams(n=n, max_tokens=2, seed=3, ignore_eos=True, logprobs=False, **case))[0].outputs
+    drawn = torch.tensor([out.token_ids for out in outs])
+    common = int(drawn[:, 0].mode().values)
+    for ids, seen in ((prompt, drawn[:, 0]), ([*prompt, common], drawn[drawn[:, 0] == common, 1])):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        probabilities, _ = kept_probabilities(logits, **case)
+        counts = torch.bincount(seen, minlength=VOCAB).double()
+        assert bool((counts[probabilities == 0] == 0).all())
+        expected = probabilities * len(seen)
+        rare = expected < 5  # one bin
+        counts, expected = (torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected))
+        live = expected > 0
+        chi2, freedom = float(((counts - expected)[live] ** 2 / expected[live]).sum()), int(live.sum()) - 1
+        assert chi2 < freedom + 4.5 * (2 * freedom) ** 0.5 + 8
 
 
 def test_engine_mixes_parameters_in_one_batch(model):

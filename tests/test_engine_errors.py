@@ -102,3 +102,131 @@ def test_engine_refuses_an_update_while_it_generates(model, monkeypatch):
     with pytest.raises(RuntimeError, match="generating"):
         engine.generate(prompts_of(3), SamplingParams())
     assert engine.weight_version == 0
+
+
+# --- live requests -------------------------------------------------------------------------------------------------------
+
+
+def alone(model, prompt, params, key):
+    return Engine(model, prefix_caching=False).generate([prompt], params, request_ids=[key])[0].outputs
+
+
+def drain(engine):
+    while engine.has_work:
+        engine.step()
+    assert engine.num_used_blocks == 0
+
+
+@pytest.mark.parametrize(
+    "prompt, params, error, match",
+    [
+        ([], {}, ValueError, "is empty"),
+        ([5, VOCAB], {}, ValueError, rf"{VOCAB} at position 1"),
+        ([5, -1], {}, ValueError, "got -1"),
+        ([5] * 160, {}, ValueError, "160 tokens, expected at most 159"),
+        ([5] * 60, {"max_tokens": 5}, ValueError, "kv_cache_tokens=64"),
+        ("text", {}, ValueError, "tokenizer"),
+        ([5], {"stop": "x"}, ValueError, "tokenizer"),
+        ([5], {"stop_token_ids": [VOCAB]}, ValueError, "stop_token_ids"),
+        ([5.5, 6.0], {}, TypeError, "token ids"),
+        (["a", "b"], {}, TypeError, "token ids"),
+        ([[5, 6], [7, 8]], {}, TypeError, "one list of token ids"),
+    ],
+    ids=str,
+)
+def test_add_request_refuses_before_anything_is_queued(model, prompt, params, error, match):
+    engine = Engine(model, kv_cache_tokens=64)
+    with pytest.raises(error, match=match):
+        engine.add_request(prompt, SamplingParams(**params))
+    assert not engine.has_work
+    fine = SamplingParams(max_tokens=8, seed=0, ignore_eos=True)
+    live = engine.add_request(PROMPTS[0], fine, request_id=3)
+    engine.step()
+    with pytest.raises(error, match=match):
+        engine.add_request(prompt, SamplingParams(**params))
+    drain(engine)
+    assert live.output().outputs == alone(model, PROMPTS[0], fine, 3)
+
+
+def test_extend_refuses_what_grew_too_long(model):
+    engine = Engine(model)
+    first = engine.add_request(prompts_of(120)[0], SamplingParams(max_tokens=30, ignore_eos=True))
+    drain(engine)
+    with pytest.raises(ValueError, match="160 tokens, expected at most 159"):
+        engine.extend(first, [5] * 10)
+    with pytest.raises(ValueError, match=str(VOCAB)):
+        engine.extend(first, [VOCAB])
+    assert not engine.has_work
+    last = engine.extend(first, [5] * 9, SamplingParams(max_tokens=10, ignore_eos=True))
+    drain(engine)
+    assert len(last.output().outputs[0].token_ids) == 1
+
+
+def test_logits_that_are_not_finite_end_their_request_alone():
+    built = ready(llama())
+    with torch.no_grad():
+        built.model.embed_tokens.weight[77] = torch.nan
+    engine = Engine(built, block_size=4)
+    params = SamplingParams(n=3, max_tokens=6, seed=0, ignore_eos=True)
+    fine, bad = engine.add_request([5, 6, 7], params), engine.add_request([5, 77, 9], params)
+    touched = engine.step()
+    assert bad in touched
+    assert bad.finished
+    for out in bad.output().outputs:
+        assert (out.finish_reason, out.token_ids) == ("error", [])
+        assert "hold NaN or +inf" in out.error
+    drain(engine)
+    assert fine.output().outputs == alone(built, [5, 6, 7], params, fine.id)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_live_requests_end_with_what_they_have_when_a_step_breaks_off(model, plain, error):
+    def interrupted(ids, scores):
+        if ids.shape[1] == 12:
+            raise error
+        return scores
+
+    engine = Engine(model, kv_cache_tokens=256, max_num_seqs=3)
+    params = SamplingParams(n=2, max_tokens=20, seed=1, ignore_eos=True)
+    others = [engine.add_request(prompt, params) for prompt in PROMPTS[:2]]
+    cause = engine.add_request(PROMPTS[2], SamplingParams(max_tokens=20, logits_processors=[interrupted], ignore_eos=True), priority=-1)
+    with pytest.raises(error):
+        drain(engine)
+    assert not engine.has_work
+    assert engine.num_used_blocks == 0
+    assert [out.finish_reason for request in (*others, cause) for out in request.output().outputs] == ["error"] * 5
+    for request in others:
+        for out, whole in zip(request.output().outputs, alone(model, request.prompt_token_ids, params, request.id), strict=True):
+            assert out.token_ids == whole.token_ids[: len(out.token_ids)]
+            assert out.logprobs == whole.logprobs[: len(out.token_ids)]
+    assert others[0].output().outputs[0].token_ids
+    engine.abort(cause)  # without effect
+    assert values(engine.rollout(PROMPTS, PARAMS)) == values(plain)
+
+
+def test_a_batch_whose_time_is_over_before_it_began(model):
+    engine = Engine(model)
+    late = SamplingParams(n=2, max_tokens=5, timeout=1e-9)
+    assert [(o.token_ids, o.finish_reason, o.stop_reason) for o in engine.generate(prompts_of(5), late)[0].outputs] == [
+        ([], "abort", "timeout")
+    ] * 2
+    request = engine.add_request(prompts_of(5)[0], late)
+    engine.generate(prompts_of(4), SamplingParams(max_tokens=2))
+    engine.release_cache()
+    assert engine.step() == [request], "what ended during a batch is told by the next step"
+    assert not engine.has_work
+
+
+def test_a_batch_that_fails_leaves_its_callback_behind(model):
+    def broken(ids, scores):
+        raise ValueError("never")
+
+    engine, counts = Engine(model), []
+    live = engine.add_request(prompts_of(5)[0], SamplingParams(max_tokens=3, ignore_eos=True))
+    with pytest.raises(RuntimeError, match="never"):
+        engine.generate(prompts_of(4), SamplingParams(logits_processors=[broken]), progress=counts.append)
+    assert not live.finished
+    before = list(counts)
+    drain(engine)
+    assert live.finished
+    assert counts == before

@@ -43,6 +43,11 @@ def test_stop_strings_across_token_borders():
     assert stopped_at(tokenizer, [0, 6], "\n\n", "\n") == (2, "\n\n")
 
 
+def test_stop_strings_are_found_when_they_are_completed_and_not_again():
+    scanner = StopScanner(Pieces("a", "b", "c"), ["b", "cccc"])
+    assert [scanner.push(token) for token in (0, 1, 0, 2, 1)] == [None, "b", None, None, "b"]
+
+
 def test_stop_strings_among_unfinished_characters():
     euro = "€".encode()
     tokenizer = Pieces("a", euro[:1], euro[1:2], euro[2:], b"END" + euro[:2], b"\xff")

@@ -34,10 +34,10 @@ def qwen2():
     return Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True))
 
 
-def gemma2():
+def gemma2(**changes):
     torch.manual_seed(2)
     special = {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 10.0, "sliding_window": 9, "head_dim": 16}
-    return Gemma2ForCausalLM(Gemma2Config(**SMALL, **special, query_pre_attn_scalar=16))
+    return Gemma2ForCausalLM(Gemma2Config(**(SMALL | special | changes), query_pre_attn_scalar=16))
 
 
 FAMILIES = {"llama": llama, "qwen2": qwen2, "gemma2": gemma2}

@@ -113,8 +113,10 @@ class Engine(LiveEngine):
             total = sum(group.params.n for group in groups)
             with tqdm(total=total, disable=progress is not True, unit="sample") as bar, self._forwarding():
                 run.on_finish, run.tracks = progress if callable(progress) else bar.update, bool(self._requests)
-                self._finish(run, groups)
-                run.on_finish = _nothing
+                try:
+                    self._finish(run, groups)
+                finally:
+                    run.on_finish = _nothing
             assert finished(groups), "the scheduler has nothing left to do, so every sample must have ended"
             assert self._requests or run.scheduler.pool.num_used == 0, "every sample has ended, so every block must be free"
         return groups, run.rows
@@ -126,15 +128,21 @@ class Engine(LiveEngine):
             if pending[-1].done:
                 pending.pop()
                 continue
-            self._expire(run)
+            self._tell(self._expire(run))
+            if not run.scheduler.busy:  # their time was over
+                continue
             run.step()
-            self._untold |= {index: group for index, group in run.touched.items() if index in self._requests}
+            self._tell(run.touched)
             failed = [group for group in run.touched.values() if group.error is not None and group in groups]
             for group in groups if failed else ():
                 if not group.done:
                     run.end(group, "abort")
             if failed and failed[0].error is not None:
                 raise failed[0].error
+
+    def _tell(self, touched: dict[int, Group]) -> None:
+        """Leaves it to the next `step` to name the live ones of these."""
+        self._untold |= {index: group for index, group in touched.items() if index in self._requests}
 
 
 def _nothing(count: int) -> None:

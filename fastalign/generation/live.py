@@ -85,7 +85,7 @@ class LiveEngine:
         """
         with self._working("add_request"):
             key = self._arrivals if request_id is None else request_id
-            read = read_requests(prompt, params or SamplingParams(), self.tokenizer, [key])
+            read = read_requests([prompt], params or SamplingParams(), self.tokenizer, [key])
             run, groups = self._accept(read, [priority], live=True)
             request = self._requests[groups[0].index] = Request(groups[0], read[0].text, run.rows, self.tokenizer)
             return request
@@ -93,11 +93,10 @@ class LiveEngine:
     def step(self) -> list[Request]:
         """One forward pass; the requests that drew tokens or ended in it. An empty list, and nothing done, without work."""
         with self._working("step"):
-            run = self._run
-            if run is None:
-                return []
-            touched, self._untold = self._untold | self._expire(run), {}
-            if run.scheduler.busy:
+            touched, self._untold = self._untold, {}
+            if (run := self._run) is not None:
+                touched |= self._expire(run)
+            if run is not None and run.scheduler.busy:
                 run.tracks = True
                 with self._forwarding():
                     run.step()

@@ -151,6 +151,8 @@ def _request(index: int, prompt: Any, params: SamplingParams, key: int, tokenize
         array = array.astype(np.int64, casting="same_kind") if len(ids) else np.empty(0, np.int64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"generate: prompt {index} must be text or a list of token ids, got {type(prompt).__name__}") from error
+    if array.size > array.shape[-1]:
+        raise TypeError(f"generate: prompt {index} must be one list of token ids, got an array of shape {array.shape}")
     return Prompt(index, array.reshape(-1), params, int(key), text)
 
 
