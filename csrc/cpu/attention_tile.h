@@ -118,7 +118,8 @@ FA_SIMD void accumulate(int rows, float* o, int64_t ldo, const float* alpha, con
   }
 }
 
-template <int h>
+// The step of a transposition that swaps blocks of h among `count` vectors, and those below it.
+template <int h, int count = W>
 FA_SIMD void transpose_step(vf* x) {
   vi low{}, high{};
   for (int i = 0; i < W; ++i) {
@@ -126,13 +127,32 @@ FA_SIMD void transpose_step(vf* x) {
     high[i] = i & h ? W + i : i + h;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
+  for (int i = 0; i < count; ++i)
     if (!(i & h)) {
       vf a = x[i], b = x[i + h];
       x[i] = __builtin_shuffle(a, b, low);
       x[i + h] = __builtin_shuffle(a, b, high);
     }
-  if constexpr (h > 1) transpose_step<h / 2>(x);
+  if constexpr (h > 1) transpose_step<h / 2, count>(x);
+}
+
+// Two rows of half a vector each, one behind the other, where `rows` > 1; one and zeros, or zeros, where fewer are left.
+template <typename T>
+FA_SIMD vf load_pair(const T* src, int64_t rows) {
+  return rows > 1 ? load(src) : rows == 1 ? load_part(src, W / 2, 0.0f) : vf{};
+}
+
+// W rows of W/2 elements, without gaps → dst[d][j]: two square transpositions side by side, then the even and the odd rows interleave.
+template <typename T>
+FA_SIMD void transpose_halves(const T* src, int64_t rows, float* dst) {
+  vf x[W / 2];
+#pragma GCC unroll 8
+  for (int i = 0; i < W / 2; ++i) x[i] = load_pair(src + i * W, rows - 2 * i);
+  transpose_step<W / 4, W / 2>(x);
+  vi interleaved;
+  for (int i = 0; i < W; ++i) interleaved[i] = (i & 1) * (W / 2) + i / 2;
+#pragma GCC unroll 8
+  for (int d = 0; d < W / 2; ++d) store(dst + d * key_block, __builtin_shuffle(x[d], interleaved));
 }
 
 // Rows src[0..count) of `width` elements, `stride` apart → dst[d][first + j], d < width; dst rows are key_block apart.
@@ -143,6 +163,12 @@ FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_
   for (int64_t j = 0; j < count; j += W) {
     const int64_t n = count - j < W ? count - j : W;
     int64_t d = 0;
+    if (2 * width == W && stride == width && first + j + W <= key_block) {
+      if (ahead)
+        for (int64_t i = 0; i < n; i += 2) __builtin_prefetch(ahead + (j + i) * stride, 0, 2);
+      transpose_halves(src + j * stride, n, dst + j);
+      continue;
+    }
     if (first + j + W <= key_block)  // a whole vector of columns fits
       for (; d + W <= width; d += W) {
         vf x[W];
@@ -163,6 +189,17 @@ FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_
 template <typename T>
 FA_SIMD void pack_rows(const T* src, int64_t stride, int64_t count, int64_t width, int64_t padded, float factor, float* dst,
                        const T* ahead = nullptr) {
+  if (2 * width == W && stride == width) {
+    vi low, high;
+    for (int i = 0; i < W; ++i) low[i] = i < W / 2 ? i : W, high[i] = i < W / 2 ? i + W / 2 : W;
+    for (int64_t j = 0; j < count; j += 2) {
+      if (ahead) __builtin_prefetch(ahead + j * width, 0, 2);
+      const vf pair = load_pair(src + j * width, count - j) * factor;
+      store(dst + j * W, __builtin_shuffle(pair, vf{}, low));
+      if (j + 1 < count) store(dst + (j + 1) * W, __builtin_shuffle(pair, vf{}, high));
+    }
+    return;
+  }
   for (int64_t j = 0; j < count; ++j, dst += padded) {
     const T* row = src + j * stride;
     int64_t d = 0;
