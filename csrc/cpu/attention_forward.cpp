@@ -109,7 +109,7 @@ void attend_block(const Problem& p, Tile& t, int64_t begin, int64_t end, Block b
       first = std::min(first, t.rows[r + i].first);
     }
     if (seen <= 0 || first >= block.end) continue;
-    const int64_t columns = (seen + tile_vectors * W - 1) / (tile_vectors * W) * (tile_vectors * W);
+    const int64_t columns = padded(seen);
     scores(rows, t.q + r * dp, dp, t.kt, p.head_dim, columns, t.s);
     for (int i = 0; i < rows; ++i) alpha[i] = softmax_row(p, t.rows[r + i], block, columns, t.s + i * key_block, t.m + r + i, t.l + r + i);
     accumulate(rows, t.o + r * dp, dp, alpha, t.s, key_block, 1, t.v, dp, seen, dp);

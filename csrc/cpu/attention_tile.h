@@ -38,27 +38,33 @@ FA_SIMD float reduce_add(vf x) {
   return x[0];
 }
 
-// s[r][0..columns) = q[r] · kt[:, column]; q rows ldq apart, kt [d][key_block].
+// s[r][0..V*W) = q[r] · kt[:, column]; q rows ldq apart, kt [d][key_block].
+template <int R, int V>
+FA_SIMD void scores_rv(const float* q, int64_t ldq, const float* kt, int64_t d_end, float* s) {
+  vf acc[R][V] = {};
+  for (int64_t d = 0; d < d_end; ++d) {
+    vf key[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) key[v] = load(kt + d * key_block + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      vf a = splat(q[r * ldq + d]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += a * key[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(s + r * key_block + v * W, acc[r][v]);
+}
+
+// columns: a multiple of W.
 template <int R>
 FA_SIMD void scores_r(const float* q, int64_t ldq, const float* kt, int64_t d_end, int64_t columns, float* s) {
-  for (int64_t c = 0; c < columns; c += tile_vectors * W) {
-    vf acc[R][tile_vectors] = {};
-    for (int64_t d = 0; d < d_end; ++d) {
-      vf key[tile_vectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < tile_vectors; ++v) key[v] = load(kt + d * key_block + c + v * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        vf a = splat(q[r * ldq + d]);
-#pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) acc[r][v] += a * key[v];
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < tile_vectors; ++v) store(s + r * key_block + c + v * W, acc[r][v]);
-  }
+  int64_t c = 0;
+  for (; c + tile_vectors * W <= columns; c += tile_vectors * W) scores_rv<R, tile_vectors>(q, ldq, kt + c, d_end, s + c);
+  for (; c < columns; c += W) scores_rv<R, 1>(q, ldq, kt + c, d_end, s + c);
 }
 
 // o[r][0..V*W) = o[r] * alpha[r] + sum over j < count of a[r*sr + j*sj] * b[j]

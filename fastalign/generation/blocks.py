@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Blocks = NDArray[np.int32]
+EVICTED_AT_ONCE = 64
 
 
 class OutOfBlocksError(RuntimeError):
@@ -59,8 +60,10 @@ class BlockPool:
         """Takes `count` free blocks, each with one reference."""
         if count > self.num_free:
             raise OutOfBlocksError(f"allocate: expected at most {self.num_free} blocks (free), got {count}")
-        while self._num_empty < count:
-            self._evict()
+        if self._num_empty < count:
+            for _ in range(min(len(self._idle), max(count - self._num_empty, EVICTED_AT_ONCE))):
+                self._evict()
+            self._free[: self._num_empty] = np.sort(self._free[: self._num_empty])[::-1]  # neighbours go to one sequence
         self._num_empty -= count
         taken = self._free[self._num_empty : self._num_empty + count][::-1].copy()
         self.references[taken] = 1

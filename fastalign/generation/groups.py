@@ -57,6 +57,7 @@ class Group:
         hold: the prompt's blocks, kept alive for waiting members while no sibling may run; None when not needed.
         priority: groups with a lower value go first; equals in the order of arrival.
         logprobs: whether log-probs are wanted.
+        live: it may be extended, or asked again with its completion.
         error: what ended it, where something went wrong.
     """
 
@@ -73,6 +74,7 @@ class Group:
     hold: Blocks | None = None
     priority: int = 0
     logprobs: bool = True
+    live: bool = False
     error: Exception | None = None
     place: int = 0
 

@@ -236,7 +236,7 @@ class LiveEngine:
         limits = Limits.of(self.model, self.tokenizer)
         groups = groups_of(prompts, limits, stops, self.tokenizer, first=self._arrivals, priorities=priorities)
         for group in groups:
-            group.logprobs |= logprobs
+            group.logprobs, group.live = group.logprobs or logprobs, live
         others = [request._group for request in self._requests.values()]
         pool, cache = self._memory.ready(groups, others, live=live, busy=self._busy)
         run = self._run = self._ready_run(groups, pool, cache, stops, live=live)

@@ -134,8 +134,7 @@ class Scheduler:
         return np.empty(0, np.int32), 0
 
     def _publish(self, row: int) -> None:
-        computed = self.rows.computed[row]
-        self.prefixes.publish(self.rows.tokens[row, :computed], self.rows.blocks(row))
+        self.prefixes.publish(self.rows.tokens[row, : self.rows.computed[row]], self.rows.blocks(row))
 
     def _activate(self, rows: Ints) -> None:
         active = np.concatenate([self.active, rows])
@@ -178,6 +177,7 @@ class Scheduler:
         group = member.group
         member.record = self.rows.record(member.row)
         member.high_water = int(max(self.rows.computed[member.row], self.rows.high_water[member.row]))
+        self._publish(member.row)
         self._vacate([member])
         if not group.waiting:
             heapq.heappush(self._queue, (group.rank, group))
@@ -217,6 +217,9 @@ class Scheduler:
         self.stats.steps += 1
         columns.computed[rows] = ends
         columns.high_water[rows] = np.maximum(columns.high_water[rows], ends)
+        prompts = columns.prompt_length[rows]
+        for row in rows[(plan.starts < prompts) & (ends >= prompts)].tolist():
+            self._publish(row)
         return np.flatnonzero(ends == columns.length[rows])
 
     def fork(self, row: int) -> Ints:
@@ -224,7 +227,6 @@ class Scheduler:
         leader = self.member[row]
         assert leader is not None
         group = leader.group
-        self._publish(row)
         group.members.extend(Member(group, j, high_water=len(group.prompt)) for j in range(1, group.params.n))
         targets = np.full(group.params.n, -1, np.int64)
         targets[0] = row
@@ -255,6 +257,8 @@ class Scheduler:
         """Ends running members: their records are kept, their rows and blocks are given back."""
         for member in members:
             member.record = self.rows.record(member.row)
+            if member.group.live:  # what nobody goes on with would only keep warm blocks from use
+                self._publish(member.row)
         self._vacate(members)
 
     def cancel(self, group: Group) -> list[Member]:
@@ -283,7 +287,6 @@ class Scheduler:
     def _vacate(self, members: list[Member]) -> None:
         vacated = [member.row for member in members]
         for row, member in zip(vacated, members, strict=True):
-            self._publish(row)
             self.pool.release(self.rows.blocks(row))
             self.rows.num_blocks[row] = 0
             member.row, self.member[row] = -1, None

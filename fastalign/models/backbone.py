@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -111,7 +112,8 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
     if padding:
         input_ids = nn.functional.pad(input_ids, (0, padding))
         position_ids = nn.functional.pad(position_ids, (0, padding))
-    arguments: dict[str, Any] = {"use_cache": False, "return_dict": True, "attention_layout": layout}
+    made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # a 4-D mask counts as ready; our attention reads the layout
+    arguments: dict[str, Any] = {"attention_mask": made, "use_cache": False, "return_dict": True, "attention_layout": layout}
     with reading_layout():
         out = base.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
     return out.last_hidden_state[0, :rows]
