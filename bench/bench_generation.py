@@ -1,6 +1,6 @@
 """The engine against transformers' model.generate and generate_batch, interleaved in one run: same weights, prompts and token counts.
 
-    python bench/bench_generation.py [--quick] [--rounds 2] [--models stories260k 40M] [--dtype float32] [--groups 32]
+    python bench/bench_generation.py [--quick] [--rounds 2] [--models stories260k 40M] [--dtype float32] [--groups 32] [--json FILE]
 
 stories260k is the pretrained folder where it is beside the project, else a random model of its shape; 40M is a random Qwen2 of
 512 hidden, 8 layers, 8/4 heads and 32,000 tokens. Each load is `groups` prompts of 8 samples and 128 new tokens; prompts are drawn
@@ -8,19 +8,16 @@ anew every round, so that no cache of an earlier round helps. All sides sample a
 returns two log-probs a token, which the others do not. generate_batch (continuous batching) has pages of 16 tokens and the
 blocks that the load needs: its defaults take most of the free memory and were slower. Where a side raises, its reason is printed.
 
-tokens/s: of the median round, (slowest-fastest). x: our median rate over that of model.generate (gen) and generate_batch (batch).
-prompt tokens: what the engine forwarded of prompts in one round, of what was given (groups x samples x length).
-Measured on one core of an AMD EPYC with AVX-512 that others used, fp32, CPU time, x model.generate and x generate_batch:
-stories260k 32 x 8 short 1.47 (two rounds, 13.9k-14.9k against 9.3k-10.3k tokens/s), 4 x 8 with 64 new 1.03 and 3.3, 4 x 8 with shared
-prompts and 64 new 2.7 and 10; 40M 32 x 8 short 2.25, 2 x 8 with 32 new 2.1 and 2.5, 2 x 8 with shared prompts and 32 new 5.7 and 4.5
-(one round each; in these the first group's prompt had been seen by the warm-up). stories260k spends 40 % of its CPU time in
-attention: heads of 8 are half a vector wide. Loading its keys and values as half vectors was slower (1.7 against 1.2 ms a layer).
+tokens/s: of the median round, (slowest-fastest); every second round takes the sides in the opposite order. x: our median rate over
+that of model.generate (gen) and generate_batch (batch). prompt tokens: what the engine forwarded of prompts in one round, of what was
+given (groups x samples x length). --json adds the lines to a file of bench/results, from which the README's table is written.
 On a machine that others use, OMP_WAIT_POLICY=passive keeps waiting threads from taking the cores that they wait for.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -34,7 +31,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.harness import rounds_of  # noqa: E402
+from bench.harness import commit, rounds_of, write_record  # noqa: E402
 from fastalign.generation import Engine, SamplingParams  # noqa: E402
 from fastalign.models.attention import NAME, use_fastalign_attention  # noqa: E402
 from fastalign.models.load import load_causal_lm  # noqa: E402
@@ -119,6 +116,13 @@ def line(times: dict[str, list[float]], tokens: int) -> str:
     return " ".join(cells + ratios)
 
 
+def add_line(path: Path, key: dict[str, str], rates: dict[str, list[float]]) -> None:
+    """Puts one load's tokens/s a round into a record, beside those of other loads."""
+    lines = json.loads(path.read_text(encoding="utf-8"))["lines"] if path.exists() else []
+    mine = {"commit": commit(), **key, "tokens_per_second": rates}
+    write_record(path, {"lines": [one for one in lines if {name: one[name] for name in key} != key] + [mine]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 groups, 32 new tokens, short prompts")
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     parser.add_argument("--skip", nargs="*", choices=SIDES[1:], default=[], help="sides that are left out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", help="add the lines to this file, in the place of earlier ones of the same model, load and dtype")
     arguments = parser.parse_args()
     names = "".join(f"{name + ' tok/s':25}" for name in SIDES)
     print(f"{'model':13}{'load':20}{names}{'x gen':>8}{'x batch':>9}  prompt tokens   {arguments.dtype}, {torch.get_num_threads()} threads")
@@ -148,7 +153,11 @@ def main() -> None:
             cases = {side: call for side, call in sides(model, engine, (groups, samples, length, new)).items() if side in run}
             times = rounds_of(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
             given = f"{engine.stats.prompt_tokens} of {groups * samples * length}"
-            print(f"{name:13}{f'{groups}x{samples} {length}+{new}':20}{line(times, groups * samples * new)}  {given}", flush=True)
+            load, tokens = f"{groups}x{samples} {length}+{new}", groups * samples * new
+            print(f"{name:13}{load:20}{line(times, tokens)}  {given}", flush=True)
+            if arguments.json:
+                key = {"model": name, "load": load, "dtype": arguments.dtype}
+                add_line(Path(arguments.json), key, {side: [1e3 * tokens / ms for ms in each] for side, each in times.items()})
 
 
 if __name__ == "__main__":

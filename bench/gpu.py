@@ -60,6 +60,8 @@ def run(command: list[str], limit_s: float, log: Path, env: dict[str, str] | Non
     """
     print(f"$ {shlex.join(command)}", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
+    if interrupt_s and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; a child would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True)

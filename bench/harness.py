@@ -144,10 +144,10 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, clock: C
 def rounds_of(
     cases: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Times of each case in ms, one a round, every case once a round."""
+    """Times of each case in ms, one a round, every case once a round; odd rounds go backwards."""
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, run in cases.items():
+    for i in range(rounds):
+        for name, run in list(cases.items())[:: -1 if i % 2 else 1]:
             times[name].append(timed(run, clock))
     return times
 

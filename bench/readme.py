@@ -57,6 +57,19 @@ def trainers() -> list[str]:
     return [head, "", "| what | TRL | fastalign | faster | taken | command |", "|---|---|---|---|---|---|", *rows, ""]
 
 
+def generation(record: dict[str, Any]) -> list[str]:
+    """Tokens a second of the engine and of transformers: medians of the rounds."""
+    rows = []
+    for one in record["lines"]:
+        rate = {side: median(rounds) for side, rounds in one["tokens_per_second"].items()}
+        cells = [f"{rate[side]:,.0f}" if side in rate else "–" for side in ("generate", "generate_batch", "fastalign")]
+        faster = [f"**{rate['fastalign'] / rate[side]:.1f}×**" if side in rate else "–" for side in ("generate", "generate_batch")]
+        rows.append(f"| {one['model']} | {one['load']} | {one['dtype']} | {' | '.join(cells + faster)} | {one['commit']} |")
+    head = f"Tokens a second, prompts × samples, prompt + new tokens ({record['device']}, {record['date']}, torch {record['torch']};"
+    columns = "| model | load | dtype | `generate` | `generate_batch` | fastalign | × `generate` | × `generate_batch` | commit |"
+    return [head + " `python bench/bench_generation.py`):", "", columns, "|---|---|---|---|---|---|---|---|---|", *rows, ""]
+
+
 def kernels(record: dict[str, Any]) -> list[str]:
     """Each op's largest case: time, times faster than torch, times its floor."""
     best: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -89,6 +102,8 @@ def ratio(value: float) -> str:
 
 def section() -> str:
     lines = [BEGIN, "", *trainers()]
+    for record in records("generation-*.json"):
+        lines += generation(record)
     for record in records("kernels-*.json"):
         lines += kernels(record)
     return "\n".join([*lines, END])

@@ -257,12 +257,14 @@ def test_worker_that_dies_unseen_between_calls_costs_no_reward(source, monkeypat
 
 
 def test_interrupted_call_does_not_answer_the_next(source, calls):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it is ignored
     with load_rewards([f"{source}:moody"], timeout=30.0) as rewards:
         assert score(rewards, ["a"]) == [1.0]
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             score(rewards, ["hang"])
         assert score(rewards, ["bb", "ccc"]) == [2.0, 3.0]
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "hanging"])

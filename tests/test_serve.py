@@ -51,9 +51,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def server(model):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with serving(AsyncEngine(make_engine(model), max_waiting=1000)) as running:
         yield running
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

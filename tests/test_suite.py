@@ -1,11 +1,13 @@
 """The bench suite: one file measured again goes into the results of the others."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import harness, readme, suite
 
@@ -55,7 +57,8 @@ def test_suite_runs_one_file_into_results_that_exist(tmp_path):
     other = record("aaa", "2026-01-01", ("other", "T=1", 1.0))["results"]
     harness.write_record(whole, {"results": other})
     options = ["--quick", "--only", "policy", "--rounds", "1", "--into", str(whole), "-k", "gspo and 16-64"]
-    subprocess.run([sys.executable, "-m", "bench.suite", *options], cwd=ROOT, check=True, capture_output=True)
+    same = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the number of threads is part of the device
+    subprocess.run([sys.executable, "-m", "bench.suite", *options], cwd=ROOT, check=True, capture_output=True, env=same)
     found = json.loads(whole.read_text())["results"]
     assert [(row["op"], row["backend"]) for row in found] == [
         *(("other", side) for side in ("fastalign", "torch")),
