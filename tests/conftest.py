@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip where there is no CUDA device."""
+    """Tests marked `gpu` skip where there is no CUDA device, those with a "native" parameter where the native module is not built."""
+    for item in items if load_native()[0] is None else ():
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value == "native" for value in parameters):
+            item.add_marker(pytest.mark.skip(reason="the native module is not built"))
     if torch.cuda.is_available():
         return
     for item in items:

