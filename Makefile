@@ -56,7 +56,7 @@ format: setup
 	$(PY) -m ruff check --fix-only -q .
 	$(PY) -m ruff format .
 
-# The ops against torch and the peers that are installed; QUICK=--quick for three minutes.
+# The ops against torch and the peers that are installed; QUICK=--quick for small shapes and few rounds.
 bench: setup
 	$(OFFLINE) $(PY) -m bench.suite --json runs/bench/suite.json $(QUICK)
 

@@ -21,7 +21,7 @@ RESULTS = pytest.StashKey[list[Result]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalign benches")
-    group.addoption("--quick", action="store_true", help="small shapes and few rounds: the whole suite in 3 minutes on 2 cores")
+    group.addoption("--quick", action="store_true", help="small shapes and few rounds")
     group.addoption("--rounds", type=int, default=0, help="interleaved rounds of every side (default 5, quick 2)")
     group.addoption("--dtype", action="append", choices=["float32", "bfloat16"], help="repeatable; default both")
     group.addoption("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads, for a machine that is shared")

@@ -58,7 +58,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m bench.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: 3 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     parser.add_argument("--only", action="append", choices=BENCHES, default=[], help="bench/bench_NAME.py alone; repeatable")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--json", type=Path, metavar="FILE", help="keep everything measured, with the device, date and commit")
