@@ -99,12 +99,41 @@ UNPAIRED_LOSSES: dict[str, Entry] = {
     "apo_zero_unpaired": Entry("raises desirable completions, lowers the others", "arXiv:2408.06266", _WEIGHTED),
 }
 
+SUPERVISED_LOSSES: dict[str, Entry] = {
+    "nll": Entry("the negative log-likelihood, weighted by the record's weight", "arXiv:2308.12050"),
+    "dft": Entry("each token's NLL times its own probability, detached", "arXiv:2508.05629"),
+}
+
+REWARD_LOSSES: dict[str, Entry] = {
+    "bradley_terry": Entry("-log sigmoid of the reward difference, over all pairs of a ranking", "arXiv:2203.02155"),
+    "plackett_luce": Entry("-log of the probability of the whole ranking", "Plackett 1975"),
+    "outcome": Entry("binary cross-entropy of each completion's label", "arXiv:2110.14168"),
+    "process": Entry("binary cross-entropy of each step's label", "arXiv:2305.20050"),
+}
+
+DIVERGENCES: dict[str, Entry] = {
+    "forward_kl": Entry("KL(teacher || student)", "arXiv:1503.02531"),
+    "reverse_kl": Entry("KL(student || teacher)", "arXiv:2306.08543"),
+    "jsd": Entry("generalized Jensen-Shannon divergence of GKD", "arXiv:2306.13649"),
+}
+
 TRL_NAMES = {entry.trl: name for name, entry in PREFERENCE_LOSSES.items() if entry.trl}
 
 AGGREGATES: dict[str, Entry] = {
     "token": Entry("every token of the batch counts the same", "arXiv:2503.14476"),
     "sequence": Entry("every sequence of the batch counts the same", "arXiv:2402.03300"),
     "budget": Entry("every token counts 1 / max_completion_length, whatever the length", "arXiv:2503.20783"),
+}
+
+# command → flag → the table whose rows the flag names
+ROWS: dict[str, dict[str, dict[str, Entry]]] = {
+    "sft": {"loss": SUPERVISED_LOSSES},
+    "reward": {"loss": REWARD_LOSSES},
+    "dpo": {"loss": PREFERENCE_LOSSES},
+    "kto": {"loss": UNPAIRED_LOSSES},
+    "rft": {"loss": SUPERVISED_LOSSES},
+    "distill": {"loss": DIVERGENCES},
+    "grpo": {"algorithm": ALGORITHMS, "loss": POLICY_LOSSES, "advantage": ADVANTAGES, "aggregate": AGGREGATES},
 }
 
 TRACKERS: dict[str, str] = {
@@ -115,11 +144,16 @@ TRACKERS: dict[str, str] = {
 
 COMMANDS: dict[str, str] = {
     "sft": "supervised fine-tuning",
+    "reward": "reward models: pairs, rankings, outcomes, steps",
+    "dpo": "preference optimization from pairs: dpo, ipo, simpo, orpo, cpo, … (--loss)",
+    "kto": "preference optimization from completions that are desirable or not: kto, bco, …",
+    "rft": "rejection sampling: sample, score, keep the best, train on them",
+    "distill": "distillation from a teacher's distribution, on given or on the student's own completions (GKD)",
     "grpo": "online reinforcement learning with rewards: grpo, dr_grpo, rloo, dapo, … (--algorithm)",
     "generate": "completions of prompts, with log-probs if asked for",
     "serve": "an OpenAI-compatible server over the live engine: completions, chat, streams, log-probs",
     "demo": "a small model learns arithmetic in minutes on a CPU: SFT, then GRPO",
-    "algorithms": "the rows that --algorithm, --advantage, --loss and --aggregate name",
+    "algorithms": "the rows that --algorithm, --loss, --advantage and --aggregate name, command by command",
     "env": "what is in use: versions, devices, the backend of every operation",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -12,7 +13,18 @@ from typing import Any
 from . import __version__, catalogue
 from .catalogue import nearest
 from .recipes.arguments import COMMANDS, Arguments, DemoArguments
-from .recipes.flags import ROWS, build, parse, parser
+from .recipes.flags import build, parse, parser
+
+# command → the module of `recipes` whose `run` trains
+RECIPES = {
+    "sft": "sft",
+    "reward": "reward",
+    "dpo": "preference",
+    "kto": "unpaired",
+    "rft": "rejection",
+    "distill": "distill",
+    "grpo": "online",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,11 +92,7 @@ def _start(command: str, values: dict[str, Any]) -> None:
 
         serve.run(args.model, args.serve)
         return
-    if command == "sft":
-        from .recipes.sft import run
-    else:
-        from .recipes.online import run
-    outcome = run(args)
+    outcome = importlib.import_module(f".recipes.{RECIPES[command]}", __package__).run(args)
     if args.run.dry_run:
         _print_values(outcome)  # the plan
     else:
@@ -101,12 +109,16 @@ def check_required(args: Arguments) -> None:
     required = {"--model_name_or_path": bool(args.model.model_name_or_path)}
     if args.command != "serve":
         required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
-    if args.command == "grpo":
-        required["--reward"] = bool(args.online.reward)
+    if args.command in ("grpo", "rft"):
+        required["--reward"] = bool(args.online.reward or args.rejection.reward)
+    if args.command == "distill":
+        required["--teacher_model_name_or_path"] = bool(args.distill.teacher_model_name_or_path)
     missing = [flag for flag, given in required.items() if not given]
     if missing:
         raise ValueError(f"fastalign {args.command} needs {' and '.join(missing)}; see fastalign {args.command} -h")
     paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
+    paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
+    paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}
     paths |= {"--dataset_name": args.data.dataset_name, "--eval_dataset_name": args.data.eval_dataset_name}
     for flag, name in paths.items():
         if name and _is_local(name) and not Path(name).expanduser().exists():
@@ -146,13 +158,14 @@ def _overview() -> str:
 
 def _tables() -> str:
     blocks = []
-    for flag, table in ROWS.items():
-        lines = [f"--{flag}"]
-        for name, entry in table.items():
-            lines.append(f"  {name:23}{entry.help} [{entry.paper}]")
-            if entry.options:
-                lines.append(f"  {'':23}{'  '.join(f'--{flag}.{option}' for option in entry.options)}")
-        blocks.append("\n".join(lines))
+    for command, tables in catalogue.ROWS.items():
+        for flag, table in tables.items():
+            lines = [f"fastalign {command} --{flag}"]
+            for name, entry in table.items():
+                lines.append(f"  {name:23}{entry.help}{f' [{entry.paper}]' if entry.paper else ''}")
+                if entry.options:
+                    lines.append(f"  {'':23}{'  '.join(f'--{flag}.{option}' for option in entry.options)}")
+            blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 

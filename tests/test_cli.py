@@ -243,8 +243,8 @@ def test_cli_closed_pipe_is_no_error():
 def test_cli_algorithms_prints_every_row(capsys):
     assert cli.main(["algorithms"]) == 0
     shown = capsys.readouterr().out
-    for table in flags.ROWS.values():
-        assert all(name in shown for name in table)
+    for tables in catalogue.ROWS.values():
+        assert all(name in shown for table in tables.values() for name in table)
     assert "--loss.epsilon_high" in shown
 
 

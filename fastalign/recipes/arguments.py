@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .offline_arguments import (
+    DistillArguments,
+    PreferenceArguments,
+    ReferenceArguments,
+    RejectionArguments,
+    RewardArguments,
+    SupervisedArguments,
+    UnpairedArguments,
+)
+from .online_arguments import OnlineArguments, SamplingArguments
 from .serve_arguments import ServeArguments
 
 
@@ -150,74 +160,6 @@ class RunArguments:
 
 
 @dataclass
-class SamplingArguments:
-    """Sampling.
-
-    Args:
-        max_completion_length: most tokens of a completion.
-        temperature: softmax temperature of sampling and of the trained log-probs; 0: greedy (generate only).
-        top_p: keep the smallest set of tokens with this probability; 1: off.
-        top_k: keep the k most probable tokens; 0: off.
-        min_p: keep tokens at least this fraction of the most probable one; 0: off.
-        stop: text that ends a completion (repeatable).
-        max_num_seqs: sequences decoded at once.
-        kv_cache_tokens: tokens that the KV cache holds; 0: chosen from the work and free memory.
-    """
-
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop: list[str] = field(default_factory=list)
-    max_num_seqs: int = 256
-    kv_cache_tokens: int = 0
-
-
-@dataclass
-class OnlineArguments:
-    """Online reinforcement learning.
-
-    Args:
-        algorithm: a row of the table: grpo, dr_grpo, rloo, dapo, …; `fastalign algorithms` lists them.
-        num_generations: completions a prompt (the group's size G).
-        num_iterations: optimizer passes over each rollout (mu).
-        beta: coefficient of the KL penalty to the reference; unset: the algorithm's.
-        epsilon: clip range below 1 (and above, unless epsilon_high); unset: the algorithm's.
-        epsilon_high: clip range above 1; unset: the algorithm's, or epsilon.
-        reward: a built-in (math, gsm8k, format, length), module:function or path.py:function (repeatable).
-        reward_weights: one weight a reward; empty: 1 each.
-        reward_timeout: seconds one sample's reward may take.
-        advantage: replaces the algorithm's advantage estimator by another row.
-        loss: replaces the algorithm's policy loss by another row.
-        aggregate: replaces the algorithm's aggregation: token, sequence or budget.
-        entropy_coef: coefficient of the entropy bonus; unset: the algorithm's.
-        rollout_quantization: int8: sample with 8-bit weights (CPU), train the weights as they are; none: sample with the weights.
-        importance_correction: weight of tokens that another policy sampled; auto: truncate for a quantized rollout, else the algorithm's.
-        importance_correction_low: the mask corrections drop ratios below this; unset: the algorithm's, or 0.5.
-        importance_correction_high: ratios are cut at this, or dropped above it by the mask corrections; unset: the algorithm's, or 2.
-    """
-
-    algorithm: str = "grpo"
-    num_generations: int = 8
-    num_iterations: int = 1
-    beta: float | None = None
-    epsilon: float | None = None
-    epsilon_high: float | None = None
-    reward: list[str] = field(default_factory=list)
-    reward_weights: list[float] = field(default_factory=list)
-    reward_timeout: float = 10.0
-    advantage: str = ""
-    loss: str = ""
-    aggregate: str = ""
-    entropy_coef: float | None = None
-    rollout_quantization: Literal["none", "int8"] = "none"
-    importance_correction: Literal["auto", "none", "truncate", "mask", "sequence_truncate", "sequence_mask"] = "auto"
-    importance_correction_low: float | None = None
-    importance_correction_high: float | None = None
-
-
-@dataclass
 class GenerateArguments:
     """What generate writes.
 
@@ -251,9 +193,15 @@ class DemoArguments:
     quick: bool = False
 
 
+TRAINING: tuple[type, ...] = (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments)
 COMMANDS: dict[str, tuple[type, ...]] = {
-    "sft": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments),
-    "grpo": (ModelArguments, DataArguments, OptimArguments, BatchArguments, RunArguments, SamplingArguments, OnlineArguments),
+    "sft": (*TRAINING, SupervisedArguments),
+    "reward": (*TRAINING, RewardArguments),
+    "dpo": (*TRAINING, PreferenceArguments, ReferenceArguments),
+    "kto": (*TRAINING, UnpairedArguments, ReferenceArguments),
+    "rft": (*TRAINING, SamplingArguments, RejectionArguments),
+    "distill": (*TRAINING, SamplingArguments, DistillArguments),
+    "grpo": (*TRAINING, SamplingArguments, OnlineArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
@@ -279,15 +227,21 @@ class Arguments:
     online: OnlineArguments = field(default_factory=OnlineArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
     serve: ServeArguments = field(default_factory=ServeArguments)
+    supervised: SupervisedArguments = field(default_factory=SupervisedArguments)
+    reference: ReferenceArguments = field(default_factory=ReferenceArguments)
+    preference: PreferenceArguments = field(default_factory=PreferenceArguments)
+    unpaired: UnpairedArguments = field(default_factory=UnpairedArguments)
+    reward: RewardArguments = field(default_factory=RewardArguments)
+    rejection: RejectionArguments = field(default_factory=RejectionArguments)
+    distill: DistillArguments = field(default_factory=DistillArguments)
     loss_options: dict[str, Any] = field(default_factory=dict)
     advantage_options: dict[str, Any] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """Every argument of the command by flag name, as config.yaml holds them: `--config` reads it back."""
         flat: dict[str, Any] = {}
-        sections = (self.model, self.data, self.optim, self.batch, self.run, self.sampling, self.online, self.generate, self.serve)
-        for section in sections:
+        for section in vars(self).values():
             if isinstance(section, COMMANDS[self.command]):
-                flat |= asdict(section)
+                flat |= vars(section)
         flat |= {f"loss.{name}": value for name, value in self.loss_options.items()}
         return flat | {f"advantage.{name}": value for name, value in self.advantage_options.items()}

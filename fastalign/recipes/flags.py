@@ -14,28 +14,23 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .. import catalogue
 from ..catalogue import nearest
-from .arguments import COMMANDS, Arguments, OnlineArguments
+from .arguments import COMMANDS, Arguments
 
-ROWS: dict[str, Mapping[str, catalogue.Entry]] = {
-    "algorithm": catalogue.ALGORITHMS,
-    "loss": catalogue.POLICY_LOSSES,
-    "advantage": catalogue.ADVANTAGES,
-    "aggregate": catalogue.AGGREGATES,
-}
 _ROW_OPTION = re.compile(r"(loss|advantage)\.\w+")  # --loss.epsilon: an argument of the row itself
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _POSITIVE = {
     *("lora_r", "max_length", "learning_rate", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
-    *("reward_timeout", "num_samples", "top_p", "max_num_batched_tokens"),
+    *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens"),
 }
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
     *("seed", "save_steps", "save_total_limit", "eval_steps", "temperature", "top_k", "min_p", "kv_cache_tokens"),
     *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2", "importance_correction_low", "importance_correction_high"),
-    *("port", "max_waiting"),
+    *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
+    *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda"),
 }
-_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2"}
+_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -56,7 +51,7 @@ def parse(command: str, argv: list[str]) -> dict[str, Any]:
     flags, kinds = vars(given), flag_types(command)
     config = flags.pop("config")
     values = _read_config(command, Path(config)) if config else {}
-    values |= {name: convert(name, kinds[name], value, f"--{name}") for name, value in flags.items()}
+    values |= {name: convert(name, kinds[name], value, f"--{name}", command) for name, value in flags.items()}
     return values | options
 
 
@@ -84,22 +79,26 @@ def flag_help(section: type) -> dict[str, str]:
     return {name: " ".join(line.split()) for name, line in found}
 
 
-def convert(name: str, kind: Any, value: Any, where: str) -> Any:
+def convert(name: str, kind: Any, value: Any, where: str, command: str = "grpo") -> Any:
     """A value from the command line (text) or from YAML, as flag `name`'s type `kind`.
+
+    Args:
+        command: whose tables the names of rows are looked up in.
 
     Raises:
         ValueError: says where the value was given, what was expected and what was got.
     """
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
-        return [convert(name, get_args(kind)[0], item, where) for item in items]
+        return [convert(name, get_args(kind)[0], item, where, command) for item in items]
     if NoneType in get_args(kind):
         inner = next(arg for arg in get_args(kind) if arg is not NoneType)
-        return None if value in (None, "none", "null") else convert(name, inner, value, where)
+        return None if value in (None, "none", "null") else convert(name, inner, value, where, command)
     if get_origin(kind) is Literal:
         return _choice(value, get_args(kind), where)
-    if name in ROWS and value != "":
-        return _choice(value, ROWS[name], where)
+    rows = catalogue.ROWS.get(command, {})
+    if name in rows and value != "":
+        return _choice(value, rows[name], where)
     converted = _scalar(kind, value)
     if converted is None:
         raise ValueError(f"{where}: expected {_EXPECTED[kind]}, got {value!r}")
@@ -160,10 +159,18 @@ def _metavar(kind: Any) -> str:
 
 
 def _epilog(command: str) -> str:
-    if OnlineArguments not in COMMANDS[command]:
+    tables = catalogue.ROWS.get(command)
+    if not tables:
         return ""
-    rows = "\n".join(f"  --{flag:10} {', '.join(table)}" for flag, table in ROWS.items())
-    return f"rows (fastalign algorithms says more):\n{rows}\n  a row's own arguments: --loss.NAME VALUE, --advantage.NAME VALUE"
+    rows = "\n".join(f"  --{flag:10} {', '.join(table)}" for flag, table in tables.items())
+    own = ", ".join(f"--{flag}.NAME VALUE" for flag, table in tables.items() if any(entry.options for entry in table.values()))
+    return f"rows (fastalign algorithms says more):\n{rows}" + (f"\n  a row's own arguments: {own}" if own else "")
+
+
+def _is_row_option(command: str, name: str) -> bool:
+    """Whether --NAME is an argument of rows: of a table of the command in which some row has arguments."""
+    table = catalogue.ROWS.get(command, {}).get(name.partition(".")[0], {})
+    return bool(_ROW_OPTION.fullmatch(name)) and any(entry.options for entry in table.values())
 
 
 def _names(command: str) -> list[str]:
@@ -180,7 +187,7 @@ def _split_row_options(command: str, argv: list[str]) -> tuple[list[str], dict[s
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or " " in flag:
             rest.append(word)
-        elif _ROW_OPTION.fullmatch(name) and OnlineArguments in COMMANDS[command]:
+        elif _is_row_option(command, name):
             text = value if equals else next(words, None)
             if text is None:
                 raise ValueError(f"{flag}: expected a value")
@@ -215,10 +222,10 @@ def _read_config(command: str, path: Path) -> dict[str, Any]:
     kinds, values = flag_types(command), {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        if _ROW_OPTION.fullmatch(name) and OnlineArguments in COMMANDS[command]:
+        if _is_row_option(command, name):
             values[name] = _literal(value) if isinstance(value, str) else value
         elif name in kinds:
-            values[name] = convert(name, kinds[name], value, f"--config {path}: {key}")
+            values[name] = convert(name, kinds[name], value, f"--config {path}: {key}", command)
         else:
             raise ValueError(f"--config {path}: {nearest(name, kinds, prefix='key ')}")
     return values

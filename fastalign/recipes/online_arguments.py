@@ -1,0 +1,74 @@
+"""The arguments of sampling and of online learning, torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class SamplingArguments:
+    """Sampling.
+
+    Args:
+        max_completion_length: most tokens of a completion.
+        temperature: softmax temperature of sampling and of the trained log-probs; 0: greedy (generate only).
+        top_p: keep the smallest set of tokens with this probability; 1: off.
+        top_k: keep the k most probable tokens; 0: off.
+        min_p: keep tokens at least this fraction of the most probable one; 0: off.
+        stop: text that ends a completion (repeatable).
+        max_num_seqs: sequences decoded at once.
+        kv_cache_tokens: tokens that the KV cache holds; 0: chosen from the work and free memory.
+    """
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    max_num_seqs: int = 256
+    kv_cache_tokens: int = 0
+
+
+@dataclass
+class OnlineArguments:
+    """Online reinforcement learning.
+
+    Args:
+        algorithm: a row of the table: grpo, dr_grpo, rloo, dapo, …; `fastalign algorithms` lists them.
+        num_generations: completions a prompt (the group's size G).
+        num_iterations: optimizer passes over each rollout (mu).
+        beta: coefficient of the KL penalty to the reference; unset: the algorithm's.
+        epsilon: clip range below 1 (and above, unless epsilon_high); unset: the algorithm's.
+        epsilon_high: clip range above 1; unset: the algorithm's, or epsilon.
+        reward: a built-in (math, gsm8k, format, length), module:function or path.py:function (repeatable).
+        reward_weights: one weight a reward; empty: 1 each.
+        reward_timeout: seconds one sample's reward may take.
+        advantage: replaces the algorithm's advantage estimator by another row.
+        loss: replaces the algorithm's policy loss by another row.
+        aggregate: replaces the algorithm's aggregation: token, sequence or budget.
+        entropy_coef: coefficient of the entropy bonus; unset: the algorithm's.
+        rollout_quantization: int8: sample with 8-bit weights (CPU), train the weights as they are; none: sample with the weights.
+        importance_correction: weight of tokens that another policy sampled; auto: truncate for a quantized rollout, else the algorithm's.
+        importance_correction_low: the mask corrections drop ratios below this; unset: the algorithm's, or 0.5.
+        importance_correction_high: ratios are cut at this, or dropped above it by the mask corrections; unset: the algorithm's, or 2.
+    """
+
+    algorithm: str = "grpo"
+    num_generations: int = 8
+    num_iterations: int = 1
+    beta: float | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    reward: list[str] = field(default_factory=list)
+    reward_weights: list[float] = field(default_factory=list)
+    reward_timeout: float = 10.0
+    advantage: str = ""
+    loss: str = ""
+    aggregate: str = ""
+    entropy_coef: float | None = None
+    rollout_quantization: Literal["none", "int8"] = "none"
+    importance_correction: Literal["auto", "none", "truncate", "mask", "sequence_truncate", "sequence_mask"] = "auto"
+    importance_correction_low: float | None = None
+    importance_correction_high: float | None = None
