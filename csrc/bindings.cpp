@@ -18,6 +18,7 @@ void bind_attention(py::module_& m);
 void bind_sample(py::module_& m);
 void bind_adamw(py::module_& m);
 void bind_int8(py::module_& m);
+void bind_gemm(py::module_& m);
 
 namespace {
 
@@ -92,6 +93,10 @@ PYBIND11_MODULE(_C, m) {
 #ifdef HAS_int8
   fa::bind_int8(m);
   ops.append("int8");
+#endif
+#ifdef HAS_gemm
+  fa::bind_gemm(m);
+  ops.append("gemm");
 #endif
 #ifdef HAS_CUDA_linear_logp
   cuda_ops.append("linear_logp");

@@ -119,7 +119,7 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
 
     Args:
         op: the stem of its native source or Triton kernels: "linear_logp", "linear_kl", "scan", "preference", "policy", "attention",
-            "sample", "adamw" or "int8".
+            "sample", "adamw", "int8" or "gemm".
         device: a torch device or its name.
 
     Returns:

@@ -7,7 +7,8 @@ Measured on 2 cores of an AMD EPYC with AVX-512, [64, 512] · [32000, 512]ᵀ: M
 packed weights give the same bits (tested), so the sampler packs and the trainer does not. bf16 is oneDNN's in `F.linear` already,
 and packing it saves the same copy: on one core of that machine 16 rows of [1408, 512] take 0.53 ms dense and 0.29 packed, of
 [32000, 512] 10.1 and 3.4, of [512, 512] 0.25 and 0.12; the bits agree from 2 rows on, and every shape is looked at before its
-first use (`_packs_exactly`). Everything else goes to `F.linear`.
+first use (`_packs_exactly`). Where there is AVX2 and no AVX-512 both dtypes take our own product (`gemm_native`). Everything else
+goes to `F.linear`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastalign.ops import gemm_native
 from fastalign.ops.backend import backend_for, load_native
+from fastalign.ops.gemm_native import native_products
 from fastalign.ops.int8 import QuantizedWeights
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # not a fake, a wrapper or a quantized tensor
@@ -84,13 +87,15 @@ def _version(weight: Tensor) -> int:
 _packing: ContextVar[PackedWeights | None] = ContextVar("fastalign_packing", default=None)
 
 
-def uses_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `linear` takes the oneDNN route for these operands; anything unusual goes to torch, which says what is wrong with it."""
-    return x.dtype == torch.float32 and _onednn_takes(x, weight, bias)
+def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `product` takes these operands: oneDNN's fp32, or ours; anything unusual goes to torch, which says what is wrong with it."""
+    if native_products() is not None:
+        return x.dtype in gemm_native.DTYPES and _takes(x, weight, bias)
+    return AVAILABLE and x.dtype == torch.float32 and _takes(x, weight, bias)
 
 
-def _onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not AVAILABLE or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
@@ -104,8 +109,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N], as `torch.nn.functional.linear`."""
     packs = _packing.get()
     if packs is not None and (known := packs.known(x, weight)) is not None:
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), known, bias, "none", [], "")
-    if not uses_onednn(x, weight, bias):
+        return _multiply(x, known, weight, bias)
+    if not has_route(x, weight, bias):
         packed = packed_product(x, weight, bias)
         return F.linear(x, weight, bias) if packed is None else packed
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -114,31 +119,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same without autograd, for operands of which `uses_onednn` holds; packed where `PackedWeights` are active."""
+    """The same without autograd, for operands of which `has_route` holds; packed where `PackedWeights` are active."""
     packs = _packing.get()
-    return _onednn(x, (packs.of(weight) if packs is not None else None), weight, bias)
+    return _multiply(x, (packs.of(weight) if packs is not None else None), weight, bias)
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """x · weightᵀ + bias in bf16 from a packed weight; None where none is active, its bits would differ or autograd wants a say."""
     packs = _packing.get()
-    if packs is None or torch.is_grad_enabled() or x.dtype != torch.bfloat16 or not _onednn_takes(x, weight, bias):
+    if packs is None or torch.is_grad_enabled() or x.dtype != torch.bfloat16 or not AVAILABLE or not _takes(x, weight, bias):
         return None
     packed = packs.of(weight)
-    return None if packed is None else _onednn(x, packed, weight, bias)
+    return None if packed is None else _multiply(x, packed, weight, bias)
 
 
-def _onednn(x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    module = native_products()
+    if module is not None:
+        return gemm_native.multiply(module, x, weight, bias, packed)
     weight = weight if packed is None else packed
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The packed form of a dense weight, if its products are those of the dense one."""
+    module = native_products()
+    if module is not None:
+        return gemm_native.pack(module, weight)
     key = (*weight.shape, weight.dtype, torch.get_num_threads())
     if _exact.get(key) is False:
         return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    except RuntimeError:  # bf16 on a CPU for which oneDNN has no bf16 products
+        _exact[key] = False
+        return None
     if key not in _exact:
         _exact[key] = _packs_exactly(weight, packed)
     return packed if _exact[key] else None
@@ -153,8 +168,8 @@ def _packs_exactly(weight: Tensor, packed: Tensor) -> bool:
     out, width = weight.shape
     most = int(max(4, min(256, _LOOK_FLOP // (8 * out * width))))
     x = torch.randn(most, width, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    whole = F.linear(x, weight) if weight.dtype != torch.float32 else _onednn(x, None, weight, None)
-    return all(torch.equal(_onednn(x[:rows], packed, weight, None), whole[:rows]) for rows in {MIN_ROWS, min(17, most), most})
+    whole = F.linear(x, weight) if weight.dtype != torch.float32 else _multiply(x, None, weight, None)
+    return all(torch.equal(_multiply(x[:rows], packed, weight, None), whole[:rows]) for rows in {MIN_ROWS, min(17, most), most})
 
 
 WIDE_BLOCK_BYTES = 1 << 20  # of the head, widened at a time: it stays in cache for its GEMM
@@ -172,6 +187,10 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Ten
     if x.is_cuda:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
         return out if bias is None else out.add_(bias)
+    module = native_products()
+    if module is not None and x.dtype == weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        gemm_native.add_(module, out, x, weight.t(), bias=bias, first=True)
+        return out
     module = _native_bf16(x, weight)
     if module is not None and module.isa() != "baseline" and x.numel():
         even = F.pad(x, (0, x.shape[1] % 2)).contiguous()  # the kernel reads pairs
@@ -191,6 +210,10 @@ def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bo
     torch rounds the product to bf16 and adds it in a second pass. Measured as above, K=512 M=75968 N=896: torch's GEMM alone
     358 ms, with the sums in blocks 405, this 348.
     """
+    module = native_products()
+    if module is not None and total.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16 and total.device.type == "cpu":
+        gemm_native.add_(module, total, a.t(), b, alpha=alpha, first=first)
+        return True
     module = _native_bf16(a, b)
     if module is None or not module.has_bf16_dot() or module.has_bf16_tiles() or total.dtype != torch.float32 or total.stride(1) != 1:
         return False
@@ -212,11 +235,20 @@ def packed_weights() -> Iterator[None]:
         yield
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] · b [K, N], as torch.mm; in bf16 by our own product where that is the one to use."""
+    module = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else native_products()
+    ours = module is not None and a.dtype == b.dtype == torch.bfloat16 and type(a) in _PLAIN and type(b) in _PLAIN
+    if ours and a.device.type == b.device.type == "cpu":
+        return gemm_native.product(module, a, b)  # type: ignore[arg-type]
+    return torch.mm(a, b)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+        return _multiply(x, None, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -224,8 +256,8 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, weight.shape[0])
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
-            (flat @ weight).view(x.shape) if need_x else None,
-            flat.t() @ x.reshape(-1, weight.shape[1]) if need_weight else None,
+            matmul(flat, weight).view(x.shape) if need_x else None,
+            matmul(flat.t(), x.reshape(-1, weight.shape[1])) if need_weight else None,
             flat.sum(0) if need_bias else None,
         )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops.gemm import matmul
 from fastalign.ops.head_gradient import Loan, add_product_
 from fastalign.ops.linear_head import Head, head_logits
 from fastalign.ops.logits import grad_rows_, logp_rows
@@ -133,7 +134,7 @@ class Gradients:
     def add(self, head: Head, dlogits: Tensor, hidden: Tensor, at: slice | Tensor) -> None:
         """Adds one chunk: dlogits [n, V], its hidden rows [n, H], and where they lie in dL/dhidden."""
         if self.hidden is not None:
-            self.hidden[at] = torch.mm(dlogits, head.weight)
+            self.hidden[at] = matmul(dlogits, head.weight)
         if self.loan is not None and self.loan.for_factors:
             self.loan.factors = (dlogits, hidden)
         elif self.weight is not None:

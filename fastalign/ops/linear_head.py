@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops.gemm import MIN_ROWS, packed_product, product, uses_onednn, wide_product
+from fastalign.ops.gemm import MIN_ROWS, has_route, packed_product, product, wide_product
 from fastalign.ops.logits import check_scales
 
 MIN_GEMM_ROWS = 16
@@ -58,13 +58,13 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, o
     """hidden [N, H] · weight [V, H]ᵀ + bias → logits [N, V] in the inputs' dtype (`wide`: fp32); the same bits for a row in any batch.
 
     Args:
-        out: a buffer of at least max(N, 16) rows of V; a view of its first N rows is returned, unless the GEMM is oneDNN's,
+        out: a buffer of at least max(N, 16) rows of V; a view of its first N rows is returned, unless the GEMM is oneDNN's or ours,
             which allocates its own (and is faster all the same, see `gemm`).
     """
     rows = hidden.shape[0]
     if not wide:  # a row in place of none: a product of no rows goes the way of the others
         few = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows)) if rows < MIN_ROWS else hidden
-        if uses_onednn(few, weight, bias):
+        if has_route(few, weight, bias):
             return product(few, weight, bias)[:rows]
         packed = packed_product(few, weight, bias)
         if packed is not None:

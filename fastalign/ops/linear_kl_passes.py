@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.divergence import STATE, Divergence, kl_grad_rows_, kl_rows
+from fastalign.ops.gemm import matmul
 from fastalign.ops.head_gradient import Loan, lend_for
 from fastalign.ops.linear_chunks import Gradients
 from fastalign.ops.linear_head import Head, blas_ready, borrowed, chunk_rows, compute_dtype, even_chunks, head_logits
@@ -105,7 +106,7 @@ def kl_frozen(heads: Heads) -> tuple[Tensor, Tensor]:
 
     def work(s: slice, student: Tensor, teacher: Tensor) -> None:
         found[s] = kl_rows(student, teacher, heads.which, ones[s])[0]
-        slope[s] = student @ heads.student.weight
+        slope[s] = matmul(student, heads.student.weight)
 
     heads.each(heads.chunks(), work)
     return found, slope

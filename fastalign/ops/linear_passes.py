@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops.gemm import matmul
 from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, dlogits_, forward_chunk, join_rows
 from fastalign.ops.linear_head import Head, blas_ready, check_targets, even_chunks, head_logits
 
@@ -113,8 +114,8 @@ def logp_frozen(scored: Scored, entropy: bool) -> tuple[Tensor, Tensor, Tensor, 
     def work(s: slice, logits: Tensor, rows: Rows) -> None:
         one, zero = torch.ones_like(rows.lse), torch.zeros_like(rows.lse)
         if entropy:
-            slope_entropy[s] = dlogits_(head, logits.clone(), targets[s], rows, RowGrads(zero, one)) @ head.weight
-        slope[s] = dlogits_(head, logits, targets[s], rows, RowGrads(one)) @ head.weight
+            slope_entropy[s] = matmul(dlogits_(head, logits.clone(), targets[s], rows, RowGrads(zero, one)), head.weight)
+        slope[s] = matmul(dlogits_(head, logits, targets[s], rows, RowGrads(one)), head.weight)
 
     logp, _, found, _ = scored.each(entropy, work)
     return logp, found, scored.kept.spread(slope), scored.kept.spread(slope_entropy) if entropy else slope_entropy

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops.gemm import matmul
 from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, dlogits_, forward_chunk, join_rows
 from fastalign.ops.linear_head import Head, blas_ready, borrowed, check_inputs, check_targets, chunk_rows, compute_dtype, even_chunks
 from fastalign.ops.linear_passes import logp_backward
@@ -110,9 +111,9 @@ class _Pass:
         one = torch.ones_like(rows.lse)
         if self.slope_entropy is not None:
             d_entropy = dlogits_(head, logits.clone(), y[span], rows, RowGrads(torch.zeros_like(one), one))
-            torch.mm(d_entropy, head.weight, out=self.slope_entropy[span])
+            self.slope_entropy[span] = matmul(d_entropy, head.weight)
         if self.slope is not None:
-            torch.mm(dlogits_(head, logits, y[span], rows, RowGrads(one)), head.weight, out=self.slope[span])
+            self.slope[span] = matmul(dlogits_(head, logits, y[span], rows, RowGrads(one)), head.weight)
         elif self.into is not None:
             self.into.add(head, dlogits_(head, logits, y[span], rows, RowGrads(one)), x[span], span)
 

@@ -1,0 +1,64 @@
+// Checks and dispatch of the matrix products: fp32 or bf16 operands, fp32 results.
+#include <stdexcept>
+#include <string>
+
+#include "cpu/gemm.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace fa {
+namespace {
+
+// a [m, k] and b [k, n] with any strides, on the CPU.
+Gemm operands(const Tensor& a, const Tensor& b) {
+  if ((a.dtype != DType::f32 && a.dtype != DType::bf16) || a.dim() != 2)
+    throw std::invalid_argument("gemm: a: expected float32 or bfloat16 [M, K], got " + Tensor::describe(a.dtype, a.shape));
+  b.check("gemm: b", a.dtype, {a.size(1), -1});
+  if (a.cuda || b.cuda) throw std::invalid_argument("gemm: expected tensors on the CPU, got one on a GPU");
+  Gemm g{};
+  g.a = a.data, g.b = b.data, g.bf16 = a.dtype == DType::bf16;
+  g.a_row = a.stride(0), g.a_column = a.stride(1), g.b_row = b.stride(0), g.b_column = b.stride(1);
+  g.m = a.size(0), g.k = a.size(1), g.n = b.size(1);
+  return g;
+}
+
+void check_packed(const Tensor& packed, const Gemm& g) {
+  const int64_t panel = FA_CALL(gemm_panel);
+  packed.check("gemm: packed", g.bf16 ? DType::bf16 : DType::f32, {(g.n + panel - 1) / panel, g.k, panel}).contiguous("gemm: packed");
+  if (packed.cuda) throw std::invalid_argument("gemm: packed: expected a tensor on the CPU");
+}
+
+// out (+)= alpha * (a * b + bias); bias and packed empty: none.
+void gemm_into(const Tensor& a, const Tensor& b, const Tensor& packed, const Tensor& bias, const Tensor& out, float alpha, bool add) {
+  Gemm g = operands(a, b);
+  if (packed.numel()) {
+    check_packed(packed, g);
+    g.packed = packed.data;
+  }
+  out.check("gemm: out", DType::f32, {g.m, g.n});
+  if (out.cuda || (g.n > 1 && out.stride(1) != 1)) throw std::invalid_argument("gemm: out: expected contiguous rows on the CPU");
+  if (bias.numel()) g.bias = bias.check("gemm: bias", DType::f32, {g.n}).contiguous("gemm: bias").ptr<float>();
+  g.c = out.ptr<float>(), g.c_row = out.stride(0), g.alpha = alpha, g.add = add;
+  if (g.m == 0 || g.n == 0) return;
+  py::gil_scoped_release release;
+  FA_CALL(gemm, g);
+}
+
+void pack_into(const Tensor& b, const Tensor& packed) {
+  const Tensor row{nullptr, {0, b.dim() ? b.size(0) : 0}, {1, 1}, b.dtype, b.cuda};
+  const Gemm g = operands(row, b);
+  check_packed(packed, g);
+  py::gil_scoped_release release;
+  FA_CALL(gemm_pack, g, packed.data);
+}
+
+}  // namespace
+
+void bind_gemm(py::module_& m) {
+  m.def("gemm", &gemm_into, py::arg("a"), py::arg("b"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("alpha"), py::arg("add"));
+  m.def("gemm_pack", &pack_into, py::arg("b"), py::arg("packed"));
+  m.def("gemm_panel", [] { return FA_CALL(gemm_panel); }, "Columns of a panel of a packed operand, with the instruction set in use.");
+}
+
+}  // namespace fa
