@@ -10,7 +10,7 @@ NATIVE := $(VENV)/.native
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 CXX_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu')
 
-.PHONY: setup build demo test test-all lint format bench gpu cuda-check clean
+.PHONY: setup build demo test test-all lint format bench learn gpu cuda-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP) $(NATIVE)
@@ -59,6 +59,10 @@ format: setup
 # The ops against torch and the peers that are installed; QUICK=--quick for small shapes and few rounds.
 bench: setup
 	$(OFFLINE) $(PY) -m bench.suite --json runs/bench/suite.json $(QUICK)
+
+# Every offline method learns the demo's task: table, picture and JSON in docs/; ONLY="dpo kto" for some of them.
+learn: setup
+	$(OFFLINE) $(PY) -m bench.learn --table docs/learning.md --plot docs/learning.png --json bench/results/learn-cpu.json $(if $(ONLY),--only $(ONLY))
 
 # Everything that needs a GPU, on a machine that has one, with its own Python as it is (no venv, nothing downloaded): native build,
 # gpu tests, benches in at most 9 minutes; leaves bench/results/gpu-<device>-<date>.json. WHEELS=folder: wheels of peers.

@@ -44,7 +44,9 @@ def bench_gemm(versus, device, quick, dtype, name, kind):
             torch.mm(square, square)
 
     with torch.no_grad():
-        versus(f"gemm {kind}", f"M={rows} K={width} N={out}", dtype, sides_of(module, kind, x, weight, grad) | {"floor": multiply}, flop=flop)
+        versus(
+            f"gemm {kind}", f"M={rows} K={width} N={out}", dtype, sides_of(module, kind, x, weight, grad) | {"floor": multiply}, flop=flop
+        )
 
 
 def sides_of(module, kind, x, weight, grad):
@@ -57,7 +59,7 @@ def sides_of(module, kind, x, weight, grad):
     sides = {
         "fastalign": lambda: gemm_native.multiply(module, x, weight),
         "torch": lambda: F.linear(x, weight),
-        "packed": lambda: gemm_native.multiply(module, x, weight, packed=packed),
+        "packed": lambda: gemm_native.multiply_packed(module, x, packed, len(weight)),
     }
     if x.dtype == torch.float32:
         sides["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

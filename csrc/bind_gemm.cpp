@@ -29,17 +29,35 @@ void check_packed(const Tensor& packed, const Gemm& g) {
   if (packed.cuda) throw std::invalid_argument("gemm: packed: expected a tensor on the CPU");
 }
 
-// out (+)= alpha * (a * b + bias); bias and packed empty: none.
-void gemm_into(const Tensor& a, const Tensor& b, const Tensor& packed, const Tensor& bias, const Tensor& out, float alpha, bool add) {
+// out (+)= alpha * (a * b + bias); bias empty: none.
+void gemm_into(const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& out, float alpha, bool add) {
   Gemm g = operands(a, b);
-  if (packed.numel()) {
-    check_packed(packed, g);
-    g.packed = packed.data;
-  }
   out.check("gemm: out", DType::f32, {g.m, g.n});
   if (out.cuda || (g.n > 1 && out.stride(1) != 1)) throw std::invalid_argument("gemm: out: expected contiguous rows on the CPU");
   if (bias.numel()) g.bias = bias.check("gemm: bias", DType::f32, {g.n}).contiguous("gemm: bias").ptr<float>();
   g.c = out.ptr<float>(), g.c_row = out.stride(0), g.alpha = alpha, g.add = add;
+  if (g.m == 0 || g.n == 0) return;
+  py::gil_scoped_release release;
+  FA_CALL(gemm, g);
+}
+
+// out [..., n] = x [..., k] * packed + bias, both contiguous: the call of a decode step, with little to check and nothing to make.
+void gemm_packed(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out) {
+  if ((x.dtype != DType::f32 && x.dtype != DType::bf16) || x.dim() < 1 || out.dim() < 1)
+    throw std::invalid_argument("gemm_packed: x: expected float32 or bfloat16 [.., K], got " + Tensor::describe(x.dtype, x.shape));
+  Gemm g{};
+  g.k = x.shape.back(), g.n = out.shape.back();
+  g.a = x.contiguous("gemm_packed: x").data, g.bf16 = x.dtype == DType::bf16;
+  g.a_row = g.k, g.a_column = 1;
+  std::vector<int64_t> shape = x.shape;
+  shape.back() = g.n;
+  out.check("gemm_packed: out", DType::f32, shape).contiguous("gemm_packed: out");
+  g.m = g.n ? out.numel() / g.n : 0;
+  check_packed(packed, g);
+  g.packed = packed.data;
+  if (bias.numel()) g.bias = bias.check("gemm_packed: bias", DType::f32, {g.n}).contiguous("gemm_packed: bias").ptr<float>();
+  g.c = out.ptr<float>(), g.c_row = g.n, g.alpha = 1.0f;
+  if (x.cuda || out.cuda) throw std::invalid_argument("gemm_packed: expected tensors on the CPU, got one on a GPU");
   if (g.m == 0 || g.n == 0) return;
   py::gil_scoped_release release;
   FA_CALL(gemm, g);
@@ -56,7 +74,8 @@ void pack_into(const Tensor& b, const Tensor& packed) {
 }  // namespace
 
 void bind_gemm(py::module_& m) {
-  m.def("gemm", &gemm_into, py::arg("a"), py::arg("b"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("alpha"), py::arg("add"));
+  m.def("gemm", &gemm_into, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"), py::arg("alpha"), py::arg("add"));
+  m.def("gemm_packed", &gemm_packed, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"));
   m.def("gemm_pack", &pack_into, py::arg("b"), py::arg("packed"));
   m.def("gemm_panel", [] { return FA_CALL(gemm_panel); }, "Columns of a panel of a packed operand, with the instruction set in use.");
 }

@@ -53,7 +53,10 @@ def test_gemm_packed_has_the_dense_bits_whatever_the_threads(isa, dtype):
         torch.set_num_threads(threads)
         assert torch.equal(gemm_native.multiply(module, x, w, b), dense)
         for rows in (1, 2, 5, 64):
-            assert torch.equal(gemm_native.multiply(module, x[:rows], w, b, packed), dense[:rows])
+            assert torch.equal(gemm_native.multiply_packed(module, x[:rows], packed, 333, b), dense[:rows])
+        assert torch.equal(gemm_native.multiply_packed(module, x.view(10, 13, 700), packed, 333, b).view(130, 333), dense)
+    with pytest.raises(ValueError, match="gemm: packed: expected"):
+        gemm_native.multiply_packed(module, x, packed, 999, b)
 
 
 def test_gemm_of_nothing(isa):

@@ -134,9 +134,11 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _multiply(x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if packed is not None and packed.dim() == 3:  # by `gemm_native.pack`
+        return gemm_native.multiply_packed(load_native()[0], x, packed, weight.shape[0], bias)  # type: ignore[arg-type]
     module = native_products()
     if module is not None:
-        return gemm_native.multiply(module, x, weight, bias, packed)
+        return gemm_native.multiply(module, x, weight, bias)
     weight = weight if packed is None else packed
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 

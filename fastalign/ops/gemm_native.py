@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.ops.backend import backend_for, load_native
 
 DTYPES = (torch.float32, torch.bfloat16)
+_NONE = torch.empty(0)
 
 
 def native_products() -> ModuleType | None:
@@ -23,14 +24,18 @@ def native_products() -> ModuleType | None:
     return module if module is not None and module.isa() == "avx2" and backend_for("gemm", "cpu") == "native" else None
 
 
-def multiply(
-    module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None, *, wide: bool = False
-) -> Tensor:
-    """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N] in the dtype of x; `wide`: fp32."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape[0], weight.shape[0])
-    add_(module, out, rows, weight.t(), bias=bias, packed=packed, first=True)
-    return (out if wide else out.to(x.dtype)).view(*x.shape[:-1], weight.shape[0])
+def multiply(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N] in the dtype of x."""
+    out = torch.empty(*x.shape[:-1], weight.shape[0])
+    add_(module, out.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1]), weight.t(), bias=bias, first=True)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def multiply_packed(module: ModuleType, x: Tensor, packed: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
+    """The same from the packed form of a weight of `out` rows; the call of every layer of a decode step."""
+    result = torch.empty(*x.shape[:-1], out)
+    module.gemm_packed(x.contiguous(), packed, _NONE if bias is None else bias.float(), result)
+    return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
 def product(module: ModuleType, a: Tensor, b: Tensor) -> Tensor:
@@ -41,19 +46,10 @@ def product(module: ModuleType, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_(
-    module: ModuleType,
-    total: Tensor,
-    a: Tensor,
-    b: Tensor,
-    *,
-    alpha: float = 1.0,
-    first: bool = False,
-    bias: Tensor | None = None,
-    packed: Tensor | None = None,
+    module: ModuleType, total: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, first: bool = False, bias: Tensor | None = None
 ) -> None:
     """total [M, N] fp32 (+)= alpha · (a · b + bias); `first` overwrites what was there. The rows of total are contiguous."""
-    none = total.new_empty(0)
-    module.gemm(a, b, none if packed is None else packed, none if bias is None else bias.float(), total, alpha, not first)
+    module.gemm(a, b, _NONE if bias is None else bias.float(), total, alpha, not first)
 
 
 def pack(module: ModuleType, weight: Tensor) -> Tensor:
