@@ -11,7 +11,7 @@ class SupervisedArguments:
     """The supervised loss.
 
     Args:
-        loss: a row of the table: nll, dft; `fastalign algorithms` lists them.
+        loss: a row of the table: nll, dft, rrhf (completions with scores); `fastalign algorithms` lists them.
     """
 
     loss: str = "nll"
