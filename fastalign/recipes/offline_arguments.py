@@ -93,13 +93,15 @@ class DistillArguments:
         teacher_model_name_or_path: the teacher: the student's vocabulary, any width.
         loss: a row of the table: forward_kl, reverse_kl, jsd.
         jsd_beta: the generalized Jensen-Shannon divergence's beta; 0: forward KL, 1: reverse KL.
-        lmbda: share of the steps whose completions the student samples itself (GKD's lambda).
+        lmbda: share of the steps whose completions the student samples itself (GKD's lambda); 1: the data need prompts only.
+        divergence_temperature: softmax temperature of both distributions; unset: that of sampling.
     """
 
     teacher_model_name_or_path: str = ""
     loss: str = "jsd"
     jsd_beta: float = 0.5
     lmbda: float = 0.5
+    divergence_temperature: float | None = None
 
 
 @dataclass

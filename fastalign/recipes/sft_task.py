@@ -31,7 +31,7 @@ def micro_batches(segments: Sequence[Segment], max_tokens: int, row: SupervisedL
     def of_tokens(packed: Packed) -> MicroBatch:
         def objective(logp: Tensor, entropy: Tensor, span: slice) -> Tensor:
             loss = row.function(logp)
-            return (loss if packed.weights is None else loss * packed.weights[span]).sum() / total
+            return (loss if packed.weights is None else loss * packed.weights[span].to(logp.device)).sum() / total
 
         return MicroBatch(packed, objective)
 
