@@ -1,6 +1,5 @@
 """Distillation: the divergence against fp64 softmaxes, its gradients, its cut into micro-batches, and `fastalign distill`."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -224,7 +223,7 @@ def test_another_vocabulary_or_tokenizer_is_refused(task, teacher_folder, tmp_pa
     text = (teacher_folder / "tokenizer.json").read_text()
     (swapped / "tokenizer.json").write_text(text.replace('"7": 10', '"7": 11').replace('"8": 11', '"8": 10'))
     (swapped / "tokenizer_config.json").write_text((teacher_folder / "tokenizer_config.json").read_text())
-    with pytest.raises(ValueError, match="token '[78]' is 1[01] in the student's tokenizer and 1[01] in the teacher's"):
+    with pytest.raises(ValueError, match=r"token '[78]' is 1[01] in the student's tokenizer and 1[01] in the teacher's"):
         distill.run(distilling(task, tmp_path / "out", swapped))
 
 

@@ -80,9 +80,7 @@ def scaled_bias(head: Head) -> Tensor | None:
 @torch.no_grad()
 def measured(hidden: Tensor, head: Head, packed: Packed) -> dict[str, Any]:
     """The student's log-probs of the targets [N] and its entropies [N], at temperature 1."""
-    logp, entropy = linear_logp(
-        hidden, head.weight, packed.targets, bias=head.bias, temperature=head.temperature(), return_entropy=True
-    )
+    logp, entropy = linear_logp(hidden, head.weight, packed.targets, bias=head.bias, temperature=head.temperature(), return_entropy=True)
     return {"logp": logp, "entropy": entropy}
 
 

@@ -28,7 +28,7 @@ _NOT_NEGATIVE = {
     *("seed", "save_steps", "save_total_limit", "eval_steps", "temperature", "top_k", "min_p", "kv_cache_tokens"),
     *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2", "importance_correction_low", "importance_correction_high"),
     *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
-    *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda"),
+    *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda", "prompts_per_round"),
 }
 _AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}

@@ -109,11 +109,12 @@ class RejectionArguments:
     """Rejection sampling.
 
     Args:
-        loss: the supervised loss of what is kept: a row of the table: nll, dft.
+        loss: the supervised loss of what is kept: a row of the table: nll, dft, rrhf (ranks the kept completions of a prompt).
         num_generations: completions sampled a prompt.
         num_kept: the best completions a prompt that are trained on.
         min_reward: completions below are never kept; unset: no bound.
-        num_rounds: rounds of sampling, scoring and training.
+        num_rounds: rounds of sampling, scoring and training, which share max_steps; with --max_steps 0 one round only samples.
+        prompts_per_round: prompts sampled from in a round; 0: all.
         reward: a built-in (math, gsm8k, format, length), module:function or path.py:function (repeatable).
         reward_weights: one weight a reward; empty: 1 each.
         reward_timeout: seconds one sample's reward may take.
@@ -124,6 +125,7 @@ class RejectionArguments:
     num_kept: int = 1
     min_reward: float | None = None
     num_rounds: int = 1
+    prompts_per_round: int = 0
     reward: list[str] = field(default_factory=list)
     reward_weights: list[float] = field(default_factory=list)
     reward_timeout: float = 10.0
