@@ -22,7 +22,7 @@ def nll(logp: Tensor) -> Tensor:
 
 
 def dft(logp: Tensor) -> Tensor:
-    """Dynamic fine-tuning (arXiv:2508.05629, Eq. 9): -sg(p) log p with p = e^logp. logp [N] in nats → [N] in [0, 1/e].
+    """Dynamic fine-tuning (arXiv:2508.05629): -sg(p) log p with p = e^logp. logp [N] in nats → [N] in [0, 1/e].
 
     The gradient of -log p is that of a policy with reward 1/p; times p, detached, it is that of a reward of 1 whatever the token.
     """
@@ -32,7 +32,7 @@ def dft(logp: Tensor) -> Tensor:
 def rrhf(
     logp: Tensor, cu_targets: Tensor, cu_groups: Tensor, scores: Tensor, *, length_penalty: float = 1.0, sft_coef: float = 1.0
 ) -> Tensor:
-    """RRHF (arXiv:2304.05302, Eq. 2-4): the ranking of a prompt's completions by likelihood is taught the ranking of their scores.
+    """RRHF (arXiv:2304.05302): the ranking of a prompt's completions by likelihood is taught the ranking of their scores.
 
     With p_i = (Σ_t log p_i,t) / |y_i|^length_penalty of completion i with score r_i, a group's loss is
     Σ_{r_i < r_j} max(0, p_i - p_j) + sft_coef · Σ_t -log p_best,t, best being the first completion with the highest score.

@@ -33,9 +33,10 @@ class Divergence:
 class DistillBatch:
     """A micro-batch with its own pass: Σ row_weight · divergence(teacher, student) over the packed targets' rows.
 
-    GKD (arXiv:2306.13649, Eq. 2) without its λ: the divergence of whole next-token distributions, exact over the vocabulary.
-    `row_weight` [N] fp32 is a token's weight over the total weight of the optimizer step, so micro-batches add up. There is no
-    temperature² factor (Hinton's): scale the learning rate instead.
+    GKD (arXiv:2306.13649): the mean over scored tokens of D(p_teacher ‖ p_student)(next token | all before it), exact over the
+    vocabulary. `row_weight` [N] fp32 is a token's weight over the total weight of the optimizer step, so micro-batches add up; on
+    sampled completions these are the sampled tokens (TRL divides by the number of the given ones). There is no temperature² factor
+    (Hinton's), as in TRL: scale the learning rate instead. TRL's loss is always at temperature 1; here it is the divergence's own.
     """
 
     packed: Packed
@@ -95,7 +96,7 @@ def micro_batches(segments: Sequence[Segment], max_tokens: int, teacher: nn.Modu
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """The share of steps whose completions the student samples.
+    """The share of steps whose completions the student samples; a whole optimizer step is on-policy or not (TRL: a forward pass).
 
     Attributes:
         lmbda: the share, GKD's λ.

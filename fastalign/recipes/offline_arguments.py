@@ -12,9 +12,13 @@ class SupervisedArguments:
 
     Args:
         loss: a row of the table: nll, dft, rrhf (completions with scores); `fastalign algorithms` lists them.
+        source_weights: NAME=WEIGHT (repeatable): what a record whose column `source` is NAME weighs in the loss (C-RLFT).
+        source_prompts: NAME=TEXT (repeatable): text in front of the prompts of that source.
     """
 
     loss: str = "nll"
+    source_weights: list[str] = field(default_factory=list)
+    source_prompts: list[str] = field(default_factory=list)
 
 
 @dataclass

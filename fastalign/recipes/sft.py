@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..data import DataOrder, load_records, parse_dataset_map, sft_examples
+from ..data import DataOrder, Record, load_records, parse_dataset_map, sft_examples
+from ..data.conditions import conditioned, parse_sources
 from ..data.ranked import Ranked, ranked_examples
 from ..generation import Engine, SamplingParams
 from ..losses.sft import supervised_loss
@@ -33,13 +35,31 @@ def _read(encode: Callable[..., Any], args: Arguments, loaded: Loaded, name: str
     data = args.data
     records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
     return encode(
-        records,
+        conditions(args, records),
         loaded.tokenizer,
         max_length=data.max_length,
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,
         vocab_size=head_of(loaded.model).weight.shape[0],
     )
+
+
+def conditions(args: Arguments, records: list[Record]) -> list[Record]:
+    """The records under the flags' source weights and prompts; as they are where neither is given.
+
+    Raises:
+        ValueError: a weight that is no finite number >= 0.
+    """
+    weights: dict[str, float] = {}
+    for name, text in parse_sources("--source_weights", args.supervised.source_weights).items():
+        try:
+            weights[name] = float(text)
+        except ValueError:
+            weights[name] = math.nan
+        if not (math.isfinite(weights[name]) and weights[name] >= 0):
+            raise ValueError(f"--source_weights {name}={text}: expected a finite number >= 0")
+    prefixes = parse_sources("--source_prompts", args.supervised.source_prompts)
+    return conditioned(records, weights, prefixes) if weights or prefixes else records
 
 
 def prompt_of(segment: Segment) -> list[int]:
