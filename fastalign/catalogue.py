@@ -102,6 +102,7 @@ UNPAIRED_LOSSES: dict[str, Entry] = {
 SUPERVISED_LOSSES: dict[str, Entry] = {
     "nll": Entry("the negative log-likelihood, weighted by the record's weight", "arXiv:2308.12050"),
     "dft": Entry("each token's NLL times its own probability, detached", "arXiv:2508.05629"),
+    "rrhf": Entry("completions ranked as their scores are, and NLL of the best", "arXiv:2304.05302", ("length_penalty", "sft_coef")),
 }
 
 REWARD_LOSSES: dict[str, Entry] = {

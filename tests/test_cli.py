@@ -102,7 +102,7 @@ def test_cli_runs_as_a_module():
         (("grpo", "--aggregate", "tokens"), ["--aggregate", "did you mean token?"]),
         (("grpo", "--loss", "zzz"), ["--loss: unknown zzz; valid: clip"]),
         (("grpo", "--loss.epsilon"), ["--loss.epsilon: expected a value"]),
-        (("sft", "--loss.epsilon", "0.2"), ["unknown --loss.epsilon"]),
+        (("distill", "--loss.epsilon", "0.2"), ["unknown --loss.epsilon"]),
         (("sft", "stray"), ["unexpected argument 'stray'"]),
         (("sft",), ["needs --model_name_or_path and --dataset_name"]),
         (("grpo", "--model_name_or_path", "m", "--dataset_name", "d"), ["needs --reward"]),

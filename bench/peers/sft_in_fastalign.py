@@ -10,10 +10,11 @@ from .turns import Gate
 def side(gate: Gate, options: dict[str, Any]) -> None:
     """Builds the task, then runs one optimizer step a turn."""
     from fastalign.data import DataOrder
+    from fastalign.losses.sft import supervised_loss
     from fastalign.packing import pack
     from fastalign.recipes.setup import build_updater, load, seed_everything
     from fastalign.recipes.sft import examples
-    from fastalign.recipes.sft_task import SupervisedTask
+    from fastalign.recipes.sft_task import SupervisedTask, cut_of
 
     from .memory import PeakMemory, states_mib
 
@@ -29,6 +30,7 @@ def side(gate: Gate, options: dict[str, Any]) -> None:
         order=DataOrder(len(segments), seed=args.run.seed, shuffle=False),
         batch_size=options["batch_size"],
         max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
+        cut=cut_of(supervised_loss(args.supervised.loss)),
     )
     gate.ready(states_mib=states_mib(loaded.model, reference=False), imports_mib=memory.imports_mib)
     for index in range(options["max_steps"]):
@@ -64,4 +66,5 @@ def arguments(options: dict[str, Any]) -> Any:
         optim=a.OptimArguments(learning_rate=options["learning_rate"], lr_scheduler_type="constant", max_steps=options["max_steps"]),
         batch=a.BatchArguments(per_device_train_batch_size=options["batch_size"]),
         run=a.RunArguments(output_dir=options["output_dir"], seed=options["seed"]),
+        supervised=a.SupervisedArguments(loss=options["loss"]),
     )

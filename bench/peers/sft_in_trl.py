@@ -49,6 +49,7 @@ def build(model: Any, tokenizer: Any, options: dict[str, Any]) -> Any:
         per_device_train_batch_size=options["batch_size"],
         max_length=options["max_length"],
         completion_only_loss=True,
+        loss_type=options["loss"],
         packing=False,  # its padding-free packing needs flash-attn
         train_sampling_strategy="sequential",
     )

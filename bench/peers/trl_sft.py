@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", default=str(inputs.GSM8K), help="a GSM8K .jsonl file (question, answer)")
     p.add_argument("--batch_size", type=int, default=16, help="sequences an optimizer step, forwarded at once")
     p.add_argument("--max_length", type=int, default=1024)
+    p.add_argument("--loss", default="nll", choices=["nll", "dft"])
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--learning_rate", type=float, default=1e-4)
     p.add_argument("--steps", type=int, default=4, help="measured steps a side, after the warm-up")
@@ -120,7 +121,7 @@ def main() -> None:
         machine = describe("trl", "transformers", "torch", "fastalign")
         if not Path(args.data).exists():
             print(f"{args.data} not found: synthetic text of GSM8K's lengths")
-        print(f"{machine}\nSFT, {args.batch_size} sequences a step, {args.dtype}, {args.steps} measured step(s)", flush=True)
+        print(f"{machine}\nSFT ({args.loss}), {args.batch_size} sequences a step, {args.dtype}, {args.steps} measured step(s)", flush=True)
         found = measure(options)
     found |= {
         "machine": machine,

@@ -21,14 +21,14 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 _POSITIVE = {
     *("lora_r", "max_length", "learning_rate", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
-    *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens"),
+    *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens", "divergence_temperature"),
 }
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
     *("seed", "save_steps", "save_total_limit", "eval_steps", "temperature", "top_k", "min_p", "kv_cache_tokens"),
     *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2", "importance_correction_low", "importance_correction_high"),
     *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
-    *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda"),
+    *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda", "prompts_per_round"),
 }
 _AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}

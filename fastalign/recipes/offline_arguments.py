@@ -11,10 +11,14 @@ class SupervisedArguments:
     """The supervised loss.
 
     Args:
-        loss: a row of the table: nll, dft; `fastalign algorithms` lists them.
+        loss: a row of the table: nll, dft, rrhf (completions with scores); `fastalign algorithms` lists them.
+        source_weights: NAME=WEIGHT (repeatable): what a record whose column `source` is NAME weighs in the loss (C-RLFT).
+        source_prompts: NAME=TEXT (repeatable): text in front of the prompts of that source.
     """
 
     loss: str = "nll"
+    source_weights: list[str] = field(default_factory=list)
+    source_prompts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -93,13 +97,15 @@ class DistillArguments:
         teacher_model_name_or_path: the teacher: the student's vocabulary, any width.
         loss: a row of the table: forward_kl, reverse_kl, jsd.
         jsd_beta: the generalized Jensen-Shannon divergence's beta; 0: forward KL, 1: reverse KL.
-        lmbda: share of the steps whose completions the student samples itself (GKD's lambda).
+        lmbda: share of the steps whose completions the student samples itself (GKD's lambda); 1: the data need prompts only.
+        divergence_temperature: softmax temperature of both distributions; unset: that of sampling.
     """
 
     teacher_model_name_or_path: str = ""
     loss: str = "jsd"
     jsd_beta: float = 0.5
     lmbda: float = 0.5
+    divergence_temperature: float | None = None
 
 
 @dataclass
@@ -107,11 +113,12 @@ class RejectionArguments:
     """Rejection sampling.
 
     Args:
-        loss: the supervised loss of what is kept: a row of the table: nll, dft.
+        loss: the supervised loss of what is kept: a row of the table: nll, dft, rrhf (ranks the kept completions of a prompt).
         num_generations: completions sampled a prompt.
         num_kept: the best completions a prompt that are trained on.
         min_reward: completions below are never kept; unset: no bound.
-        num_rounds: rounds of sampling, scoring and training.
+        num_rounds: rounds of sampling, scoring and training, which share max_steps; with --max_steps 0 one round only samples.
+        prompts_per_round: prompts sampled from in a round; 0: all.
         reward: a built-in (math, gsm8k, format, length), module:function or path.py:function (repeatable).
         reward_weights: one weight a reward; empty: 1 each.
         reward_timeout: seconds one sample's reward may take.
@@ -122,6 +129,7 @@ class RejectionArguments:
     num_kept: int = 1
     min_reward: float | None = None
     num_rounds: int = 1
+    prompts_per_round: int = 0
     reward: list[str] = field(default_factory=list)
     reward_weights: list[float] = field(default_factory=list)
     reward_timeout: float = 10.0

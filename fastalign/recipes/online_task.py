@@ -18,10 +18,10 @@ from ..training.step import Update, Updater
 from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
 from .rollout_metrics import group_metrics, reward_metrics
+from .scored_rollouts import evaluate, score, show
 
 log = logging.getLogger("fastalign")
 MAX_REFILLS = 10
-NUM_SHOWN = 6
 
 
 class OnlineTask:
@@ -121,48 +121,15 @@ class OnlineTask:
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> None:
         """Fills in every sample's rewards."""
-        owners = [prompt for prompt, samples in zip(prompts, rollout.samples, strict=True) for _ in samples]
-        samples = rollout.flat
-        names = {name for prompt in prompts for name in prompt.columns}
-        scores = self.rewards.score(
-            [owner.prompt for owner in owners],
-            [sample.text for sample in samples],
-            [sample.ids for sample in samples],
-            {name: [owner.columns.get(name) for owner in owners] for name in sorted(names)},
-        )
-        for name, values in scores.items():
-            for sample, value in zip(samples, values, strict=True):
-                sample.rewards[name] = value
-
-    def complete(self, prompts: list[Prompt], params: SamplingParams) -> Rollout:
-        """A rollout of the weights as they are."""
-        rollout = self.exact_engine.rollout([p.ids for p in prompts], params)
-        self.exact_engine.release_cache()  # the update, or the other engine, has the memory
-        return rollout
+        score(self.rewards, prompts, rollout)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""
-        if not self.eval_prompts:
-            return {}
-        greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self.params.max_tokens, stop=self.params.stop)
-        rollout = self.complete(self.eval_prompts, greedy)
-        self.score(self.eval_prompts, rollout)
-        return {f"eval/{key}": value for key, value in reward_metrics(rollout.flat, self.reward_weights).items()}
+        return evaluate(self.exact_engine, self.rewards, self.eval_prompts, self.params)
 
     def show(self) -> list[dict]:
         """Greedy completions of a few prompts."""
-        prompts = (self.eval_prompts or self.prompts)[:NUM_SHOWN]
-        greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self.params.max_tokens, stop=self.params.stop)
-        rollout = self.complete(prompts, greedy)
-        self.score(prompts, rollout)
-        return [
-            {
-                "prompt": self.engine.tokenizer.decode(p.ids, skip_special_tokens=True),
-                "completion": s.text,
-                "reward": s.reward(self.reward_weights),
-            }
-            for p, s in zip(prompts, rollout.flat, strict=True)
-        ]
+        return show(self.exact_engine, self.rewards, self.eval_prompts or self.prompts, self.params)
 
     def metrics(self, rollout: Rollout, chunks: list[PolicyChunk], updates: list[Update]) -> dict[str, float]:
         first = updates[0].sums

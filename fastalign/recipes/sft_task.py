@@ -3,62 +3,98 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import DataOrder
+from ..data.ranked import Ranked
 from ..generation import Engine, SamplingParams
-from ..losses.sft import nll
+from ..losses.sft import SUPERVISED, SupervisedLoss
 from ..packing import Packed, Segment, pack, split_by_tokens
 from ..training.step import MicroBatch, Update, Updater, forward_backward
 
-
-def supervised(packed: Packed, total_weight: float) -> MicroBatch:
-    """The weighted mean negative log-likelihood; `total_weight` is that of the whole batch, so micro-batches add up."""
-    weights = packed.weights
-
-    def objective(logp: Tensor, entropy: Tensor, span: slice) -> Tensor:
-        loss = nll(logp)
-        return (loss if weights is None else loss * weights[span]).sum() / total_weight
-
-    return MicroBatch(packed, objective)
+Cut = Callable[[Sequence[Any], int], list[MicroBatch]]  # an optimizer step's examples, tokens at once → micro-batches
 
 
-def micro_batches(segments: list[Segment], max_tokens: int) -> list[MicroBatch]:
-    """Cuts one optimizer step's conversations into packed micro-batches."""
+def micro_batches(segments: Sequence[Segment], max_tokens: int, row: SupervisedLoss = SUPERVISED["nll"]) -> list[MicroBatch]:
+    """Cuts one optimizer step's conversations into packed micro-batches of a loss of tokens.
+
+    The loss is the weighted mean over the scored tokens; the total weight is that of the whole step, so micro-batches add up.
+    """
     packs = [pack([segments[i] for i in members]) for members in split_by_tokens(segments, max_tokens)]
-    total = sum(float(p.num_targets if p.weights is None else p.weights.sum()) for p in packs)
-    return [supervised(p, max(total, 1e-9)) for p in packs if p.num_targets]
+    total = max(sum(float(p.num_targets if p.weights is None else p.weights.sum()) for p in packs), 1e-9)
+
+    def of_tokens(packed: Packed) -> MicroBatch:
+        def objective(logp: Tensor, entropy: Tensor, span: slice) -> Tensor:
+            loss = row.function(logp)
+            return (loss if packed.weights is None else loss * packed.weights[span].to(logp.device)).sum() / total
+
+        return MicroBatch(packed, objective)
+
+    return [of_tokens(packed) for packed in packs if packed.num_targets]
+
+
+def ranked_micro_batches(groups: Sequence[Ranked], max_tokens: int, row: SupervisedLoss) -> list[MicroBatch]:
+    """The same of a loss of groups: the mean over the groups, each with its prompt forwarded once."""
+
+    def of_groups(members: list[int]) -> MicroBatch:
+        packed = pack([groups[i].segment for i in members])
+        scores = torch.tensor([score for i in members for score in groups[i].scores], dtype=torch.float64)
+        units = packed.cu_targets[packed.cu_groups.long()]
+
+        def objective(logp: Tensor, entropy: Tensor, span: slice) -> Tensor:
+            first, last = torch.searchsorted(units, torch.tensor([span.start, span.stop], dtype=units.dtype)).tolist()
+            cu_groups = packed.cu_groups[first : last + 1]
+            start, stop = int(cu_groups[0]), int(cu_groups[-1])
+            cu_targets = packed.cu_targets[start : stop + 1]
+            losses = row.function(logp, cu_targets - cu_targets[0], cu_groups - start, scores[start:stop])
+            return losses.sum() / len(groups)
+
+        return MicroBatch(packed, objective, units)
+
+    return [of_groups(members) for members in split_by_tokens([group.segment for group in groups], max_tokens)]
+
+
+def cut_of(row: SupervisedLoss) -> Cut:
+    """How the row's examples become micro-batches."""
+    return partial(ranked_micro_batches if row.ranks else micro_batches, row=row)
 
 
 class SupervisedTask:
-    """Supervised fine-tuning of one model on tokenized segments."""
+    """Supervised fine-tuning of one model on tokenized examples: segments, or ranked groups.
+
+    Args:
+        cut: how the loss makes micro-batches of examples: `cut_of` a row.
+    """
 
     def __init__(
         self,
         *,
         updater: Updater,
-        segments: list[Segment],
-        eval_segments: list[Segment],
+        segments: Sequence[Any],
+        eval_segments: Sequence[Any],
         order: DataOrder,
         batch_size: int,
         max_tokens_per_micro_batch: int,
+        cut: Cut = micro_batches,
         engine: Engine | None = None,
         show_prompts: list[tuple[str, list[int]]] | None = None,
         show_params: SamplingParams | None = None,
     ):
         self.updater, self.order = updater, order
         self.segments, self.eval_segments = segments, eval_segments
-        self.batch_size, self.max_tokens = batch_size, max_tokens_per_micro_batch
+        self.batch_size, self.max_tokens, self.cut = batch_size, max_tokens_per_micro_batch, cut
         self.engine, self.show_prompts, self.show_params = engine, show_prompts or [], show_params
 
     def step(self, index: int) -> dict[str, float]:
         began = time.perf_counter()
         chosen = [self.segments[i] for i in self.order.next_batch(self.batch_size)]
         lr = self.updater.schedule.get_last_lr()[0]
-        result: Update = self.updater.update(micro_batches(chosen, self.max_tokens), commit=self.commit)
+        result: Update = self.updater.update(self.cut(chosen, self.max_tokens), commit=self.commit)
         count = max(result.sums.get("targets", 0.0), 1.0)
         return {
             "loss": result.loss,
@@ -80,17 +116,19 @@ class SupervisedTask:
                 apply()
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss (weighted mean nats a token) and token accuracy."""
+        """Held-out loss, mean negative log-likelihood (nats a scored token, whatever the loss) and token accuracy."""
         if not self.eval_segments:
             return {}
-        loss, correct, count = 0.0, 0.0, 0
+        loss, nats, correct, count = 0.0, 0.0, 0.0, 0
         with torch.no_grad():
-            for batch in micro_batches(self.eval_segments, self.max_tokens):
+            for batch in self.cut(self.eval_segments, self.max_tokens):
                 share, metrics = forward_backward(self.updater.model, batch, self.updater.options, backward=False)
                 loss += share
+                nats -= float(metrics["logp"].double().sum())
                 correct += float(metrics["correct"].sum())
                 count += metrics["logp"].numel()
-        return {"eval/loss": loss, "eval/mean_token_accuracy": correct / max(count, 1)}
+        count = max(count, 1)
+        return {"eval/loss": loss, "eval/nll_loss": nats / count, "eval/mean_token_accuracy": correct / count}
 
     def show(self) -> list[dict[str, Any]]:
         """Greedy completions of a few prompts."""

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,13 @@ class LogitOptions:
     max_chunk_bytes: int | None = None
 
 
+class OwnPass(Protocol):
+    """A micro-batch whose loss is no objective of log-probs: it brings its own pass."""
+
+    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
+        """Adds its gradients; returns its share of the loss and sums by name (`logp` [N]: the log-probs of its targets)."""
+
+
 def scored_hidden(model: nn.Module, packed: Packed) -> Tensor:
     """Hidden rows that predict a target, [N, H] in the head's dtype."""
     return hidden_states(model, packed).index_select(0, packed.rows).to(head_of(model).weight.dtype)
@@ -65,8 +73,10 @@ def score(model: nn.Module, packed: Packed, *, temperature: float = 1.0) -> Tens
     )
 
 
-def forward_backward(model: nn.Module, batch: MicroBatch, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
+def forward_backward(model: nn.Module, batch: MicroBatch | OwnPass, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
     """Adds a micro-batch's gradients; returns its share of the loss and the metrics of `linear_loss`."""
+    if not isinstance(batch, MicroBatch):
+        return batch.forward_backward(model, options, backward=backward)
     head = head_of(model)
     loss, metrics = linear_loss(
         scored_hidden(model, batch.packed),
@@ -105,7 +115,7 @@ class Updater:
         self.max_grad_norm, self.options = max_grad_norm, options
         self.skipped_in_a_row = 0
 
-    def accumulate(self, batches: Iterable[MicroBatch]) -> Update:
+    def accumulate(self, batches: Iterable[MicroBatch | OwnPass]) -> Update:
         """Gradients and metrics of all micro-batches, no update yet."""
         self.gradients.zero()
         total, logps = 0.0, []
@@ -113,16 +123,15 @@ class Updater:
         for batch in batches:
             loss, metrics = forward_backward(self.model, batch, self.options)
             total += loss
-            sums["entropy"] += float(metrics["entropy"].sum())
-            sums["correct"] += float(metrics["correct"].sum())
-            sums["targets"] += metrics["logp"].numel()
+            logp = metrics.pop("logp", None)
+            if logp is not None:
+                sums["targets"] += logp.numel()
+                logps.append(logp)
             for name, value in metrics.items():
-                if name not in ("entropy", "correct", "logp"):
-                    sums[name] += float(value)
-            logps.append(metrics["logp"])
+                sums[name] += float(value.sum() if isinstance(value, Tensor) else value)
         return Update(total, self.gradients.norm(), dict(sums), logps, applied=False)
 
-    def update(self, batches: Iterable[MicroBatch], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
+    def update(self, batches: Iterable[MicroBatch | OwnPass], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
         """Accumulates, clips and steps. A loss or gradient that is not finite changes no weight and is reported.
 
         Args:

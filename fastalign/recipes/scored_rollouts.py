@@ -1,0 +1,58 @@
+"""Rollouts with their rewards: what online learning and rejection sampling share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data import Prompt, columns_of_prompts
+from ..generation import Engine, SamplingParams
+from ..rewards import RewardSet
+from ..rollout import Rollout
+from .rollout_metrics import reward_metrics
+
+NUM_SHOWN = 6
+
+
+def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout) -> None:
+    """Fills in every sample's rewards."""
+    owners = [prompt for prompt, samples in zip(prompts, rollout.samples, strict=True) for _ in samples]
+    samples = rollout.flat
+    scores = rewards.score(
+        [owner.prompt for owner in owners],
+        [sample.text for sample in samples],
+        [sample.ids for sample in samples],
+        dict(sorted(columns_of_prompts(owners).items())),
+    )
+    for name, values in scores.items():
+        for sample, value in zip(samples, values, strict=True):
+            sample.rewards[name] = value
+
+
+def greedy(engine: Engine, rewards: RewardSet, prompts: list[Prompt], params: SamplingParams) -> Rollout:
+    """The most probable completion of each prompt under the weights as they are, scored; `params` gives its limits."""
+    rollout = engine.rollout([p.ids for p in prompts], SamplingParams(temperature=0.0, max_tokens=params.max_tokens, stop=params.stop))
+    engine.release_cache()  # the update, or another engine, has the memory
+    score(rewards, prompts, rollout)
+    return rollout
+
+
+def evaluate(engine: Engine, rewards: RewardSet, prompts: list[Prompt], params: SamplingParams) -> dict[str, float]:
+    """Mean rewards of greedy completions, keys starting with eval/; empty where there is no prompt."""
+    if not prompts:
+        return {}
+    rollout = greedy(engine, rewards, prompts, params)
+    return {f"eval/{key}": value for key, value in reward_metrics(rollout.flat, dict(rewards.weights)).items()}
+
+
+def show(engine: Engine, rewards: RewardSet, prompts: list[Prompt], params: SamplingParams) -> list[dict[str, Any]]:
+    """Greedy completions of the first few prompts, with their rewards."""
+    prompts = prompts[:NUM_SHOWN]
+    weights = dict(rewards.weights)
+    return [
+        {
+            "prompt": engine.tokenizer.decode(p.ids, skip_special_tokens=True),
+            "completion": s.text,
+            "reward": s.reward(weights),
+        }
+        for p, s in zip(prompts, greedy(engine, rewards, prompts, params).flat, strict=True)
+    ]
