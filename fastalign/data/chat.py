@@ -99,6 +99,10 @@ class ChatEncoder:
         last = messages[-1]["role"] == "assistant"
         return self._render(record, messages, add_generation_prompt=not last, continue_final_message=last)
 
+    def whole(self, record: Record, messages: Sequence[Message]) -> list[int]:
+        """The ids of all messages as the template writes them, nothing cut and nothing marked."""
+        return self._render(record, messages)
+
     def conversation(self, record: Record, messages: Sequence[Message], scored_from: int = 0) -> tuple[list[int], list[bool]]:
         """Ids and scored flags: the assistant's messages from index `scored_from` on, each with its end-of-turn token.
 

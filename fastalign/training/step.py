@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,17 @@ class MicroBatch:
     packed: Packed
     objective: Callable[[Tensor, Tensor, slice], object]
     units: Tensor | None = None
+
+    def forward_backward(self, model: nn.Module, options: LogitOptions) -> tuple[float, dict]:
+        """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
+        return forward_backward(model, self, options)
+
+
+class Batch(Protocol):
+    """What `Updater` adds up: one forward and backward pass, whatever its loss reads."""
+
+    def forward_backward(self, model: nn.Module, options: LogitOptions) -> tuple[float, dict]:
+        """Adds the gradients; returns the share of the loss, and metrics that are summed (`logp`: kept as it is)."""
 
 
 @dataclass(frozen=True)
@@ -105,24 +117,23 @@ class Updater:
         self.max_grad_norm, self.options = max_grad_norm, options
         self.skipped_in_a_row = 0
 
-    def accumulate(self, batches: Iterable[MicroBatch]) -> Update:
+    def accumulate(self, batches: Iterable[Batch]) -> Update:
         """Gradients and metrics of all micro-batches, no update yet."""
         self.gradients.zero()
         total, logps = 0.0, []
         sums: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
-            loss, metrics = forward_backward(self.model, batch, self.options)
+            loss, metrics = batch.forward_backward(self.model, self.options)
             total += loss
-            sums["entropy"] += float(metrics["entropy"].sum())
-            sums["correct"] += float(metrics["correct"].sum())
-            sums["targets"] += metrics["logp"].numel()
+            if "logp" in metrics:
+                sums["targets"] += metrics["logp"].numel()
+                logps.append(metrics["logp"])
             for name, value in metrics.items():
-                if name not in ("entropy", "correct", "logp"):
-                    sums[name] += float(value)
-            logps.append(metrics["logp"])
+                if name != "logp":
+                    sums[name] += float(value.sum() if isinstance(value, Tensor) else value)
         return Update(total, self.gradients.norm(), dict(sums), logps, applied=False)
 
-    def update(self, batches: Iterable[MicroBatch], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
+    def update(self, batches: Iterable[Batch], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
         """Accumulates, clips and steps. A loss or gradient that is not finite changes no weight and is reported.
 
         Args:
