@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from fastalign.models.attention import UnsupportedModelError, disable_dropout, observe_calls, use_fastalign_attention
 from fastalign.models.backbone import causal_lm, hidden_states
@@ -85,12 +86,16 @@ def _load(name_or_path: str, dtype: str, start: bool) -> PreTrainedModel:
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UnsupportedModelError(f"{config.model_type}: transformers has no {_ARCHITECTURE} of this family")
     config.num_labels = 1
+    options = {"config": config, "dtype": DTYPES[dtype], "trust_remote_code": False, **local}
+    told = transformers_logging.get_verbosity()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=False, **local
-        )
+        if fresh:
+            transformers_logging.set_verbosity_error()  # that the score head is new is what was asked for
+        return AutoModelForSequenceClassification.from_pretrained(name_or_path, **options)
     except OSError as error:
         raise ValueError(f"load_reward_model: no weights at {name_or_path!r}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(told)
 
 
 def _load_merged(folder: Path, tokenizer: Any, dtype: str, device: torch.device | str) -> PreTrainedModel:
