@@ -20,14 +20,8 @@ def write(path, rows):
 
 
 def test_accuracy_over_all_by_subset_and_by_section(tmp_path):
-    pairs = [
-        ("aaa", "a", "hep-cpp"),
-        ("a", "aa", "hep-cpp"),
-        ("aa", "bb", "hep-go"),
-        ("aa", "bb", "hep-go"),
-        ("aa", "b", "math-prm"),
-        ("aaaa", "b", "xstest-should-refuse"),
-    ]
+    pairs = [("aaa", "a", "hep-cpp"), ("a", "aa", "hep-cpp"), ("aa", "bb", "hep-go"), ("aa", "bb", "hep-go")]
+    pairs += [("aa", "b", "math-prm"), ("aaaa", "b", "xstest-should-refuse")]
     pairs += [("none", "b", "mine")]
     records = write(tmp_path / "bench.jsonl", [{"prompt": "p", "chosen": c, "rejected": r, "subset": s} for c, r, s in pairs])
     found = reward_bench(lengths, records)

@@ -204,16 +204,18 @@ def test_every_row_trains_and_its_model_loads_anywhere(folder, tmp_path, loss):
         assert {"eval/accuracy/even", "eval/accuracy/odd"} <= set(summary)
 
 
-def test_resume_continues_to_the_bit(folder, tmp_path):
-    options = {"optim": {"max_steps": 4, "lr_scheduler_type": "cosine"}}
+@pytest.mark.parametrize("adapter", [False, True])
+def test_resume_continues_to_the_bit(folder, tmp_path, adapter):
+    options = {"optim": {"max_steps": 4, "lr_scheduler_type": "cosine"}, "model": {"use_peft": adapter, "lora_r": 2}}
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     reward.run(arguments(folder, tmp_path / "whole", **options))
     part = arguments(folder, tmp_path / "part", **options, run={"save_steps": 2})
     reward.run(part)
-    for name in ("model.safetensors", "summary.json"):
+    for name in (weights, "summary.json"):
         (tmp_path / "part" / name).unlink()
     reward.run(replace(part, run=replace(part.run, resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))))
     assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
-    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "part" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_max_steps_0_evaluates_and_changes_nothing(folder, tmp_path):

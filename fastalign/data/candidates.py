@@ -74,6 +74,8 @@ class CandidateEncoder(_Encoder):
                     results[i] = [self._conversation(record, k, answer) for k, answer in enumerate(answers)]
                 else:
                     prompt = self.plain(record, "prompt") if record.get("prompt") is not None else None
+                    if prompt is None and self.system_prompt:
+                        raise DataError(f"{record.where}: --system_prompt needs conversations ([{{role, content}}]), but these are texts")
                     plain.append((i, prompt, [_checked_text(record, answer) for answer in answers]))
             except BadRecord as error:
                 results[i] = error

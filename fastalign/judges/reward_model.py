@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ Conversation = list[dict[str, Any]]
 def same_tokenizer(one: Any, other: Any) -> bool:
     """Whether both turn any text and any conversation into the same ids."""
     if hasattr(one, "backend_tokenizer") and hasattr(other, "backend_tokenizer"):
-        same = one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+        same = _rules(one) == _rules(other)
     else:
         same = type(one) is type(other) and one.get_vocab() == other.get_vocab()
     return same and (one.chat_template, one.eos_token_id) == (other.chat_template, other.eos_token_id)
@@ -166,6 +167,13 @@ class RewardModel:
                 "the reward model reads at most %d tokens, got %d: such completions have no reward", self.max_length, len(found[0])
             )
         return None
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """What a fast tokenizer does to text, without how its last caller had it pad and cut."""
+    return {
+        name: value for name, value in json.loads(tokenizer.backend_tokenizer.to_str()).items() if name not in ("padding", "truncation")
+    }
 
 
 def _record(messages: Conversation) -> Record:

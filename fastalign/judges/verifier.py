@@ -32,7 +32,7 @@ def verifier_records(
     Raises:
         ValueError: a judgement lacks a key, or its verdict is no truth value; names its index.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     for index, judgement in enumerate(judgements):
         missing = [key for key in ("question", "solution", "verdict") if judgement.get(key) is None]
         if missing:

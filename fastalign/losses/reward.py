@@ -111,21 +111,6 @@ def process(scores: Tensor, labels: Tensor) -> Tensor:
     return binary_cross_entropy(scores, labels)
 
 
-def regression(scores: Tensor, labels: Tensor) -> Tensor:
-    """Squared error of the attributes' scores, the mean over those that are given (HelpSteer2, arXiv:2406.08673, section 4).
-
-    Args:
-        scores: [B, K]; labels: [B, K], NaN where an attribute is not given.
-
-    Returns:
-        [B] losses; 0 where nothing is given.
-    """
-    labels = labels.to(scores)
-    given = ~labels.isnan()
-    error = (scores - labels.nan_to_num()).square() * given
-    return error.sum(-1) / given.sum(-1).clamp(min=1)
-
-
 def _segments(values: Tensor, cu_steps: Tensor) -> list[Tensor]:
     bounds = cu_steps.tolist()
     return [values[begin:end] for begin, end in pairwise(bounds)]
