@@ -1,21 +1,28 @@
 """Data: records of many formats, as the token trees that training reads and the prompts that generation starts from."""
 
+from .candidates import Judged
 from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_examples, sft_examples
 from .load import load_records
 from .order import DataOrder
+from .rankings import outcome_examples, ranking_examples
 from .records import BadRecord, DataError, Record, parse_dataset_map
+from .steps import step_examples
 
 __all__ = [
     "BadRecord",
     "DataError",
     "DataOrder",
     "Examples",
+    "Judged",
     "Prompt",
     "Prompts",
     "Record",
     "columns_of_prompts",
     "load_records",
+    "outcome_examples",
     "parse_dataset_map",
     "prompt_examples",
+    "ranking_examples",
     "sft_examples",
+    "step_examples",
 ]

@@ -99,6 +99,17 @@ class ChatEncoder:
         last = messages[-1]["role"] == "assistant"
         return self._render(record, messages, add_generation_prompt=not last, continue_final_message=last)
 
+    def whole(self, record: Record, messages: Sequence[Message]) -> list[int]:
+        """The ids of all messages as the template writes them, nothing cut and nothing marked."""
+        return self._render(record, messages)
+
+    def behind_turn(self) -> list[int]:
+        """The ids that the template puts behind the token that closes the assistant's turn (ChatML's newline)."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids = self.whole(Record({}, "chat template", 0), messages)
+        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self._special), len(ids) - 1)
+        return ids[last + 1 :]
+
     def conversation(self, record: Record, messages: Sequence[Message], scored_from: int = 0) -> tuple[list[int], list[bool]]:
         """Ids and scored flags: the assistant's messages from index `scored_from` on, each with its end-of-turn token.
 

@@ -56,11 +56,11 @@ class TextEncoder:
 
     def completions(self, texts: Sequence[str]) -> list[list[int] | None]:
         """Ids without special tokens, EOS appended unless the text ends with it. None where the tokenizer cannot be cut exactly."""
-        if not self.adds_space:
-            encoded: list[list[int] | None] = list(self._encode(texts))
-        else:
-            encoded = self._behind(texts, _SENTINELS)
-        return [None if ids is None else self._ended(ids) for ids in encoded]
+        return [None if ids is None else self._ended(ids) for ids in self.pieces(texts)]
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int] | None]:
+        """Ids of what goes on from a text and is gone on from: no special tokens, no EOS. None as `completions`."""
+        return self._behind(texts, _SENTINELS) if self.adds_space else list(self._encode(texts))
 
     def _behind(self, texts: Sequence[str], sentinels: Sequence[str]) -> list[list[int] | None]:
         if not texts or not sentinels:

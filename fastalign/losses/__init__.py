@@ -1,5 +1,5 @@
 """Losses: equations only, one file a family."""
 
-from . import policy, preference, sft, unpaired
+from . import policy, preference, reward, sft, unpaired
 
-__all__ = ["policy", "preference", "sft", "unpaired"]
+__all__ = ["policy", "preference", "reward", "sft", "unpaired"]

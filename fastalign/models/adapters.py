@@ -21,6 +21,7 @@ def attach_lora(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
+    task_type: str = "CAUSAL_LM",
 ) -> nn.Module:
     """Freezes a causal LM and puts a trainable LoRA adapter on it (arXiv:2106.09685).
 
@@ -30,6 +31,7 @@ def attach_lora(
         alpha: the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora, arXiv:2312.03732).
         dropout: of the adapter's inputs. Anything but 0 makes training see another network than the sampler does.
         target_modules: "all-linear" (every linear layer but the head), or names of modules.
+        task_type: PEFT's; "SEQ_CLS" for a reward model, whose score head is then trained as it is (modules_to_save).
 
     Returns:
         The PEFT model; `backbone.hidden_states` and `head_of` take it as it is.
@@ -42,10 +44,11 @@ def attach_lora(
         raise ValueError(f"attach_lora: r must be >= 1, got {r}")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = peft.LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_rslora=use_rslora, task_type="CAUSAL_LM"
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_rslora=use_rslora, task_type=task_type
     )
     wrapped = peft.get_peft_model(model, config)
-    head_of(wrapped)  # an adapter on the head would be invisible to the fused losses
+    if task_type == "CAUSAL_LM":
+        head_of(wrapped)  # an adapter on the head would be invisible to the fused losses
     return wrapped
 
 

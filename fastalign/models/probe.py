@@ -31,7 +31,7 @@ def probe(model: torch.nn.Module) -> None:
     family = base.config.model_type
     if base.config._attn_implementation != NAME:
         raise UnsupportedModelError(f'{family}: the attention is "{base.config._attn_implementation}"; call use_fastalign_attention(model)')
-    _check_config(base, family)
+    check_config(base, family)
     training = base.training
     base.eval()
     try:
@@ -41,7 +41,8 @@ def probe(model: torch.nn.Module) -> None:
     _probed[base] = True
 
 
-def _check_config(base: PreTrainedModel, family: str) -> None:
+def check_config(base: PreTrainedModel, family: str) -> None:
+    """Raises UnsupportedModelError for layers that carry state along the packed row."""
     config = base.config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if unknown:
@@ -61,7 +62,7 @@ def _compare(base: PreTrainedModel, family: str) -> None:
         raise UnsupportedModelError(f"{family}: the packed forward failed: {error}") from error
     if not calls:
         raise UnsupportedModelError(f"{family}: the attention layout never reaches the attention function, so packed sequences would mix")
-    _check_calls(base, family, calls)
+    check_calls(base, family, calls)
     tolerance = 2e-3 if head.weight.dtype == torch.float32 else 0.1
     for rows, path in zip(_paths(packed.cu_seqlens, packed.parent), sequences(packed), strict=True):
         alone = base(input_ids=torch.tensor([path], device=device), use_cache=False).logits[0].float()
@@ -70,7 +71,8 @@ def _compare(base: PreTrainedModel, family: str) -> None:
             raise UnsupportedModelError(f"{family}: packed logits are off by {off:.2g} of their size from separate ones, over {tolerance}")
 
 
-def _check_calls(base: PreTrainedModel, family: str, calls: list[dict]) -> None:
+def check_calls(base: PreTrainedModel, family: str, calls: list[dict]) -> None:
+    """Raises UnsupportedModelError unless every layer read the attention layout, each with its own window."""
     layers = {call["layer"] for call in calls}
     expected = base.config.get_text_config().num_hidden_layers
     if len(layers) != expected:

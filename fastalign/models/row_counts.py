@@ -74,15 +74,20 @@ def _multiple_of_widths(base: nn.Module, element_size: int, threads: int) -> int
     return multiple
 
 
+def _head(base: nn.Module) -> nn.Module | None:
+    """What the backbone's rows go into, run by itself: the LM head, or a reward model's score."""
+    return base.get_output_embeddings() or getattr(base, "score", None)  # type: ignore[operator]
+
+
 def _widths(base: nn.Module) -> set[int]:
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = _head(base)
     inner = [m for m in base.modules() if m is not head and not isinstance(m, nn.Embedding)]
     return {width for m in inner for p in m.parameters(recurse=False) if p.dim() > 1 for width in p.shape[-2:]}
 
 
 def _linears(base: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """(module, input width), one of each type, shape and bias."""
-    head, seen = base.get_output_embeddings(), set()  # type: ignore[operator]
+    head, seen = _head(base), set()
     for module in base.modules():
         if module is head or not isinstance(module, nn.Linear | Conv1D) or module.weight.dim() != 2 or module.weight.is_meta:
             continue

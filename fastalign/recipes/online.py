@@ -18,6 +18,7 @@ from ..models.linear import check_quantization
 from ..ops.policy import PolicyOptions
 from ..rewards import RewardSet, load_rewards
 from .arguments import Arguments, OnlineArguments
+from .model_rewards import with_reward_models
 from .online_task import OnlineTask
 from .reference import Reference
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
@@ -141,9 +142,9 @@ def sampling_of(args: Arguments) -> SamplingParams:
     )
 
 
-def rewards_of(args: Arguments, algorithm: Algorithm) -> RewardSet:
-    """The rewards that the flags name, and the row's soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13)."""
-    specifications, weights = list(args.online.reward), list(args.online.reward_weights)
+def rewards_of(args: Arguments, algorithm: Algorithm, loaded: Loaded) -> RewardSet:
+    """The rewards that the flags name (reward models, too), and the row's soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13)."""
+    specifications, weights = with_reward_models(args.online.reward, loaded), list(args.online.reward_weights)
     if algorithm.overlong_buffer:
         limit = args.sampling.max_completion_length
         specifications.append(f"overlong:max_length={limit},buffer={max(1, round(algorithm.overlong_buffer * limit))}")
@@ -151,9 +152,9 @@ def rewards_of(args: Arguments, algorithm: Algorithm) -> RewardSet:
     return load_rewards(specifications, weights or None, timeout=args.online.reward_timeout)
 
 
-def check_rewards(args: Arguments, algorithm: Algorithm, *data: list[Prompt]) -> None:
+def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: list[Prompt]) -> None:
     """Raises before anything is sampled when a reward does not load or lacks a column."""
-    with rewards_of(args, algorithm) as rewards:
+    with rewards_of(args, algorithm, loaded) as rewards:
         for prompts in data:
             if prompts:
                 rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
@@ -172,7 +173,7 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
         engine=engine,
         exact_engine=_engine(args, loaded, None) if quantization else engine,
         reference=reference,
-        rewards=rewards_of(args, algorithm),
+        rewards=rewards_of(args, algorithm, loaded),
         prompts=prompts,
         eval_prompts=held_out,
         order=DataOrder(len(prompts), seed=args.run.seed, shuffle=args.data.shuffle),
@@ -209,14 +210,15 @@ def run(args: Arguments) -> dict[str, Any]:
     resume = check_output(args.run, args.data.eval_dataset_name)
     algorithm, num_prompts, _ = algorithm_of(args), num_prompts_of(args), sampling_of(args)
     if not args.online.reward:
-        raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), module:function or path.py:function")
+        known = "a built-in (math, gsm8k, format, length), module:function, path.py:function, or a reward model's folder"
+        raise ValueError(f"--reward is required: {known}")
     seed_everything(args.run.seed)
     loaded = load(args.model)
     check_quantization(causal_lm(loaded.model), quantization_of(args.online))
     prompts = prompts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
     held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
     max_steps = num_steps(args.optim, len(prompts), num_prompts)
-    check_rewards(args, algorithm, prompts, held_out)
+    check_rewards(args, algorithm, loaded, prompts, held_out)
     if args.run.dry_run:
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(algorithm)}
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)

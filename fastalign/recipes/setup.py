@@ -153,10 +153,10 @@ def plan(loaded: Loaded, args: Arguments, *, max_steps: int, num_records: int, e
     trainable = [p for p in loaded.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
     tails = sum(2 * p.numel() for p in trainable if p.dtype == torch.bfloat16)
-    head = head_of(loaded.model).weight
+    embedding = loaded.model.get_input_embeddings().weight  # type: ignore[operator]
     mib = 2**20
     return {
-        "model": f"{args.model.model_name_or_path} ({type(loaded.model).__name__}, {head.dtype}, vocabulary {head.shape[0]})",
+        "model": f"{args.model.model_name_or_path} ({type(loaded.model).__name__}, {embedding.dtype}, vocabulary {embedding.shape[0]})",
         "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,} ({count:,} trained)",
         "records": num_records,
         "optimizer steps": max_steps,

@@ -15,7 +15,7 @@ from ..data.ranked import Ranked
 from ..generation import Engine, SamplingParams
 from ..losses.sft import SUPERVISED, SupervisedLoss
 from ..packing import Packed, Segment, pack, split_by_tokens
-from ..training.step import MicroBatch, Update, Updater, forward_backward
+from ..training.step import MicroBatch, Update, Updater
 
 Cut = Callable[[Sequence[Any], int], list[MicroBatch]]  # an optimizer step's examples, tokens at once → micro-batches
 
@@ -122,7 +122,7 @@ class SupervisedTask:
         loss, nats, correct, count = 0.0, 0.0, 0.0, 0
         with torch.no_grad():
             for batch in self.cut(self.eval_segments, self.max_tokens):
-                share, metrics = forward_backward(self.updater.model, batch, self.updater.options, backward=False)
+                share, metrics = batch.forward_backward(self.updater.model, self.updater.options, backward=False)
                 loss += share
                 nats -= float(metrics["logp"].double().sum())
                 correct += float(metrics["correct"].sum())

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .reward_set import Reward, RewardSet
 
 logger = logging.getLogger("fastalign")
 
-Specification = str | Callable[..., Any]
+Specification = str | Callable[..., Any] | Reward
 
 
 def load_rewards(specifications: Sequence[Specification], weights: Sequence[float] | None = None, timeout: float = 10.0) -> RewardSet:
@@ -30,8 +31,8 @@ def load_rewards(specifications: Sequence[Specification], weights: Sequence[floa
 
     Args:
         specifications: each a built-in name with its parameters, if any (`math`, `overlong:max_length=512,buffer=128`),
-            `module:function`, `path.py:function`, or a Python function. Functions that another process can import run in
-            a worker process; lambdas, closures and functions of __main__ run in a thread, which cannot be killed.
+            `module:function`, `path.py:function`, a Python function, or a `Reward` as it is. Functions that another process can
+            import run in a worker process; lambdas, closures and functions of __main__ run in a thread, which cannot be killed.
         weights: one a reward; None or empty: 1 each.
         timeout: seconds that one sample may take in one reward.
 
@@ -69,6 +70,8 @@ def _wait(reward: Reward, specification: Specification) -> None:
 
 
 def _reward(specification: Specification, taken: set[str]) -> Reward:
+    if isinstance(specification, Reward):
+        return specification if specification.name not in taken else replace(specification, name=_unique(specification.name, taken))
     if callable(specification):
         name = getattr(specification, "__name__", type(specification).__name__)
         return Reward(_unique(name, taken), IsolatedReward(_unique(name, taken), _caller_of(specification, name)))

@@ -15,6 +15,8 @@ _SHOWN = {
     "kl": "kl",
     "entropy": "entropy",
     "mean_token_accuracy": "acc",
+    "accuracy": "acc",
+    "margin": "margin",
     "completions/mean_length": "len",
     "grad_norm": "grad",
     "tokens_per_second": "tok/s",

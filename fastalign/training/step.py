@@ -25,8 +25,23 @@ log = logging.getLogger("fastalign")
 
 
 @dataclass(frozen=True)
+class LogitOptions:
+    """How log-probs are taken from hidden states: softmax temperature, and bytes of logits held at once (None: chosen)."""
+
+    temperature: float = 1.0
+    max_chunk_bytes: int | None = None
+
+
+class Batch(Protocol):
+    """What `Updater` adds up: one forward and backward pass, whatever its loss reads."""
+
+    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
+        """Adds the gradients; returns the share of the loss, and metrics that are summed (`logp` [N]: kept as it is)."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass reads.
+    """A pass whose loss is an objective of log-probs.
 
     Attributes:
         packed: the token tree.
@@ -38,20 +53,24 @@ class MicroBatch:
     objective: Callable[[Tensor, Tensor, slice], object]
     units: Tensor | None = None
 
-
-@dataclass(frozen=True)
-class LogitOptions:
-    """How log-probs are taken from hidden states: softmax temperature, and bytes of logits held at once (None: chosen)."""
-
-    temperature: float = 1.0
-    max_chunk_bytes: int | None = None
-
-
-class OwnPass(Protocol):
-    """A micro-batch whose loss is no objective of log-probs: it brings its own pass."""
-
     def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
-        """Adds its gradients; returns its share of the loss and sums by name (`logp` [N]: the log-probs of its targets)."""
+        """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
+        head = head_of(model)
+        loss, metrics = linear_loss(
+            scored_hidden(model, self.packed),
+            head.weight,
+            self.packed.targets,
+            self.objective,
+            units=self.units,
+            bias=head.bias,
+            temperature=head.temperature(options.temperature),
+            logit_softcap=head.logit_softcap,
+            return_entropy=True,
+            max_chunk_bytes=options.max_chunk_bytes,
+        )
+        if backward:
+            loss.backward()
+        return float(loss.detach()), metrics
 
 
 def scored_hidden(model: nn.Module, packed: Packed) -> Tensor:
@@ -71,28 +90,6 @@ def score(model: nn.Module, packed: Packed, *, temperature: float = 1.0) -> Tens
         temperature=head.temperature(temperature),
         logit_softcap=head.logit_softcap,
     )
-
-
-def forward_backward(model: nn.Module, batch: MicroBatch | OwnPass, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
-    """Adds a micro-batch's gradients; returns its share of the loss and the metrics of `linear_loss`."""
-    if not isinstance(batch, MicroBatch):
-        return batch.forward_backward(model, options, backward=backward)
-    head = head_of(model)
-    loss, metrics = linear_loss(
-        scored_hidden(model, batch.packed),
-        head.weight,
-        batch.packed.targets,
-        batch.objective,
-        units=batch.units,
-        bias=head.bias,
-        temperature=head.temperature(options.temperature),
-        logit_softcap=head.logit_softcap,
-        return_entropy=True,
-        max_chunk_bytes=options.max_chunk_bytes,
-    )
-    if backward:
-        loss.backward()
-    return float(loss.detach()), metrics
 
 
 @dataclass
@@ -115,13 +112,13 @@ class Updater:
         self.max_grad_norm, self.options = max_grad_norm, options
         self.skipped_in_a_row = 0
 
-    def accumulate(self, batches: Iterable[MicroBatch | OwnPass]) -> Update:
+    def accumulate(self, batches: Iterable[Batch]) -> Update:
         """Gradients and metrics of all micro-batches, no update yet."""
         self.gradients.zero()
         total, logps = 0.0, []
         sums: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
-            loss, metrics = forward_backward(self.model, batch, self.options)
+            loss, metrics = batch.forward_backward(self.model, self.options)
             total += loss
             logp = metrics.pop("logp", None)
             if logp is not None:
@@ -131,7 +128,7 @@ class Updater:
                 sums[name] += float(value.sum() if isinstance(value, Tensor) else value)
         return Update(total, self.gradients.norm(), dict(sums), logps, applied=False)
 
-    def update(self, batches: Iterable[MicroBatch | OwnPass], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
+    def update(self, batches: Iterable[Batch], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
         """Accumulates, clips and steps. A loss or gradient that is not finite changes no weight and is reported.
 
         Args:

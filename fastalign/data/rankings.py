@@ -1,0 +1,115 @@
+"""Rankings and outcomes for reward models: pairs, answers best first, and answers that are right or wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .candidates import CandidateEncoder, Judged, Sequences, judged, label_of, limits_of, shared_tree
+from .places import read_place
+from .records import DataError, Record
+
+_PAIR = ("chosen", "rejected")
+
+
+def ranking_examples(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    on_bad_record: str = "error",
+    system_prompt: str = "",
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+) -> list[Judged]:
+    """Records of `chosen` and `rejected` or of `completions`, best first, each with an optional `prompt` and `margin`.
+
+    Args:
+        records: from `load_records`; plain or conversational. Without `prompt` the answers are whole texts or conversations.
+        tokenizer: the reward model's.
+        max_length: longest sequence in tokens, prompt and answer together; a longer record is a bad one, never cut.
+        on_bad_record: "error" raises at the first bad record, "skip" leaves it out and counts it.
+        system_prompt: put before conversations that have no system message.
+        vocab_size: rows of the model's embedding; None: not checked.
+        pad_token_id: the model's; a score is read at the last token that is none.
+
+    Raises:
+        BadRecord: naming file and line. DataError: for arguments that fit no record, or when none is left.
+    """
+    encoder = CandidateEncoder(tokenizer, system_prompt)
+    _check_columns(records, "rankings", _PAIR, ("completions",))
+
+    def make(record: Record, sequences: Sequences) -> Judged:
+        tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
+        return Judged(tree, places, margin=_margin_of(record))
+
+    return judged(
+        records,
+        lambda chunk: encoder.encode(chunk, _ranked),
+        make,
+        limits=limits_of(max_length, vocab_size),
+        on_bad_record=on_bad_record,
+    )
+
+
+def outcome_examples(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    on_bad_record: str = "error",
+    system_prompt: str = "",
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+) -> list[Judged]:
+    """Records of `completion` and `label` (right or wrong), with an optional `prompt`. Arguments as `ranking_examples`."""
+    encoder = CandidateEncoder(tokenizer, system_prompt)
+    _check_columns(records, "outcomes", ("completion", "label"))
+
+    def make(record: Record, sequences: Sequences) -> Judged:
+        tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
+        return Judged(tree, places, (label_of(record, "label", record.require("label")),))
+
+    return judged(
+        records,
+        lambda chunk: encoder.encode(chunk, lambda record: [record.require("completion")]),
+        make,
+        limits=limits_of(max_length, vocab_size),
+        on_bad_record=on_bad_record,
+    )
+
+
+def _ranked(record: Record) -> list[Any]:
+    if "completions" not in record or any(column in record for column in _PAIR):
+        return [record.require(column) for column in _PAIR]
+    answers = record.require("completions")
+    if not isinstance(answers, list):
+        raise record.bad("wrong type", f"expected a list of answers in column 'completions', got {type(answers).__name__}")
+    if len(answers) < 2:
+        raise record.bad("too few answers", f"expected at least two answers, best first, in column 'completions', got {len(answers)}")
+    return answers
+
+
+def _margin_of(record: Record) -> float:
+    value = record.get("margin")
+    if value is None:
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise record.bad("wrong type", f"expected a finite number in column 'margin', got {value!r}")
+    return margin
+
+
+def _check_columns(records: Sequence[Record], kind: str, *formats: tuple[str, ...]) -> None:
+    """Raises DataError where no record has the columns at all: the data are of another kind."""
+    readable = [record for record in records if not record.error]
+    if readable and not any(all(c in record for c in columns) for record in readable for columns in formats):
+        wanted = " or ".join(" + ".join(columns) for columns in formats)
+        raise DataError(
+            f"{readable[0].where}: {kind} need the columns {wanted}, got {list(readable[0])}; rename with --dataset_map theirs=ours, "
+            "or choose the --loss that reads these data"
+        )

@@ -1,0 +1,121 @@
+"""`fastalign reward`: reward models from pairs, rankings, outcomes and steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..catalogue import REWARD_LOSSES, nearest
+from ..data import DataOrder, Judged, load_records, parse_dataset_map
+from ..losses.reward import AGGREGATIONS, REWARD
+from ..models.adapters import attach_lora
+from ..models.backbone import causal_lm
+from ..models.load import load_tokenizer
+from ..models.reward import load_reward_model
+from .arguments import Arguments
+from .reward_task import RewardObjective, RewardTask
+from .setup import Loaded, build_updater, check_output, num_steps, pick_device, plan, seed_everything
+from .training import Job, execute
+
+
+def objective_of(args: Arguments) -> RewardObjective:
+    """The row that --loss names, with its options.
+
+    Raises:
+        ValueError: an unknown row, or an option that the row does not read.
+    """
+    given = args.reward
+    if given.loss not in REWARD:
+        raise ValueError(f"--loss: {nearest(given.loss, REWARD_LOSSES)}")
+    row = REWARD[given.loss]
+    options = dict(args.loss_options)
+    for name in options:
+        if name not in row.options or name == "margin":
+            raise ValueError(f"--loss.{name}: the loss {given.loss!r} has no such argument")
+    if given.center_rewards_coefficient:
+        if "center_rewards_coefficient" not in row.options:
+            able = [name for name, other in REWARD.items() if "center_rewards_coefficient" in other.options]
+            raise ValueError(f"--center_rewards_coefficient: the loss {given.loss!r} is not centred; {', '.join(able)} can be")
+        options["center_rewards_coefficient"] = given.center_rewards_coefficient
+    if given.step_aggregation not in AGGREGATIONS:
+        raise ValueError(f"--step_aggregation: {nearest(given.step_aggregation, AGGREGATIONS)}")
+    return RewardObjective(row, options)
+
+
+def load(args: Arguments, objective: RewardObjective) -> Loaded:
+    """The reward model (begun from a causal language model where the name is one's), its tokenizer and device."""
+    given = args.model
+    if not given.model_name_or_path:
+        raise ValueError("--model_name_or_path is required: a local folder in Hugging Face format, or a Hub name")
+    device = pick_device(given.device)
+    tokenizer = load_tokenizer(given.tokenizer_name_or_path or given.model_name_or_path, given.chat_template)
+    model: Any = load_reward_model(given.model_name_or_path, tokenizer, dtype=given.dtype, device=device, start=True)
+    if objective.row.reads == "steps":  # how its scores are to be read goes with the model
+        model.config.step_separator = separator_of(args)
+        model.config.step_aggregation = args.reward.step_aggregation
+    if given.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if given.use_peft:
+        targets = given.lora_target_modules or "all-linear"
+        model = attach_lora(model, r=given.lora_r, alpha=given.lora_alpha, target_modules=targets, task_type="SEQ_CLS")
+    model.train()
+    return Loaded(model, tokenizer, device)
+
+
+def separator_of(args: Arguments) -> str:
+    r"""--step_separator, with \n and \t as a shell passes them."""
+    return args.reward.step_separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: str, max_samples: int) -> list[Judged]:
+    """The data set as what the loss reads.
+
+    Raises:
+        ValueError: the records have margins, and the loss reads none.
+    """
+    data = args.data
+    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
+    base = causal_lm(loaded.model)
+    options = {"separator": separator_of(args)} if objective.row.reads == "steps" else {}
+    found = objective.reading.examples(
+        records,
+        loaded.tokenizer,
+        max_length=data.max_length,
+        on_bad_record=data.on_bad_record,
+        system_prompt=data.system_prompt,
+        vocab_size=base.get_input_embeddings().weight.shape[0],
+        pad_token_id=base.config.get_text_config().pad_token_id,
+        **options,
+    )
+    if "margin" not in objective.row.options and any(example.margin for example in found):
+        able = [name for name, row in REWARD.items() if "margin" in row.options]
+        raise ValueError(f"{name}: the records have margins, which --loss {args.reward.loss} does not read; {', '.join(able)} does")
+    return found
+
+
+def run(args: Arguments) -> dict[str, Any]:
+    """Trains, and returns the summary (the plan under --dry_run). With --max_steps 0 it evaluates and trains nothing."""
+    objective = objective_of(args)
+    only_evaluates = args.optim.max_steps == 0
+    held_out_name = args.data.eval_dataset_name or (args.data.dataset_name if only_evaluates else "")
+    resume = check_output(args.run, held_out_name)
+    seed_everything(args.run.seed)
+    loaded = load(args, objective)
+    found = examples(args, loaded, objective, args.data.dataset_name, args.data.max_samples)
+    held_out = examples(args, loaded, objective, held_out_name, args.data.eval_max_samples) if held_out_name else []
+    batch_size = args.batch.per_device_train_batch_size * args.batch.gradient_accumulation_steps
+    max_steps = 0 if only_evaluates else num_steps(args.optim, len(found), batch_size)
+    if args.run.dry_run:
+        tokens = sum(example.tree.num_tokens for example in found)
+        extra = {"tokens a step": round(tokens * batch_size / len(found)), "loss": args.reward.loss}
+        return plan(loaded, args, max_steps=max_steps, num_records=len(found), extra=extra)
+    task = RewardTask(
+        updater=build_updater(loaded, args, max_steps),
+        objective=objective,
+        examples=found,
+        eval_examples=held_out,
+        order=DataOrder(len(found), seed=args.run.seed, shuffle=args.data.shuffle),
+        batch_size=batch_size,
+        max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
+        tokenizer=loaded.tokenizer,
+    )
+    return execute(Job("Reward model", args, loaded, task, max_steps, resume))

@@ -1,0 +1,304 @@
+"""Reward models: packed scores are transformers' own, training does not depend on the cut, files load anywhere."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from fastalign.data import Record, ranking_examples
+from fastalign.data.places import read_place
+from fastalign.losses.reward import REWARD
+from fastalign.models.attention import UnsupportedModelError
+from fastalign.models.load import load_tokenizer
+from fastalign.models.reward import load_reward_model, score_head, score_trees, settle_padding
+from fastalign.recipes import arithmetic, reward
+from fastalign.recipes.arguments import (
+    Arguments,
+    BatchArguments,
+    DataArguments,
+    ModelArguments,
+    OptimArguments,
+    RewardArguments,
+    RunArguments,
+)
+from fastalign.recipes.reward_task import RewardObjective
+from fastalign.recipes.setup import build_updater
+from fastalign.training.step import LogitOptions
+
+VOLATILE = ("timing_s/", "tokens_per_second", "step_time", "peak_memory_mb")
+
+
+def records(kind: str, n: int, seed: int = 0) -> list[dict]:
+    """Single digits: an answer is better the larger it is, right when it is over 4."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(n):
+        prompt, digits = f"{rng.randrange(100)}+{rng.randrange(10)}=", rng.sample(range(10), 4)
+        ordered = [str(d) for d in sorted(digits, reverse=True)]
+        if kind == "pairs":
+            found.append(
+                {"prompt": prompt, "chosen": ordered[0], "rejected": ordered[-1], "subset": "even" if digits[0] % 2 == 0 else "odd"}
+            )
+        elif kind == "rankings":
+            found.append({"prompt": prompt, "completions": ordered[: rng.randint(2, 4)]})
+        elif kind == "outcomes":
+            found.append({"prompt": prompt, "completion": str(digits[0]), "label": digits[0] > 4})
+        else:
+            steps = digits[: rng.randint(1, 3)]
+            found.append({"prompt": prompt, "completions": [str(d) for d in steps], "labels": [d > 4 for d in steps]})
+    return found
+
+
+DATA = {"bradley_terry": "pairs", "plackett_luce": "rankings", "outcome": "outcomes", "process": "steps"}
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny causal language model, its tokenizer, and data of every kind."""
+    root = tmp_path_factory.mktemp("reward")
+    tokenizer = arithmetic.build_tokenizer()
+    torch.manual_seed(0)
+    model = arithmetic.build_model(0, len(tokenizer))
+    small = type(model)(type(model.config)(**(model.config.to_dict() | {"num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16})))
+    small.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    for kind in set(DATA.values()):
+        write(root / f"{kind}.jsonl", records(kind, 24))
+        write(root / f"{kind}_held.jsonl", records(kind, 12, seed=1))
+    return root
+
+
+def arguments(folder: Path, output: Path, loss: str = "bradley_terry", **changes) -> Arguments:
+    kind = DATA[loss]
+    args = Arguments(
+        command="reward",
+        model=ModelArguments(model_name_or_path=str(folder / "model"), dtype="float32", device="cpu"),
+        data=DataArguments(dataset_name=str(folder / f"{kind}.jsonl"), eval_dataset_name=str(folder / f"{kind}_held.jsonl"), max_length=48),
+        optim=OptimArguments(learning_rate=2e-3, max_steps=4, lr_scheduler_type="constant"),
+        batch=BatchArguments(per_device_train_batch_size=8),
+        run=RunArguments(output_dir=str(output)),
+        reward=RewardArguments(loss=loss, step_separator="="),
+    )
+    return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
+
+
+def rows_of(output: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+def examples_of(model, tokenizer, kind: str = "rankings", n: int = 9):
+    rows = [Record(row, "data", i + 1) for i, row in enumerate(records(kind, n))]
+    return ranking_examples(rows, tokenizer, max_length=64, pad_token_id=model.config.pad_token_id)
+
+
+def sequences_of(example) -> list[list[int]]:
+    return [[*example.tree.ids, *child.ids] for child in example.tree.children]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_packed_scores_are_those_of_plain_transformers(folder, tmp_path, side):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    torch.manual_seed(3)
+    model = load_reward_model(str(folder / "model"), tokenizer, start=True)
+    examples = examples_of(model, tokenizer)
+    got = torch.cat(score_trees(model, [e.tree for e in examples], [e.places for e in examples], max_tokens=40))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "fastalign" not in (tmp_path / "config.json").read_text()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids = [path for example in examples for path in sequences_of(example)]
+    padded = load_tokenizer(str(tmp_path)).pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
+    with torch.no_grad():
+        together = plain(**padded).logits[:, 0]
+        alone = torch.cat([plain(torch.tensor([path])).logits[:, 0] for path in ids])
+    assert together.std() > 0.01
+    assert (got - together).abs().max() < 1e-5
+    assert (got - alone).abs().max() < 1e-5
+
+
+def test_padding_never_hides_the_end_of_a_text(folder):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    tokenizer.pad_token = tokenizer.eos_token  # as many tokenizers have it
+    model = load_reward_model(str(folder / "model"), tokenizer, start=True)
+    assert model.config.pad_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id
+    model.config.architectures, model.config.pad_token_id = ["LlamaForSequenceClassification"], tokenizer.eos_token_id
+    assert settle_padding(model, tokenizer) == tokenizer.eos_token_id  # one that is trained already keeps its own
+    assert read_place([1, 5, 6, 2], tokenizer.eos_token_id) == 2
+    assert read_place([1, 5, 6, 2], 0) == 3
+    example = examples_of(model, tokenizer)[0]
+    for path, (segment, offset) in zip(sequences_of(example), example.places, strict=True):
+        at = (len(example.tree.ids) if segment else 0) + offset
+        assert path[at + 1] == tokenizer.eos_token_id
+        (read,) = score_trees(model, [example.tree], [example.places])
+        k = segment - 1
+        with torch.no_grad():
+            assert abs(float(read[k]) - float(model(torch.tensor([path])).logits)) < 1e-5
+
+
+@pytest.mark.parametrize("loss", list(REWARD))
+def test_loss_and_gradients_do_not_depend_on_micro_batches(folder, tmp_path, loss):
+    args = arguments(folder, tmp_path, loss, reward={"center_rewards_coefficient": 0.1 if loss == "bradley_terry" else 0.0})
+    objective = reward.objective_of(args)
+    loaded = reward.load(args, objective)
+    found = reward.examples(args, loaded, objective, args.data.dataset_name, 0)[:10]
+    updater = build_updater(loaded, args, 4)
+    results = []
+    for budget in (10_000, 30, 1):
+        batches = objective.batches(found, budget)
+        total = updater.accumulate([batch for _, batch in batches]).loss
+        results.append((len(batches), total, torch.cat([b.flatten().double() for b in updater.gradients.buffers])))
+    (one, whole, expected), *others = results
+    assert one == 1
+    assert expected.norm() > 1e-3
+    for count, value, gradient in others:
+        assert count > 2
+        assert abs(value - whole) < 1e-6 * abs(whole)
+        assert (gradient - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_gradients_are_those_of_separate_sequences(folder):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    model = load_reward_model(str(folder / "model"), tokenizer, start=True).double()
+    examples = examples_of(model, tokenizer, "pairs", 5)
+    ((_, batch),) = RewardObjective(REWARD["bradley_terry"]).batches(examples, 10_000)
+    model.zero_grad()
+    loss = batch.forward_backward(model, LogitOptions())[0]
+    got = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    terms = []
+    for example in examples:
+        win, lose = (model(torch.tensor([path]), use_cache=False).logits[0, 0] for path in sequences_of(example))
+        terms.append(torch.log1p(torch.exp(lose - win)))
+    expected = torch.stack(terms).mean()
+    expected.backward()
+    assert abs(loss - float(expected)) < 1e-10
+    reference = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got - reference).norm() < 1e-6 * reference.norm()  # the family's norms compute in fp32
+
+
+@pytest.mark.parametrize("loss", list(REWARD))
+def test_every_row_trains_and_its_model_loads_anywhere(folder, tmp_path, loss):
+    data = str(folder / f"{DATA[loss]}.jsonl")  # evaluated on what it trains on: a few steps are enough to see the loss fall
+    summary = reward.run(arguments(folder, tmp_path, loss, data={"eval_dataset_name": data}, optim={"max_steps": 8}))
+    rows = rows_of(tmp_path)
+    keys = {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "accuracy", "min_reward", "mean_reward", "max_reward"}
+    assert keys | {"margin"} <= set(rows[1])
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    assert {"eval/accuracy", "eval/margin"} <= set(summary)
+    assert (tmp_path / "report.html").exists()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert plain.config.num_labels == 1
+    if loss == "process":
+        assert (plain.config.step_separator, plain.config.step_aggregation) == ("=", "product")
+    if loss == "bradley_terry":
+        assert {"eval/accuracy/even", "eval/accuracy/odd"} <= set(summary)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_resume_continues_to_the_bit(folder, tmp_path, adapter):
+    options = {"optim": {"max_steps": 4, "lr_scheduler_type": "cosine"}, "model": {"use_peft": adapter, "lora_r": 2}}
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    reward.run(arguments(folder, tmp_path / "whole", **options))
+    part = arguments(folder, tmp_path / "part", **options, run={"save_steps": 2})
+    reward.run(part)
+    for name in (weights, "summary.json"):
+        (tmp_path / "part" / name).unlink()
+    reward.run(replace(part, run=replace(part.run, resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))))
+    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
+    assert (tmp_path / "part" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_max_steps_0_evaluates_and_changes_nothing(folder, tmp_path):
+    reward.run(arguments(folder, tmp_path / "rm", optim={"max_steps": 2}))
+    bench = arguments(folder, tmp_path / "bench", optim={"max_steps": 0}, model={"model_name_or_path": str(tmp_path / "rm")})
+    summary = reward.run(bench)
+    trained = json.loads((tmp_path / "rm" / "summary.json").read_text())
+    for name in ("eval/accuracy", "eval/accuracy/even", "eval/loss"):
+        assert abs(summary[name] - trained[name]) < 1e-6
+
+
+def test_dry_run_plans_and_writes_nothing(folder, tmp_path):
+    found = reward.run(arguments(folder, tmp_path / "out", run={"dry_run": True}))
+    assert found["records"] == 24
+    assert found["optimizer steps"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_trains_adapter_and_score_and_loads_merged(folder, tmp_path):
+    pytest.importorskip("peft")
+    args = arguments(folder, tmp_path, model={"use_peft": True, "lora_r": 2})
+    loaded = reward.load(args, reward.objective_of(args))
+    trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or "score" in name for name in trained)
+    assert any("score" in name for name in trained)
+    before = score_head(loaded.model).weight.clone()
+    summary = reward.run(args)
+    tokenizer = load_tokenizer(str(tmp_path))
+    merged = load_reward_model(str(tmp_path), tokenizer)
+    assert not torch.equal(score_head(merged).weight, before)
+    shown = json.loads((tmp_path / "samples.json").read_text())
+    rows = [Record(row, "data", i + 1) for i, row in enumerate(records("pairs", 12, seed=1))]
+    examples = ranking_examples(rows, tokenizer, max_length=64, pad_token_id=merged.config.pad_token_id)
+    scores = score_trees(merged, [e.tree for e in examples], [e.places for e in examples])
+    assert abs(float(torch.stack([s[0] - s[1] for s in scores]).mean()) - summary["eval/margin"]) < 1e-4
+    assert abs(shown[0]["reward after"] - float(scores[0][0])) < 1e-4
+
+
+def test_a_causal_model_is_no_reward_model_and_options_are_checked(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    with pytest.raises(ValueError, match="expected a reward model"):
+        load_reward_model(str(folder / "model"), tokenizer)
+    with pytest.raises(ValueError, match="there is no folder"):
+        load_reward_model(str(folder / "nothing"), tokenizer)
+    with pytest.raises(ValueError, match="'outcome' is not centred; bradley_terry can be"):
+        reward.objective_of(arguments(folder, tmp_path, "outcome", reward={"center_rewards_coefficient": 0.1}))
+    write(tmp_path / "margins.jsonl", [{"prompt": "1+1=", "completions": ["2", "3"], "margin": 0.5}] * 2)
+    args = arguments(folder, tmp_path / "out", "plackett_luce", data={"dataset_name": str(tmp_path / "margins.jsonl")})
+    with pytest.raises(ValueError, match="--loss plackett_luce does not read; bradley_terry does"):
+        reward.run(args)
+
+
+def test_a_classifier_of_several_labels_is_refused(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one label, got 3"):
+        load_reward_model(str(tmp_path), tokenizer, start=True)
+
+
+def test_a_family_with_absolute_positions_scores_as_transformers_does(folder, tmp_path):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    try:
+        model = load_reward_model(str(tmp_path), tokenizer, start=True)
+    except UnsupportedModelError:
+        pytest.skip("this family does not run as a token tree")
+    example = examples_of(model, tokenizer)[0]
+    (scores,) = score_trees(model, [example.tree], [example.places])
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([path])).logits[:, 0] for path in sequences_of(example)])
+    assert (scores - alone).abs().max() < 1e-5
+
+
+def test_the_better_answer_is_learned_in_seconds(folder, tmp_path):
+    write(tmp_path / "train.jsonl", records("pairs", 200, seed=5))
+    args = arguments(
+        folder,
+        tmp_path / "out",
+        data={"dataset_name": str(tmp_path / "train.jsonl")},
+        optim={"max_steps": 40},
+        batch={"per_device_train_batch_size": 16},
+    )
+    summary = reward.run(args)
+    assert summary["eval/accuracy"] >= 0.95
+    assert summary["eval/margin"] > 1.0
