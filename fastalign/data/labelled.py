@@ -9,7 +9,7 @@ from typing import Any
 from ..packing import Segment
 from .encoders import Scored, SupervisedEncoder, in_chunks
 from .examples import _finish
-from .pairs import Bounds, PairEncoder, first_scored
+from .pairs import Bounds, PairEncoder, completion, first_scored
 from .records import BadRecord, Record, Skips
 
 Labelled = tuple[Scored, bool]
@@ -119,10 +119,9 @@ def _beyond(keys: Sequence[tuple[int, ...]], index: int) -> int:
 
 
 def _append(found: Completions, side: Scored, label: bool) -> None:
-    ids, flags = side
     begin = first_scored(side)
-    found.prompts.append(ids[:begin])
-    found.completions.append(Segment(ids[begin:], True if all(flags[begin:]) else flags[begin:]))
+    found.prompts.append(side[0][:begin])
+    found.completions.append(completion(side, begin))
     found.labels.append(label)
 
 

@@ -103,8 +103,14 @@ def pair_tree(chosen: Scored, rejected: Scored) -> Segment:
     """The token tree of a pair."""
     most = min(first_scored(chosen), first_scored(rejected))
     shared = next((i for i, (a, b) in enumerate(zip(chosen[0], rejected[0], strict=False)) if a != b or i == most), most)
-    sides = (Segment(ids[shared:], True if all(flags[shared:]) else flags[shared:]) for ids, flags in (chosen, rejected))
-    return Segment(chosen[0][:shared], False, tuple(sides))
+    return Segment(chosen[0][:shared], False, (completion(chosen, shared), completion(rejected, shared)))
+
+
+def completion(side: Scored, begin: int) -> Segment:
+    """A sequence from token `begin` to its last scored one: what follows that (a template's line end) predicts nothing."""
+    ids, flags = side
+    end = len(flags) - flags[::-1].index(True)
+    return Segment(ids[begin:end], True if all(flags[begin:end]) else flags[begin:end])
 
 
 def first_scored(side: Scored) -> int:

@@ -50,12 +50,7 @@ class LabelObjective:
     options: Mapping[str, float]
 
     SUMS: ClassVar[tuple[str, ...]] = (
-        "num_chosen",
-        "rewards_chosen",
-        "logps_chosen",
-        "num_rejected",
-        "rewards_rejected",
-        "logps_rejected",
+        *("num_chosen", "rewards_chosen", "logps_chosen", "num_rejected", "rewards_rejected", "logps_rejected"),
         "right",
     )
 
