@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastalign.losses.preference import PREFERENCE
 from fastalign.losses.unpaired import UNPAIRED
-from fastalign.recipes import arithmetic, label_objective, pair_objective, preference, reference_cache, unpaired
+from fastalign.recipes import arithmetic, label_objective, pair_objective, preference, reference_cache, samples, training, unpaired
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
@@ -26,6 +26,13 @@ from fastalign.recipes.setup import load
 
 VOLATILE = ("timing_s/", "tokens_per_second", "step_time", "peak_memory_mb")
 RECIPES = {"dpo": preference, "kto": unpaired}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Charts and samples take most of a tiny run; `monkeypatch.undo()` brings them back."""
+    monkeypatch.setattr(training, "write_report", lambda *a, **k: None)
+    monkeypatch.setattr(samples, "NUM_SHOWN", 0)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,7 @@ def test_every_row_of_completions_learns(task, tmp_path, loss):
         {"preference": {"label_smoothing": 0.1, "beta": 0.3}},
         {"preference": {"loss": ["simpo"]}, "options": {"gamma": 0.3}},
         {"model": {"use_peft": True, "lora_r": 4}},
-        {"model": {"dtype": "bfloat16", "gradient_checkpointing": True}},
+        {"model": {"gradient_checkpointing": True}},
     ],
     ids=lambda changes: " ".join(f"{k}" for part in changes.values() for k in part),
 )
@@ -287,7 +294,9 @@ def test_the_reference_is_forwarded_once_a_record_and_never_by_a_second_run(task
     recipe.run(arguments(task, tmp_path / "c", command, **cache, model={"model_name_or_path": str(task / "reference")}))
     assert len(calls) == 2, "other weights are another reference"
     write(tmp_path / "one.jsonl", [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}])
-    recipe.run(arguments(task, tmp_path / "d", command, **cache, data={"dataset_name": str(tmp_path / "one.jsonl"), "eval_dataset_name": ""}))
+    recipe.run(
+        arguments(task, tmp_path / "d", command, **cache, data={"dataset_name": str(tmp_path / "one.jsonl"), "eval_dataset_name": ""})
+    )
     assert len(calls) == 3, "other records are scored, and kept beside the first"
     assert len(list((tmp_path / "cache").iterdir())) == 2
     for path in (tmp_path / "cache").iterdir():
@@ -421,11 +430,16 @@ def test_dry_run_tells_loss_and_reference_and_trains_nothing(task, tmp_path, com
     assert not (tmp_path / "none").exists()
 
 
-def test_samples_before_and_after_are_kept(task, tmp_path):
-    preference.run(arguments(task, tmp_path, optim={"max_steps": 1}))
+@pytest.mark.parametrize("command", ["dpo", "kto"])
+def test_model_report_and_samples_are_written(task, tmp_path, monkeypatch, command):
+    monkeypatch.undo()
+    summary = RECIPES[command].run(arguments(task, tmp_path, command, optim={"max_steps": 1}))
     shown = json.loads((tmp_path / "samples.json").read_text())
     assert len(shown) == 4
     assert set(shown[0]) == {"prompt", "before", "after"}
+    assert "preference optimization" in (tmp_path / "report.html").read_text().lower()
+    assert summary["eval/loss/before"] == rows_of(tmp_path)[0]["eval/loss"]
+    AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_one_prompt_for_all_has_no_mismatched_pair(task, tmp_path):

@@ -81,7 +81,8 @@ class PairObjective:
     Attributes:
         terms: what is summed.
         ld_alpha: what a token past the length of the pair's shorter completion counts.
-        weighting: whether each pair is weighed by how likely it is under the policy (WPO).
+        weighting: whether each pair is weighed by how likely it is under the policy (WPO, arXiv:2406.11827, Eq. 2); the weights are
+            not aligned over positions, for which TRL divides each token's probability by its expectation.
     """
 
     terms: tuple[Term, ...]
