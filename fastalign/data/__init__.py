@@ -2,25 +2,32 @@
 
 from .candidates import Judged
 from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_examples, sft_examples
+from .labelled import Completions, labelled_examples, partners
 from .load import load_records
 from .order import DataOrder
 from .rankings import outcome_examples, ranking_examples
+from .pairs import Pairs, pair_examples
 from .records import BadRecord, DataError, Record, parse_dataset_map
 from .steps import step_examples
 
 __all__ = [
     "BadRecord",
+    "Completions",
     "DataError",
     "DataOrder",
     "Examples",
     "Judged",
+    "Pairs",
     "Prompt",
     "Prompts",
     "Record",
     "columns_of_prompts",
+    "labelled_examples",
     "load_records",
     "outcome_examples",
+    "pair_examples",
     "parse_dataset_map",
+    "partners",
     "prompt_examples",
     "ranking_examples",
     "sft_examples",

@@ -85,7 +85,7 @@ class SupervisedEncoder(_Encoder):
 
     Args:
         tokenizer: a transformers tokenizer.
-        columns: the format, from `supervised_format`.
+        columns: the format, from `supervised_format`, or ("prompt", whatever column holds what is scored).
         system_prompt: put before conversations.
     """
 
@@ -102,7 +102,7 @@ class SupervisedEncoder(_Encoder):
                 weight_of(record)
                 if self.columns == ("messages",):
                     results[i] = self.chat.conversation(record, self.with_system(read_messages(record, "messages")))
-                elif self.columns == ("prompt", "completion") and isinstance(record.require("prompt"), list):
+                elif self.columns[0] == "prompt" and isinstance(record.require("prompt"), list):
                     results[i] = self._conversational(record)
                 else:
                     plain.append((i, *self._texts(record)))
@@ -114,7 +114,7 @@ class SupervisedEncoder(_Encoder):
         return [result for result in results if result is not None]
 
     def _conversational(self, record: Record) -> Scored:
-        prompt, completion = self.with_system(read_messages(record, "prompt")), read_messages(record, "completion")
+        prompt, completion = self.with_system(read_messages(record, "prompt")), read_messages(record, self.columns[-1])
         return self.chat.conversation(record, [*prompt, *completion], scored_from=len(prompt))
 
     def _texts(self, record: Record) -> tuple[str, str]:
