@@ -1,5 +1,6 @@
 """Data: records of many formats, as the token trees that training reads and the prompts that generation starts from."""
 
+from .dialects import normalize
 from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_examples, sft_examples
 from .load import load_records
 from .order import DataOrder
@@ -15,6 +16,7 @@ __all__ = [
     "Record",
     "columns_of_prompts",
     "load_records",
+    "normalize",
     "parse_dataset_map",
     "prompt_examples",
     "sft_examples",

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..packing import Segment, conversation
 from .chat import Message
+from .dialects import normalize_all
 from .encoders import PromptEncoder, SupervisedEncoder, in_chunks, supervised_format, weight_of
 from .records import BadRecord, DataError, Record, Skips
 
@@ -64,7 +65,7 @@ def sft_examples(
 ) -> Examples:
     """Records of `text`, `messages`, or `prompt` + `completion` (plain or conversational), with an optional `weight`.
 
-    The format is the one whose columns most records have. All of a text is scored, of messages what the assistant wrote,
+    ShareGPT's `conversations` and HH's transcripts are read as messages (`dialects.normalize`). The format is the one whose columns most records have. All of a text is scored, of messages what the assistant wrote,
     of prompt + completion the completion alone (of a conversational one, the assistant's messages). See `tokens` and
     `chat` for how boundaries are kept exact.
 
@@ -81,6 +82,7 @@ def sft_examples(
     """
     if max_length < 2:
         raise DataError(f"--max_length: expected at least 2 tokens, got {max_length}")
+    records = normalize_all(records)
     encode = SupervisedEncoder(tokenizer, supervised_format(records), system_prompt)
     limits = _Limits(max_length, "--max_length", vocab_size)
     skips, segments, indices = Skips(on_bad_record), [], []
