@@ -36,7 +36,8 @@ MISTRAL = (
     "{%- else -%}{{ ' ' + m.content }}<|eos|>{%- endif -%}{%- endfor -%}"
 )
 QWEN = (
-    "{%- if tools -%}<|im_start|>system\n# Tools\n<tools>{%- for t in tools -%}\n{{ t | tojson }}{%- endfor -%}\n</tools><|im_end|>\n{% endif -%}"
+    "{%- if tools -%}<|im_start|>system\n# Tools\n<tools>{%- for t in tools -%}\n{{ t | tojson }}{%- endfor -%}"
+    "\n</tools><|im_end|>\n{% endif -%}"
     "{%- for m in messages -%}{%- if m.role == 'tool' -%}"
     "{%- if messages[loop.index0 - 1].role != 'tool' -%}<|im_start|>user{%- endif -%}"
     "{{ '\n' }}<tool_response>\n{{ m.content }}\n</tool_response>"

@@ -65,8 +65,9 @@ def sft_examples(
 ) -> Examples:
     """Records of `text`, `messages`, or `prompt` + `completion` (plain or conversational), with an optional `weight`.
 
-    ShareGPT's `conversations` and HH's transcripts are read as messages (`dialects.normalize`). The format is the one whose columns most records have. All of a text is scored, of messages what the assistant wrote,
-    of prompt + completion the completion alone (of a conversational one, the assistant's messages). See `tokens` and
+    ShareGPT's `conversations` and HH's transcripts are read as messages (`dialects.normalize`). The format is the one whose
+    columns most records have. All of a text is scored, of messages what the assistant wrote, of prompt + completion the
+    completion alone (of a conversational one, the assistant's messages). See `tokens` and
     `chat` for how boundaries are kept exact.
 
     Args:

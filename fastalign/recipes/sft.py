@@ -9,6 +9,7 @@ from ..generation import Engine, SamplingParams
 from ..models.backbone import head_of
 from ..packing import Segment
 from .arguments import Arguments
+from .preview import preview
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .sft_task import SupervisedTask
 from .training import Job, execute
@@ -56,6 +57,7 @@ def run(args: Arguments) -> dict[str, Any]:
     max_steps = num_steps(args.optim, len(segments), batch_size)
     tokens = sum(s.num_tokens for s in segments)
     if args.run.dry_run:
+        preview(segments, loaded.tokenizer)
         return plan(
             loaded,
             args,
