@@ -2,8 +2,8 @@
 
 from .dialects import normalize
 from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_examples, sft_examples
-from .load import load_records
-from .order import DataOrder
+from .load import load_parts, load_records
+from .order import DataOrder, MixtureOrder
 from .records import BadRecord, DataError, Record, parse_dataset_map
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "DataError",
     "DataOrder",
     "Examples",
+    "MixtureOrder",
     "Prompt",
     "Prompts",
     "Record",
     "columns_of_prompts",
+    "load_parts",
     "load_records",
     "normalize",
     "parse_dataset_map",

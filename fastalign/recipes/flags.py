@@ -88,6 +88,9 @@ def convert(name: str, kind: Any, value: Any, where: str, command: str = "grpo")
     Raises:
         ValueError: says where the value was given, what was expected and what was got.
     """
+    if kind == str | list[str]:  # one name or several
+        names = convert(name, list[str], value, where, command)
+        return names[0] if len(names) == 1 else names
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         return [convert(name, get_args(kind)[0], item, where, command) for item in items]
@@ -144,7 +147,7 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, text: str) -> None
     if default not in ("", None, []):
         text += f" (default: {str(default).lower() if kind is bool else default})"
     options: dict[str, Any] = {"metavar": _metavar(kind), "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if get_origin(kind) is list:
+    if get_origin(kind) is list or list[str] in get_args(kind):
         options |= {"nargs": "+", "action": "extend"}
     elif kind is bool:
         options |= {"nargs": "?", "const": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data import DataOrder, load_records, parse_dataset_map, sft_examples
+from ..data import DataOrder, MixtureOrder, load_parts, parse_dataset_map, sft_examples
 from ..generation import Engine, SamplingParams
 from ..models.backbone import head_of
 from ..packing import Segment
@@ -17,19 +17,33 @@ from .training import Job, execute
 NUM_SHOWN = 4
 
 
-def examples(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Segment]:
-    """The data set as tokenized, masked segments."""
+def examples(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> list[Segment]:
+    """The data set, or several one behind the other, as tokenized, masked segments."""
+    return [segment for part in parts_of(args, loaded, name, max_samples) for segment in part]
+
+
+def parts_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> list[list[Segment]]:
+    """Each data set as tokenized, masked segments; each has a format of its own."""
     data = args.data
-    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
-    found = sft_examples(
-        records,
-        loaded.tokenizer,
-        max_length=data.max_length,
-        on_bad_record=data.on_bad_record,
-        system_prompt=data.system_prompt,
-        vocab_size=head_of(loaded.model).weight.shape[0],
-    )
-    return found.segments
+    names, columns = [name] if isinstance(name, str) else name, parse_dataset_map(data.dataset_map)
+    return [
+        sft_examples(
+            records,
+            loaded.tokenizer,
+            max_length=data.max_length,
+            on_bad_record=data.on_bad_record,
+            system_prompt=data.system_prompt,
+            vocab_size=head_of(loaded.model).weight.shape[0],
+        ).segments
+        for records in load_parts(names, split=data.dataset_split, columns=columns, max_samples=max_samples)
+    ]
+
+
+def order_of(args: Arguments, sizes: list[int]) -> DataOrder | MixtureOrder:
+    """The order of the records: of all together, or by weight where weights are given."""
+    if args.data.dataset_weights:
+        return MixtureOrder(sizes, args.data.dataset_weights, seed=args.run.seed, shuffle=args.data.shuffle)
+    return DataOrder(sum(sizes), seed=args.run.seed, shuffle=args.data.shuffle)
 
 
 def shown_prompts(segments: list[Segment], tokenizer: Any) -> list[tuple[str, list[int]]]:
@@ -51,7 +65,9 @@ def run(args: Arguments) -> dict[str, Any]:
     resume = check_output(args.run, args.data.eval_dataset_name)
     seed_everything(args.run.seed)
     loaded = load(args.model)
-    segments = examples(args, loaded, args.data.dataset_name, args.data.max_samples)
+    parts = parts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
+    segments = [segment for part in parts for segment in part]
+    order = order_of(args, [len(part) for part in parts])
     held_out = examples(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
     batch_size = args.batch.per_device_train_batch_size * args.batch.gradient_accumulation_steps
     max_steps = num_steps(args.optim, len(segments), batch_size)
@@ -69,7 +85,7 @@ def run(args: Arguments) -> dict[str, Any]:
         updater=build_updater(loaded, args, max_steps),
         segments=segments,
         eval_segments=held_out,
-        order=DataOrder(len(segments), seed=args.run.seed, shuffle=args.data.shuffle),
+        order=order,
         batch_size=batch_size,
         max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
         engine=Engine(loaded.model, loaded.tokenizer),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataOrder
+from ..data import DataOrder, MixtureOrder
 from ..generation import Engine, SamplingParams
 from ..losses.sft import nll
 from ..packing import Packed, Segment, pack, split_by_tokens
@@ -42,7 +42,7 @@ class SupervisedTask:
         updater: Updater,
         segments: list[Segment],
         eval_segments: list[Segment],
-        order: DataOrder,
+        order: DataOrder | MixtureOrder,
         batch_size: int,
         max_tokens_per_micro_batch: int,
         engine: Engine | None = None,
