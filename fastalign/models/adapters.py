@@ -129,9 +129,7 @@ def train_biases(model: PreTrainedModel, options: AdapterOptions = AdapterOption
     """
     biases = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
     if not biases:
-        raise ValueError(
-            f"--peft_method bitfit: {type(model).__name__} ({model.config.model_type}) has no biases to train; give lora or ia3"
-        )
+        raise ValueError(f"--peft_method bitfit: {model.config.model_type} has no biases to train; give lora or ia3")
     model.requires_grad_(False)
     for bias in biases:
         bias.requires_grad_(True)
