@@ -26,7 +26,7 @@ RECIPES = {
     "grpo": "online",
 }
 
-WEIGHTED = ("sft",)  # commands that draw from several data sets by weight
+MIXING = ("sft",)  # commands that draw from several data sets by weight, or from a stream
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,8 +118,9 @@ def check_required(args: Arguments) -> None:
     missing = [flag for flag, given in required.items() if not given]
     if missing:
         raise ValueError(f"fastalign {args.command} needs {' and '.join(missing)}; see fastalign {args.command} -h")
-    if args.data.dataset_weights and args.command not in WEIGHTED:
-        raise ValueError(f"--dataset_weights is for {' and '.join(WEIGHTED)}; fastalign {args.command} takes every record once an epoch")
+    for flag in ("dataset_weights", "streaming"):
+        if getattr(args.data, flag) and args.command not in MIXING:
+            raise ValueError(f"--{flag} is for {' and '.join(MIXING)}; fastalign {args.command} takes every record once an epoch")
     paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
     paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
     paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}

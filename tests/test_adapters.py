@@ -10,6 +10,7 @@ import torch
 from tiny_models import llama, prompts_of, qwen2, ready
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from fastalign import catalogue
 from fastalign.models.adapters import ADAPTERS, AdapterOptions, attach_adapter, load_adapter, merged, reference_disabled
 from fastalign.models.backbone import head_of, hidden_states
 from fastalign.models.load import load_causal_lm
@@ -139,6 +140,10 @@ def test_full_training_has_a_head_gradient():
     _, metrics = forward_backward(model, batch[0], LogitOptions())
     assert float(metrics["flops_tvh"]) == 6.0
     assert head_of(model).weight.grad is not None
+
+
+def test_catalogue_names_every_adapter():
+    assert list(catalogue.ADAPTERS) == list(ADAPTERS)
 
 
 def test_ia3_vectors_do_not_decay():

@@ -5,6 +5,7 @@ from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_exam
 from .load import load_parts, load_records
 from .order import DataOrder, MixtureOrder
 from .records import BadRecord, DataError, Record, parse_dataset_map
+from .stream import SegmentStream
 
 __all__ = [
     "BadRecord",
@@ -15,6 +16,7 @@ __all__ = [
     "Prompt",
     "Prompts",
     "Record",
+    "SegmentStream",
     "columns_of_prompts",
     "load_parts",
     "load_records",

@@ -85,13 +85,21 @@ def sft_examples(
         raise DataError(f"--max_length: expected at least 2 tokens, got {max_length}")
     records = normalize_all(records)
     encode = SupervisedEncoder(tokenizer, supervised_format(records), system_prompt)
-    limits = _Limits(max_length, "--max_length", vocab_size)
+    limits = Limits(max_length, "--max_length", vocab_size)
     skips, segments, indices = Skips(on_bad_record), [], []
-    for index, (ids, flags) in _good(records, encode, limits, skips):
-        segments.append(conversation(ids, flags, weight_of(records[index])))
+    for index, segment in supervised_segments(records, encode, limits, skips):
+        segments.append(segment)
         indices.append(index)
     _finish(skips, len(records), len(segments))
     return Examples(segments, indices, skips.reasons.total(), dict(skips.reasons))
+
+
+def supervised_segments(
+    records: Sequence[Record], encode: SupervisedEncoder, limits: Limits, skips: Skips
+) -> Iterator[tuple[int, Segment]]:
+    """Index and scored sequence of the good records, in order; the bad ones are reported to `skips`."""
+    for index, (ids, flags) in _good(records, encode, limits, skips):
+        yield index, conversation(ids, flags, weight_of(records[index]))
 
 
 def prompt_examples(
@@ -117,7 +125,7 @@ def prompt_examples(
     if max_prompt_length < 0:
         raise DataError(f"--max_prompt_length: expected at least 0 tokens (0: no limit), got {max_prompt_length}")
     encode = PromptEncoder(tokenizer, system_prompt)
-    limits = _Limits(max_prompt_length, "--max_prompt_length", vocab_size)
+    limits = Limits(max_prompt_length, "--max_prompt_length", vocab_size)
     skips, prompts = Skips(on_bad_record), Prompts()
     for index, (ids, prompt) in _good(records, encode, limits, skips):
         prompts.append(Prompt(ids, prompt, {k: v for k, v in records[index].items() if k != "prompt"}, index))
@@ -132,7 +140,7 @@ def columns_of_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
-def _good(records: Sequence[Record], encode: Callable[..., Any], limits: _Limits, skips: Skips) -> Iterator[tuple[int, Any]]:
+def _good(records: Sequence[Record], encode: Callable[..., Any], limits: Limits, skips: Skips) -> Iterator[tuple[int, Any]]:
     """Index and encoding of the good records, in order; the bad ones are reported to `skips`."""
     for index, (record, result) in enumerate(zip(records, in_chunks(records, encode), strict=True)):
         try:
@@ -151,7 +159,9 @@ def _finish(skips: Skips, total: int, left: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
+    """What the ids of a record must keep to; `flag` is what sets the length."""
+
     max_length: int  # 0: none
     flag: str
     vocab_size: int | None

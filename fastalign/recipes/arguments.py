@@ -70,6 +70,8 @@ class DataArguments:
         system_prompt: a system message put before every conversational prompt.
         on_bad_record: error (stop, naming the line) or skip (drop it, counted at the end).
         shuffle: draw the records in a new seeded order every epoch.
+        streaming: read, shuffle and tokenize the training records while training, for data larger than memory; needs max_steps.
+        stream_window: how many records a stream shuffles together.
     """
 
     dataset_name: str | list[str] = ""
@@ -84,6 +86,8 @@ class DataArguments:
     system_prompt: str = ""
     on_bad_record: Literal["error", "skip"] = "error"
     shuffle: bool = True
+    streaming: bool = False
+    stream_window: int = 10_000
 
 
 @dataclass

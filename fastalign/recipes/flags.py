@@ -21,7 +21,7 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 _POSITIVE = {
     *("lora_r", "max_length", "learning_rate", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
-    *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens"),
+    *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens", "stream_window"),
 }
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),

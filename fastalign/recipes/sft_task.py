@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataOrder, MixtureOrder
+from ..data import DataOrder, MixtureOrder, SegmentStream
 from ..generation import Engine, SamplingParams
 from ..losses.sft import nll
 from ..packing import Packed, Segment, pack, split_by_tokens
@@ -34,7 +34,7 @@ def micro_batches(segments: list[Segment], max_tokens: int) -> list[MicroBatch]:
 
 
 class SupervisedTask:
-    """Supervised fine-tuning of one model on tokenized segments."""
+    """Supervised fine-tuning of one model on tokenized segments, chosen by an order or given by a stream (which has no `segments`)."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class SupervisedTask:
         updater: Updater,
         segments: list[Segment],
         eval_segments: list[Segment],
-        order: DataOrder | MixtureOrder,
+        order: DataOrder | MixtureOrder | SegmentStream,
         batch_size: int,
         max_tokens_per_micro_batch: int,
         engine: Engine | None = None,
@@ -56,7 +56,7 @@ class SupervisedTask:
 
     def step(self, index: int) -> dict[str, float]:
         began = time.perf_counter()
-        chosen = [self.segments[i] for i in self.order.next_batch(self.batch_size)]
+        chosen = self.draw()
         lr = self.updater.schedule.get_last_lr()[0]
         result: Update = self.updater.update(micro_batches(chosen, self.max_tokens), commit=self.commit)
         count = max(result.sums.get("targets", 0.0), 1.0)
@@ -71,6 +71,12 @@ class SupervisedTask:
             "skipped_updates": float(not result.applied),
             "timing_s/update": time.perf_counter() - began,
         }
+
+    def draw(self) -> list[Segment]:
+        """The segments of the next optimizer step."""
+        if isinstance(self.order, SegmentStream):
+            return self.order.next_batch(self.batch_size)
+        return [self.segments[i] for i in self.order.next_batch(self.batch_size)]
 
     def commit(self, apply) -> None:
         if self.engine is None:
