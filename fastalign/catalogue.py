@@ -126,6 +126,15 @@ AGGREGATES: dict[str, Entry] = {
     "budget": Entry("every token counts 1 / max_completion_length, whatever the length", "arXiv:2503.20783"),
 }
 
+# of every training command: --peft_method
+ADAPTERS: dict[str, Entry] = {
+    "lora": Entry("low-rank updates of the linear layers, scaled by alpha / r", "arXiv:2106.09685"),
+    "rslora": Entry("LoRA scaled by alpha / sqrt(r), so that a large rank learns as fast", "arXiv:2312.03732"),
+    "dora": Entry("LoRA of each weight's direction, its rows' norms trained apart", "arXiv:2402.09353"),
+    "ia3": Entry("trained scales of keys, values and the MLP's inner activations", "arXiv:2205.05638"),
+    "bitfit": Entry("the model's own biases alone", "arXiv:2106.10199"),
+}
+
 # command → flag → the table whose rows the flag names
 ROWS: dict[str, dict[str, dict[str, Entry]]] = {
     "sft": {"loss": SUPERVISED_LOSSES},

@@ -26,6 +26,8 @@ RECIPES = {
     "grpo": "online",
 }
 
+MIXING = ("sft",)  # commands that draw from several data sets by weight, or from a stream
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 2 for a user's error, 130 when interrupted.
@@ -116,11 +118,15 @@ def check_required(args: Arguments) -> None:
     missing = [flag for flag, given in required.items() if not given]
     if missing:
         raise ValueError(f"fastalign {args.command} needs {' and '.join(missing)}; see fastalign {args.command} -h")
+    for flag in ("dataset_weights", "streaming"):
+        if getattr(args.data, flag) and args.command not in MIXING:
+            raise ValueError(f"--{flag} is for {' and '.join(MIXING)}; fastalign {args.command} takes every record once an epoch")
     paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
     paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
     paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}
-    paths |= {"--dataset_name": args.data.dataset_name, "--eval_dataset_name": args.data.eval_dataset_name}
-    for flag, name in paths.items():
+    paths |= {"--eval_dataset_name": args.data.eval_dataset_name}
+    names = [args.data.dataset_name] if isinstance(args.data.dataset_name, str) else args.data.dataset_name
+    for flag, name in [*paths.items(), *(("--dataset_name", name) for name in names)]:
         if name and _is_local(name) and not Path(name).expanduser().exists():
             raise FileNotFoundError(f"{flag}: there is no {name} (looked in {Path.cwd()})")
 

@@ -6,6 +6,7 @@ is one segment with a mask. The layout is what the attention reads; rows and tar
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -205,19 +206,34 @@ def sequences(packed: Packed) -> list[list[int]]:
 
 
 def split_by_tokens(trees: Sequence[Segment], max_tokens: int) -> list[list[int]]:
-    """Cuts trees into micro-batches of at most `max_tokens` forwarded tokens, first-fit decreasing.
+    """Cuts trees into micro-batches of at most `max_tokens` forwarded tokens, best-fit decreasing.
+
+    Each tree, the largest first, goes where it leaves the least room. For many trees that needs at most 11/9 of the
+    fewest micro-batches that can be (Johnson et al. 1974). O(n log n), but for shifts in a list of at most `max_tokens` numbers.
 
     Returns lists of indices into `trees`; a tree larger than the budget is a micro-batch of its own.
     """
     if max_tokens < 1:
         raise ValueError(f"split_by_tokens: max_tokens must be >= 1, got {max_tokens}")
-    bins: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(trees)), key=lambda i: (-trees[i].num_tokens, i)):
-        size = trees[index].num_tokens
-        for b, (used, members) in enumerate(bins):
-            if used + size <= max_tokens:
-                bins[b] = (used + size, [*members, index])
-                break
+    sizes = [tree.num_tokens for tree in trees]
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # tokens left → the micro-batches with just that room
+    rooms: list[int] = []  # its keys, ascending
+    for index in sorted(range(len(trees)), key=lambda i: (-sizes[i], i)):
+        at = bisect_left(rooms, sizes[index])
+        if at < len(rooms):
+            room = rooms[at]
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+            bins[chosen].append(index)
         else:
-            bins.append((size, [index]))
-    return [sorted(members) for _, members in bins]
+            room, chosen = max_tokens, len(bins)
+            bins.append([index])
+        left = room - sizes[index]
+        if left > 0:
+            if left not in with_room:
+                with_room[left] = []
+                insort(rooms, left)
+            with_room[left].append(chosen)
+    return [sorted(members) for members in bins]

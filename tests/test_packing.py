@@ -1,5 +1,7 @@
 """The token tree's builder: what is forwarded, what is scored, who owns it."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,3 +101,70 @@ def test_split_by_tokens_keeps_every_tree_and_the_budget(sizes, budget):
     bins = split_by_tokens(trees, budget)
     assert sorted(i for members in bins for i in members) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in members) <= budget or len(members) == 1 for members in bins)
+
+
+def filled(generator, num_bins, budget):
+    """Sizes that fill `num_bins` micro-batches to the last token, shuffled: the fewest that can be."""
+    sizes = []
+    for _ in range(num_bins):
+        left = budget
+        while left:
+            size = min(left, generator.randint(1, budget))
+            sizes.append(size)
+            left -= size
+    generator.shuffle(sizes)
+    return sizes
+
+
+@pytest.mark.parametrize("budget", [7, 60, 1000])
+@pytest.mark.parametrize("num_bins", [1, 9, 120])
+def test_split_by_tokens_needs_few_micro_batches(budget, num_bins):
+    """At most 11/9 of the fewest and one (Johnson et al. 1974, for many); at most one is half empty, or it would have taken another in."""
+    for seed in range(5):
+        sizes = filled(random.Random(seed), num_bins, budget)
+        bins = split_by_tokens([conversation([1] * n) for n in sizes], budget)
+        used = [sum(sizes[i] for i in members) for members in bins]
+        assert max(used) <= budget
+        assert num_bins <= len(bins) <= 11 / 9 * num_bins + 1
+        assert sum(2 * tokens <= budget for tokens in used) <= 1
+
+
+def test_split_by_tokens_is_best_fit_decreasing_by_the_definition():
+    """Against the definition, written out: the largest first, each where it leaves the least room."""
+    generator = random.Random(3)
+    for budget in (5, 40, 200):
+        sizes = [generator.randint(1, int(1.2 * budget)) for _ in range(300)]
+        used: list[int] = []
+        for size in sorted(sizes, reverse=True):
+            fits = [b for b, tokens in enumerate(used) if tokens + size <= budget]
+            if fits:
+                best = max(fits, key=lambda b: used[b])
+                used[best] += size
+            else:
+                used.append(size)
+        trees = [conversation([1] * n) for n in sizes]
+        bins = split_by_tokens(trees, budget)
+        assert sorted(sum(sizes[i] for i in members) for members in bins) == sorted(used)
+        assert split_by_tokens(trees, budget) == bins, "the same cut every time"
+        assert all(members == sorted(members) for members in bins)
+
+
+def test_split_by_tokens_of_empty_trees_and_of_none():
+    assert split_by_tokens([], 4) == []
+    trees = [conversation([1] * n) for n in (0, 4, 0, 9)]
+    bins = split_by_tokens(trees, 4)
+    assert sorted(i for members in bins for i in members) == [0, 1, 2, 3]
+    assert [3] in bins
+    with pytest.raises(ValueError, match="max_tokens must be >= 1, got 0"):
+        split_by_tokens(trees, 0)
+
+
+def test_split_by_tokens_takes_a_hundred_thousand_trees():
+    """Quadratic, this would take minutes: 100,000 trees in some 33,000 micro-batches."""
+    generator = random.Random(0)
+    shapes = [conversation([1] * n) for n in range(1, 1025)]
+    trees = [shapes[generator.randint(400, 1000)] for _ in range(100_000)]
+    bins = split_by_tokens(trees, 2100)
+    assert sum(map(len, bins)) == 100_000
+    total = sum(tree.num_tokens for tree in trees)
+    assert len(bins) <= 11 / 9 * -(-total // 2100) + 1

@@ -1,14 +1,16 @@
 """Data: records of many formats, as the token trees that training reads and the prompts that generation starts from."""
 
 from .candidates import Judged
+from .dialects import normalize
 from .examples import Examples, Prompt, Prompts, columns_of_prompts, prompt_examples, sft_examples
 from .labelled import Completions, labelled_examples, partners
-from .load import load_records
-from .order import DataOrder
-from .rankings import outcome_examples, ranking_examples
+from .load import load_parts, load_records
+from .order import DataOrder, MixtureOrder
 from .pairs import Pairs, pair_examples
+from .rankings import outcome_examples, ranking_examples
 from .records import BadRecord, DataError, Record, parse_dataset_map
 from .steps import step_examples
+from .stream import SegmentStream
 
 __all__ = [
     "BadRecord",
@@ -17,13 +19,17 @@ __all__ = [
     "DataOrder",
     "Examples",
     "Judged",
+    "MixtureOrder",
     "Pairs",
     "Prompt",
     "Prompts",
     "Record",
+    "SegmentStream",
     "columns_of_prompts",
     "labelled_examples",
+    "load_parts",
     "load_records",
+    "normalize",
     "outcome_examples",
     "pair_examples",
     "parse_dataset_map",

@@ -10,7 +10,7 @@ from typing import Any
 from ..packing import Segment
 from .chat import read_messages
 from .encoders import _Encoder, in_chunks
-from .examples import _finish, _Limits
+from .examples import Limits, _finish
 from .records import BadRecord, DataError, Record, Skips
 
 Sequences = list[list[int]]
@@ -126,7 +126,7 @@ def judged(
     encode: Callable[[Sequence[Record]], list[Any]],
     make: Callable[[Record, Any], Judged],
     *,
-    limits: _Limits,
+    limits: Limits,
     on_bad_record: str,
 ) -> list[Judged]:
     """The good records as `Judged`, in order; the bad ones are reported by line.
@@ -142,7 +142,7 @@ def judged(
     return found
 
 
-def _good(records: Sequence[Record], encode: Any, make: Any, limits: _Limits, skips: Skips) -> Iterator[tuple[int, Judged]]:
+def _good(records: Sequence[Record], encode: Any, make: Any, limits: Limits, skips: Skips) -> Iterator[tuple[int, Judged]]:
     for index, (record, result) in enumerate(zip(records, in_chunks(records, encode), strict=True)):
         try:
             if isinstance(result, BadRecord):
@@ -154,11 +154,11 @@ def _good(records: Sequence[Record], encode: Any, make: Any, limits: _Limits, sk
             skips.report(error)
 
 
-def limits_of(max_length: int, vocab_size: int | None) -> _Limits:
+def limits_of(max_length: int, vocab_size: int | None) -> Limits:
     """Raises DataError for a --max_length that no sequence fits."""
     if max_length < 2:
         raise DataError(f"--max_length: expected at least 2 tokens, got {max_length}")
-    return _Limits(max_length, "--max_length", vocab_size)
+    return Limits(max_length, "--max_length", vocab_size)
 
 
 def label_of(record: Record, column: str, value: Any) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from .dialects import plain_message
 from .records import DataError, Record
 
 Message = dict[str, Any]
@@ -21,7 +22,7 @@ _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
 def read_messages(record: Record, column: str) -> list[Message]:
-    """The column as checked messages: a list of {"role": …, "content": …}; in a text column, its JSON.
+    """The column as checked messages: a list of {"role": …, "content": …}; in a text column, its JSON. See `plain_message`.
 
     Raises:
         BadRecord: when there is none, or one lacks its role or content.
@@ -39,7 +40,7 @@ def read_messages(record: Record, column: str) -> list[Message]:
         raise record.bad("empty messages", f"expected at least one message in column {column!r}, got none")
     for k, message in enumerate(value):
         _check_message(record, f"{column}[{k}]", message)
-    return value
+    return [plain_message(message) for message in value]
 
 
 def _check_message(record: Record, place: str, message: Any) -> None:

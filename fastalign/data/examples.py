@@ -8,6 +8,7 @@ from typing import Any
 
 from ..packing import Segment, conversation
 from .chat import Message
+from .dialects import normalize_all
 from .encoders import PromptEncoder, SupervisedEncoder, in_chunks, supervised_format, weight_of
 from .records import BadRecord, DataError, Record, Skips
 
@@ -64,8 +65,9 @@ def sft_examples(
 ) -> Examples:
     """Records of `text`, `messages`, or `prompt` + `completion` (plain or conversational), with an optional `weight`.
 
-    The format is the one whose columns most records have. All of a text is scored, of messages what the assistant wrote,
-    of prompt + completion the completion alone (of a conversational one, the assistant's messages). See `tokens` and
+    ShareGPT's `conversations` and HH's transcripts are read as messages (`dialects.normalize`). The format is the one whose
+    columns most records have. All of a text is scored, of messages what the assistant wrote, of prompt + completion the
+    completion alone (of a conversational one, the assistant's messages). See `tokens` and
     `chat` for how boundaries are kept exact.
 
     Args:
@@ -81,14 +83,23 @@ def sft_examples(
     """
     if max_length < 2:
         raise DataError(f"--max_length: expected at least 2 tokens, got {max_length}")
+    records = normalize_all(records)
     encode = SupervisedEncoder(tokenizer, supervised_format(records), system_prompt)
-    limits = _Limits(max_length, "--max_length", vocab_size)
+    limits = Limits(max_length, "--max_length", vocab_size)
     skips, segments, indices = Skips(on_bad_record), [], []
-    for index, (ids, flags) in _good(records, encode, limits, skips):
-        segments.append(conversation(ids, flags, weight_of(records[index])))
+    for index, segment in supervised_segments(records, encode, limits, skips):
+        segments.append(segment)
         indices.append(index)
     _finish(skips, len(records), len(segments))
     return Examples(segments, indices, skips.reasons.total(), dict(skips.reasons))
+
+
+def supervised_segments(
+    records: Sequence[Record], encode: SupervisedEncoder, limits: Limits, skips: Skips
+) -> Iterator[tuple[int, Segment]]:
+    """Index and scored sequence of the good records, in order; the bad ones are reported to `skips`."""
+    for index, (ids, flags) in _good(records, encode, limits, skips):
+        yield index, conversation(ids, flags, weight_of(records[index]))
 
 
 def prompt_examples(
@@ -114,7 +125,7 @@ def prompt_examples(
     if max_prompt_length < 0:
         raise DataError(f"--max_prompt_length: expected at least 0 tokens (0: no limit), got {max_prompt_length}")
     encode = PromptEncoder(tokenizer, system_prompt)
-    limits = _Limits(max_prompt_length, "--max_prompt_length", vocab_size)
+    limits = Limits(max_prompt_length, "--max_prompt_length", vocab_size)
     skips, prompts = Skips(on_bad_record), Prompts()
     for index, (ids, prompt) in _good(records, encode, limits, skips):
         prompts.append(Prompt(ids, prompt, {k: v for k, v in records[index].items() if k != "prompt"}, index))
@@ -129,7 +140,7 @@ def columns_of_prompts(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
-def _good(records: Sequence[Record], encode: Callable[..., Any], limits: _Limits, skips: Skips) -> Iterator[tuple[int, Any]]:
+def _good(records: Sequence[Record], encode: Callable[..., Any], limits: Limits, skips: Skips) -> Iterator[tuple[int, Any]]:
     """Index and encoding of the good records, in order; the bad ones are reported to `skips`."""
     for index, (record, result) in enumerate(zip(records, in_chunks(records, encode), strict=True)):
         try:
@@ -148,7 +159,9 @@ def _finish(skips: Skips, total: int, left: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
+    """What the ids of a record must keep to; `flag` is what sets the length."""
+
     max_length: int  # 0: none
     flag: str
     vocab_size: int | None

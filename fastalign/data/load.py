@@ -6,45 +6,67 @@ import csv
 import difflib
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .records import DataError, Record, rename
+from .records import DataError, Record, columns_of, rename
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_records(name: str, *, split: str = "train", columns: dict[str, str] | None = None, max_samples: int = 0) -> list[Record]:
-    """The records of a data set.
+def load_records(
+    name: str | Sequence[str], *, split: str = "train", columns: dict[str, str] | None = None, max_samples: int = 0
+) -> list[Record]:
+    """The records of a data set, or of several, one behind the other.
 
     Args:
         name: a .jsonl, .json (a list of objects, or objects one after another), .csv or .parquet file, a folder that
             `datasets` saved or that holds such files, or a Hub name ("openai/gsm8k:main" chooses a configuration).
         split: the split of a folder or Hub data set; files have none.
         columns: renames, theirs to ours, as `parse_dataset_map` gives them.
-        max_samples: how many records to take from the front; 0: all.
+        max_samples: how many records to take from the front of each; 0: all.
 
     Raises:
         DataError: when there is no such data set, split or column. An unreadable line is no error here: see `Record`.
     """
-    if not name:
-        raise DataError("expected a data set, got none; give --dataset_name a file, a folder or a Hub name")
+    parts = load_parts([name] if isinstance(name, str) else name, split=split, columns=columns, max_samples=max_samples)
+    return [record for part in parts for record in part]
+
+
+def load_parts(
+    names: Sequence[str], *, split: str = "train", columns: dict[str, str] | None = None, max_samples: int = 0
+) -> list[list[Record]]:
+    """The records of several data sets, each on its own; a rename is for those that have the column. See `load_records`."""
     if max_samples < 0:
         raise DataError(f"--max_samples: expected a count >= 0 (0: all), got {max_samples}")
+    parts = []
+    for name in names or [""]:
+        parts.append(list(islice(read_records(name, split=split), max_samples or None)))
+        if not parts[-1]:
+            raise DataError(f"{name}: expected at least one record, got none")
+    existing = [columns_of(part) for part in parts]
+    for theirs, ours in (columns or {}).items():
+        if not any(theirs in have for have in existing):
+            rename([record for part in parts for record in part], {theirs: ours})  # raises, naming the nearest columns of all
+    return [
+        rename(part, {theirs: ours for theirs, ours in (columns or {}).items() if theirs in have})
+        for part, have in zip(parts, existing, strict=True)
+    ]
+
+
+def read_records(name: str, *, split: str = "train") -> Iterator[Record]:
+    """One data set's records, read as they are asked for (a file's are; of a .json file and a Hub data set all is read at once)."""
+    if not name:
+        raise DataError("expected a data set, got none; give --dataset_name a file, a folder or a Hub name")
     path = Path(name)
     if path.is_file():
-        found = _read_file(path)
-    elif path.is_dir():
-        found = _rows(_load_folder(path, split), path.name)
-    else:
-        _refuse_missing_file(path)
-        found = _rows(_load_hub(name, split), name)
-    records = list(islice(found, max_samples or None))
-    if not records:
-        raise DataError(f"{name}: expected at least one record, got none")
-    return rename(records, columns) if columns else records
+        return _read_file(path)
+    if path.is_dir():
+        return _rows(_load_folder(path, split), path.name)
+    _refuse_missing_file(path)
+    return _rows(_load_hub(name, split), name)
 
 
 def _read_file(path: Path) -> Iterator[Record]:

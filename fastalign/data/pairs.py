@@ -14,7 +14,7 @@ from typing import Any
 
 from ..packing import Segment
 from .encoders import Scored, SupervisedEncoder, in_chunks
-from .examples import _finish, _Limits
+from .examples import Limits, _finish
 from .records import BadRecord, DataError, Record, Skips
 
 Paired = tuple[Scored, Scored]
@@ -139,8 +139,8 @@ class Bounds:
     def check(self, record: Record, side: Scored) -> None:
         """Raises BadRecord for a sequence that is too long, over the vocabulary, or has no token to score."""
         ids, flags = side
-        _Limits(self.max_length, "--max_length", self.vocab_size).check(record, ids)
-        _Limits(self.max_prompt_length, "--max_prompt_length", None).check(record, ids[: first_scored(side)])
+        Limits(self.max_length, "--max_length", self.vocab_size).check(record, ids)
+        Limits(self.max_prompt_length, "--max_prompt_length", None).check(record, ids[: first_scored(side)])
         if not any(flags[1:]):
             raise record.bad("empty completion", "expected a completion with a token to score (without a prompt, behind its first one)")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..packing import Segment
 from .encoders import SupervisedEncoder
-from .examples import _finish, _good, _Limits
+from .examples import Limits, _finish, _good
 from .records import BadRecord, DataError, Record, Skips
 
 _COLUMNS = ("prompt", "completion")
@@ -55,7 +55,7 @@ def ranked_examples(
     return found
 
 
-class _EachPath(_Limits):
+class _EachPath(Limits):
     """The limits of every root-to-leaf path."""
 
     def check(self, record: Record, ids: Sequence[Any]) -> None:

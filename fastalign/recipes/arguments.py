@@ -29,10 +29,12 @@ class ModelArguments:
         chat_template: a Jinja file that replaces the tokenizer's chat template.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         head_dtype: the dtype of the LM head's GEMMs: auto (the model's) or float32; give it again to each later command.
-        use_peft: train LoRA adapters instead of the weights; the reference is then the model with the adapter off.
+        use_peft: train an adapter instead of the weights; the reference is then the model with the adapter off.
+        peft_method: the adapter: lora, rslora, dora, ia3, bitfit (biases alone); given, it implies use_peft; empty: lora.
         lora_r: rank of the LoRA matrices.
         lora_alpha: LoRA scaling numerator (scaling = lora_alpha / lora_r).
-        lora_target_modules: names of the modules that get adapters; empty: every linear layer but the head.
+        lora_target_modules: names of the modules that get adapters; empty: every linear layer but the head (ia3: keys, values, MLP).
+        merge_adapter: save the final model with the adapter folded into its weights, as a plain model; checkpoints keep the adapter.
         device: cpu, cuda, or auto.
     """
 
@@ -43,9 +45,11 @@ class ModelArguments:
     gradient_checkpointing: bool = False
     head_dtype: Literal["auto", "float32"] = "auto"
     use_peft: bool = False
+    peft_method: str = ""
     lora_r: int = 16
     lora_alpha: int = 32
     lora_target_modules: list[str] = field(default_factory=list)
+    merge_adapter: bool = False
     device: str = "auto"
 
 
@@ -54,20 +58,24 @@ class DataArguments:
     """The data.
 
     Args:
-        dataset_name: a .jsonl, .json, .csv or .parquet file, a `datasets` directory, or a Hub name.
+        dataset_name: a .jsonl, .json, .csv or .parquet file, a `datasets` directory, or a Hub name; or several of them.
+        dataset_weights: how often each data set is drawn from, relative to the others; empty: by its records, each once an epoch.
         dataset_split: the split of a Hub data set or a `datasets` directory.
         dataset_map: column renames, theirs=ours, comma-separated (GSM8K: question=prompt,answer=completion).
         eval_dataset_name: held-out data, same formats; empty: none.
         eval_max_samples: how many held-out records to use; 0: all.
-        max_samples: how many training records to use; 0: all.
+        max_samples: how many training records to use of each data set; 0: all.
         max_length: longest sequence in tokens, prompt and completion together.
         max_prompt_length: longest prompt in tokens; 0: no limit of its own.
         system_prompt: a system message put before every conversational prompt.
         on_bad_record: error (stop, naming the line) or skip (drop it, counted at the end).
         shuffle: draw the records in a new seeded order every epoch.
+        streaming: read, shuffle and tokenize the training records while training, for data larger than memory; needs max_steps.
+        stream_window: how many records a stream shuffles together.
     """
 
-    dataset_name: str = ""
+    dataset_name: str | list[str] = ""
+    dataset_weights: list[float] = field(default_factory=list)
     dataset_split: str = "train"
     dataset_map: str = ""
     eval_dataset_name: str = ""
@@ -78,6 +86,8 @@ class DataArguments:
     system_prompt: str = ""
     on_bad_record: Literal["error", "skip"] = "error"
     shuffle: bool = True
+    streaming: bool = False
+    stream_window: int = 10_000
 
 
 @dataclass

@@ -22,6 +22,7 @@ _POSITIVE = {
     *("lora_r", "max_length", "learning_rate", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
     *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens", "divergence_temperature"),
+    "stream_window",
 }
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
@@ -88,6 +89,9 @@ def convert(name: str, kind: Any, value: Any, where: str, command: str = "grpo")
     Raises:
         ValueError: says where the value was given, what was expected and what was got.
     """
+    if kind == str | list[str]:  # one name or several
+        names = convert(name, list[str], value, where, command)
+        return names[0] if len(names) == 1 else names
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         return [convert(name, get_args(kind)[0], item, where, command) for item in items]
@@ -144,7 +148,7 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, text: str) -> None
     if default not in ("", None, []):
         text += f" (default: {str(default).lower() if kind is bool else default})"
     options: dict[str, Any] = {"metavar": _metavar(kind), "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if get_origin(kind) is list:
+    if get_origin(kind) is list or list[str] in get_args(kind):
         options |= {"nargs": "+", "action": "extend"}
     elif kind is bool:
         options |= {"nargs": "?", "const": True}

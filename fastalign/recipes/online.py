@@ -84,7 +84,7 @@ def quantization_of(online: OnlineArguments) -> str | None:
     return None if online.rollout_quantization == "none" else online.rollout_quantization
 
 
-def prompts_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> list[Prompt]:
+def prompts_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> list[Prompt]:
     """The data set as tokenized prompts with the columns that the rewards read."""
     data = args.data
     room = data.max_length - args.sampling.max_completion_length

@@ -5,22 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from ..data import DataOrder, Pairs, load_records, pair_examples, parse_dataset_map
+from ..data.dialects import normalize_all
 from ..generation import Engine, SamplingParams
 from ..losses.preference import PREFERENCE
+from ..models.adapters import is_adapted
 from ..models.backbone import head_of
 from .arguments import Arguments
 from .pair_objective import PairObjective, objective_of
 from .preference_task import PairData, PreferenceTask
+from .preview import preview
 from .reference_cache import reference_logps
 from .samples import readable
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .training import Job, execute
 
 
-def pairs_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> Pairs:
+def pairs_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> Pairs:
     """The data set as token trees of pairs."""
     data = args.data
-    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
+    columns = parse_dataset_map(data.dataset_map)
+    records = normalize_all(load_records(name, split=data.dataset_split, columns=columns, max_samples=max_samples))
     return pair_examples(
         records,
         loaded.tokenizer,
@@ -32,7 +36,7 @@ def pairs_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> Pa
     )
 
 
-def check_margins(objective: PairObjective, name: str, pairs: Pairs) -> None:
+def check_margins(objective: PairObjective, name: str | list[str], pairs: Pairs) -> None:
     """Raises ValueError where the data have margins and no row reads them: they would be ignored in silence."""
     if pairs.margins is not None and not objective.reads_margin:
         readers = ", ".join(row for row, loss in PREFERENCE.items() if loss.margin)
@@ -95,18 +99,19 @@ def run(args: Arguments) -> dict[str, Any]:
         check_margins(objective, args.data.eval_dataset_name, held_out)
     max_steps = num_steps(args.optim, len(pairs.trees), batch_size)
     if args.run.dry_run:
+        preview(pairs.trees, loaded.tokenizer)
         tokens = sum(tree.num_tokens for tree in pairs.trees)
-        told = {"tokens a step": round(tokens * batch_size / len(pairs.trees)), **described(args, objective)}
+        told = {"tokens a step": round(tokens * batch_size / len(pairs.trees)), **described(args, loaded, objective)}
         return plan(loaded, args, max_steps=max_steps, num_records=len(pairs.trees), extra=told)
     task = build_task(args, loaded, pairs, held_out, max_steps)
     names = " + ".join(term.name for term in objective.terms)
     return execute(Job(f"Preference optimization: {names}", args, loaded, task, max_steps, resume))
 
 
-def described(args: Arguments, objective: PairObjective) -> dict[str, str]:
+def described(args: Arguments, loaded: Loaded, objective: PairObjective) -> dict[str, str]:
     """What --dry_run says about the loss and its reference."""
     parts = [f"{term.weight:g} x {term.name} {dict(term.row.options) | dict(term.options)}" for term in objective.terms]
-    named = args.reference.ref_model_name_or_path or ("the adapter off" if args.model.use_peft else "the model before training")
+    named = args.reference.ref_model_name_or_path or ("the adapter off" if is_adapted(loaded.model) else "the model before training")
     phases = "two: a scoring pass over the batch first" if any(term.in_two_phases for term in objective.terms) else "one"
     return {
         "loss": " + ".join(parts),

@@ -6,12 +6,14 @@ from typing import Any
 
 from ..catalogue import REWARD_LOSSES, nearest
 from ..data import DataOrder, Judged, load_records, parse_dataset_map
+from ..data.dialects import normalize_all
 from ..losses.reward import AGGREGATIONS, REWARD
 from ..models.adapters import attach_lora
 from ..models.backbone import causal_lm
 from ..models.load import load_tokenizer
 from ..models.reward import load_reward_model
-from .arguments import Arguments
+from .arguments import Arguments, ModelArguments
+from .preview import preview
 from .reward_task import RewardObjective, RewardTask
 from .setup import Loaded, build_updater, check_output, num_steps, pick_device, plan, seed_everything
 from .training import Job, execute
@@ -54,11 +56,24 @@ def load(args: Arguments, objective: RewardObjective) -> Loaded:
         model.config.step_aggregation = args.reward.step_aggregation
     if given.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if given.use_peft:
-        targets = given.lora_target_modules or "all-linear"
-        model = attach_lora(model, r=given.lora_r, alpha=given.lora_alpha, target_modules=targets, task_type="SEQ_CLS")
+    method = given.peft_method or ("lora" if given.use_peft else "")
+    if method:
+        model = attach_to_scores(model, given, method)
     model.train()
     return Loaded(model, tokenizer, device)
+
+
+def attach_to_scores(model: Any, given: ModelArguments, method: str) -> Any:
+    """A LoRA adapter on the backbone; the score head beside it is trained as it is.
+
+    Raises:
+        ValueError: a method that is no kind of LoRA.
+    """
+    kinds = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+    if method not in kinds:
+        raise ValueError(f"--peft_method {method}: a reward model takes {', '.join(kinds)}")
+    targets = given.lora_target_modules or "all-linear"
+    return attach_lora(model, r=given.lora_r, alpha=given.lora_alpha, target_modules=targets, task_type="SEQ_CLS", **kinds[method])
 
 
 def separator_of(args: Arguments) -> str:
@@ -66,14 +81,15 @@ def separator_of(args: Arguments) -> str:
     return args.reward.step_separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: str, max_samples: int) -> list[Judged]:
+def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: str | list[str], max_samples: int) -> list[Judged]:
     """The data set as what the loss reads.
 
     Raises:
         ValueError: the records have margins, and the loss reads none.
     """
     data = args.data
-    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
+    columns = parse_dataset_map(data.dataset_map)
+    records = normalize_all(load_records(name, split=data.dataset_split, columns=columns, max_samples=max_samples))
     base = causal_lm(loaded.model)
     options = {"separator": separator_of(args)} if objective.row.reads == "steps" else {}
     found = objective.reading.examples(
@@ -105,6 +121,7 @@ def run(args: Arguments) -> dict[str, Any]:
     batch_size = args.batch.per_device_train_batch_size * args.batch.gradient_accumulation_steps
     max_steps = 0 if only_evaluates else num_steps(args.optim, len(found), batch_size)
     if args.run.dry_run:
+        preview([example.tree for example in found], loaded.tokenizer)
         tokens = sum(example.tree.num_tokens for example in found)
         extra = {"tokens a step": round(tokens * batch_size / len(found)), "loss": args.reward.loss}
         return plan(loaded, args, max_steps=max_steps, num_records=len(found), extra=extra)

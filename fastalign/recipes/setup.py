@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.adapters import attach_lora
+from ..models.adapters import AdapterOptions, attach_adapter
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm, load_tokenizer
 from ..training.checkpoint import latest_checkpoint
@@ -50,13 +50,12 @@ def load(arguments: ModelArguments) -> Loaded:
         widen_head(model)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    if arguments.use_peft:
-        model = attach_lora(
-            model,
-            r=arguments.lora_r,
-            alpha=arguments.lora_alpha,
-            target_modules=arguments.lora_target_modules or "all-linear",
-        )
+    method = arguments.peft_method or ("lora" if arguments.use_peft else "")
+    if arguments.merge_adapter and not method:
+        raise ValueError("--merge_adapter: there is no adapter to merge; give --use_peft or --peft_method")
+    if method:
+        options = AdapterOptions(arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
+        model = attach_adapter(model, method, options)  # type: ignore[arg-type]
     model.train()
     return Loaded(model, tokenizer, device)
 
@@ -91,7 +90,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_output(run: RunArguments, eval_dataset_name: str) -> Path | None:
+def check_output(run: RunArguments, eval_dataset_name: str | list[str]) -> Path | None:
     """The checkpoint to resume from, or None; refuses to write over another run.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataOrder
+from ..data import DataOrder, MixtureOrder, SegmentStream
 from ..data.ranked import Ranked
 from ..generation import Engine, SamplingParams
 from ..losses.sft import SUPERVISED, SupervisedLoss
@@ -68,6 +68,7 @@ class SupervisedTask:
     """Supervised fine-tuning of one model on tokenized examples: segments, or ranked groups.
 
     Args:
+        segments: what `order` chooses from; empty where it is a stream.
         cut: how the loss makes micro-batches of examples: `cut_of` a row.
     """
 
@@ -77,7 +78,7 @@ class SupervisedTask:
         updater: Updater,
         segments: Sequence[Any],
         eval_segments: Sequence[Any],
-        order: DataOrder,
+        order: DataOrder | MixtureOrder | SegmentStream,
         batch_size: int,
         max_tokens_per_micro_batch: int,
         cut: Cut = micro_batches,
@@ -92,7 +93,7 @@ class SupervisedTask:
 
     def step(self, index: int) -> dict[str, float]:
         began = time.perf_counter()
-        chosen = [self.segments[i] for i in self.order.next_batch(self.batch_size)]
+        chosen = self.draw()
         lr = self.updater.schedule.get_last_lr()[0]
         result: Update = self.updater.update(self.cut(chosen, self.max_tokens), commit=self.commit)
         count = max(result.sums.get("targets", 0.0), 1.0)
@@ -107,6 +108,12 @@ class SupervisedTask:
             "skipped_updates": float(not result.applied),
             "timing_s/update": time.perf_counter() - began,
         }
+
+    def draw(self) -> list[Any]:
+        """The examples of the next optimizer step."""
+        if isinstance(self.order, SegmentStream):
+            return self.order.next_batch(self.batch_size)
+        return [self.segments[i] for i in self.order.next_batch(self.batch_size)]
 
     def commit(self, apply) -> None:
         if self.engine is None:

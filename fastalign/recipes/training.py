@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..models.adapters import merged
 from ..training.checkpoint import Checkpoint, load_checkpoint, restore_rng, save_checkpoint
 from ..training.files import write_atomic
 from ..training.interrupt import interruptible
@@ -100,7 +101,9 @@ def execute(job: Job) -> dict[str, Any]:
         cadence = Cadence(job.max_steps, run_args.save_steps, run_args.eval_steps, StopAt.parse(run_args.stop_at))
         if not run(job.task, cadence, metrics, interrupt, start=start, save=lambda step: save(job, metrics, step)):
             raise KeyboardInterrupt(f"stopped; go on with --output_dir {output_dir} --resume_from_checkpoint latest")
-        save_model(output_dir, job.loaded.model, job.loaded.tokenizer)
+        final = merged(job.loaded.model) if args.model.merge_adapter else job.loaded.model
+        save_model(output_dir, final, job.loaded.tokenizer)
+        del final
         summary = summarize(metrics.rows())
         metrics.summary(summary)
     after = job.task.show()

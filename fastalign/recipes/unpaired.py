@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data import Completions, DataOrder, labelled_examples, load_records, parse_dataset_map, partners
+from ..data.dialects import normalize_all
 from ..generation import Engine, SamplingParams
+from ..models.adapters import is_adapted
 from ..models.backbone import head_of
 from .arguments import Arguments
 from .label_objective import LabelObjective, objective_of
 from .preference import batch_size_of, records_read
+from .preview import NUM_TREES, preview
 from .reference_cache import reference_logps
 from .samples import readable
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
@@ -21,10 +24,11 @@ from .unpaired_task import LabelledData, UnpairedTask
 log = logging.getLogger("fastalign")
 
 
-def completions_of(args: Arguments, loaded: Loaded, name: str, max_samples: int) -> Completions:
+def completions_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> Completions:
     """The data set as labelled completions."""
     data = args.data
-    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
+    columns = parse_dataset_map(data.dataset_map)
+    records = normalize_all(load_records(name, split=data.dataset_split, columns=columns, max_samples=max_samples))
     return labelled_examples(
         records,
         loaded.tokenizer,
@@ -51,7 +55,7 @@ def with_reference(args: Arguments, loaded: Loaded, objective: LabelObjective, f
     return LabelledData(found, dict(zip(used, own, strict=True)), pairs, dict(zip(pairs, mismatched, strict=True)))
 
 
-def check_labels(name: str, found: Completions) -> None:
+def check_labels(name: str | list[str], found: Completions) -> None:
     """Says when the data have one kind of completions alone: the loss then only pushes one way."""
     good = sum(found.labels)
     if good in (0, len(found.labels)):
@@ -89,16 +93,17 @@ def run(args: Arguments) -> dict[str, Any]:
         held_out = completions_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples)
     max_steps = num_steps(args.optim, len(found.labels), batch_size)
     if args.run.dry_run:
+        preview([found.tree(i) for i in range(min(NUM_TREES, len(found.labels)))], loaded.tokenizer)
         tokens = sum(found.tree(i).num_tokens for i in range(len(found.labels)))
-        told = {"tokens a step": round(tokens * batch_size / len(found.labels)), **described(args, objective, found)}
+        told = {"tokens a step": round(tokens * batch_size / len(found.labels)), **described(args, loaded, objective, found)}
         return plan(loaded, args, max_steps=max_steps, num_records=found.num_records, extra=told)
     task = build_task(args, loaded, found, held_out, max_steps)
     return execute(Job(f"Unpaired preference optimization: {objective.name}", args, loaded, task, max_steps, resume))
 
 
-def described(args: Arguments, objective: LabelObjective, found: Completions) -> dict[str, str]:
+def described(args: Arguments, loaded: Loaded, objective: LabelObjective, found: Completions) -> dict[str, str]:
     """What --dry_run says about the loss and its data."""
-    named = args.reference.ref_model_name_or_path or ("the adapter off" if args.model.use_peft else "the model before training")
+    named = args.reference.ref_model_name_or_path or ("the adapter off" if is_adapted(loaded.model) else "the model before training")
     return {
         "completions": f"{sum(found.labels)} desirable, {len(found.labels) - sum(found.labels)} undesirable",
         "loss": f"{objective.name} {dict(objective.row.options) | dict(objective.options)}",

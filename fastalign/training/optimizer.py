@@ -113,13 +113,14 @@ class SplitMasterAdamW(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (norms, biases) do not. Order is that of `named_parameters`, so states can be reloaded."""
-    trainable = [p for _, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
+    """Matrices decay, vectors (norms, biases, IA3's scales) do not. Order is that of `named_parameters`, so states can be reloaded."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
         raise ValueError("no parameter of the model requires a gradient; nothing would be trained")
+    decays = [p.dim() >= 2 and "ia3_" not in name for name, p in named]  # PEFT keeps IA3's vectors, whose rest is 1, as [n, 1]
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for (_, p), decay in zip(named, decays, strict=True) if decay], "weight_decay": weight_decay},
+        {"params": [p for (_, p), decay in zip(named, decays, strict=True) if not decay], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
 
