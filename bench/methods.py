@@ -23,6 +23,8 @@ TESTS = {
     "AGGREGATES": "tests/test_policy_losses.py",
     "PREFERENCE_LOSSES": "tests/test_preference_losses.py",
     "UNPAIRED_LOSSES": "tests/test_preference_losses.py",
+    "SUPERVISED_LOSSES": "tests/test_supervised_losses.py",
+    "REWARD_LOSSES": "tests/test_reward_losses.py",
     "DIVERGENCES": "tests/test_linear_kl.py",
     "ADAPTERS": "tests/test_adapters.py",
 }

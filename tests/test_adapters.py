@@ -29,7 +29,7 @@ from fastalign.recipes.arguments import (
 from fastalign.recipes.setup import load
 from fastalign.recipes.sft_task import micro_batches
 from fastalign.training.optimizer import build_optimizer, build_schedule, parameter_groups
-from fastalign.training.step import LogitOptions, Updater, forward_backward
+from fastalign.training.step import LogitOptions, Updater
 
 pytest.importorskip("peft")
 OPTIONS = AdapterOptions(r=3, alpha=6)
@@ -126,7 +126,7 @@ def test_adapter_trains_and_leaves_the_head_without_a_gradient(method):
     assert head.grad is None
     assert not hasattr(head, "main_grad")
     assert sum(b.numel() for b in updater.gradients.buffers) == sum(p.numel() for p in trained.values())
-    _, metrics = forward_backward(model, batch[0], LogitOptions())
+    _, metrics = batch[0].forward_backward(model, LogitOptions())
     assert float(metrics["flops_tvh"]) == 4.0
     for name, parameter in model.named_parameters():
         before = trained.get(name)
@@ -137,7 +137,7 @@ def test_full_training_has_a_head_gradient():
     """What the test above would show if the head were trained."""
     model = ready(qwen2())
     batch = micro_batches([conversation(ids) for ids in prompts_of(30)], 64)
-    _, metrics = forward_backward(model, batch[0], LogitOptions())
+    _, metrics = batch[0].forward_backward(model, LogitOptions())
     assert float(metrics["flops_tvh"]) == 6.0
     assert head_of(model).weight.grad is not None
 

@@ -32,6 +32,7 @@ SMALL = {
     "num_generations": 2,
     "max_length": 48,
     "max_completion_length": 4,
+    "min_reward": "none",
     "save_steps": 0,
     "eval_steps": 0,
     "dtype": "float32",
