@@ -28,33 +28,7 @@ TOLERANCE = 1e-4
 STORIES = Path("..") / "shared" / "models" / "stories260k"
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 LOGPS = ("logps/chosen", "logps/rejected")
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "big",
-    "dog",
-    "cat",
-    "bird",
-    "ran",
-    "sat",
-    "saw",
-    "and",
-    "then",
-    "it",
-    "was",
-    "very",
-    "happy",
-    "with",
-    "his",
-    "her",
-    "friend",
-    "day",
-    "sun",
-    "park",
-    "ball",
-    "tree",
-]
+WORDS = [f"{name} {verb}" for name in ("a dog", "the cat", "a bird", "her friend") for verb in ("ran", "sat", "saw a ball", "was happy")]
 
 
 @dataclass(frozen=True)
