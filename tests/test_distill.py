@@ -1,6 +1,7 @@
 """Distillation: the divergence against fp64 softmaxes, its gradients, its cut into micro-batches, and `fastalign distill`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fastalign.recipes import arithmetic, distill
 from fastalign.recipes.arguments import DistillArguments
 from fastalign.recipes.distill_task import Divergence, OnPolicy, micro_batches
 
+ROOT = Path(__file__).resolve().parent.parent
 CASES = [Divergence("forward_kl"), Divergence("reverse_kl", temperature=1.7), Divergence("jsd", 0.3), Divergence("jsd", 0.5, 0.8)]
 
 
@@ -256,3 +258,17 @@ def test_texts_without_a_prompt_cannot_be_on_policy(task, teacher_folder, tmp_pa
     with pytest.raises(ValueError, match="give records of prompt and completion, or --lmbda 0"):
         distill.run(distilling(task, tmp_path / "out", teacher_folder, data=data))
     distill.run(distilling(task, tmp_path / "out", teacher_folder, data=data, optim={"max_steps": 1}, distill={"lmbda": 0.0}))
+
+
+@pytest.mark.slow
+def test_losses_and_gradient_norms_are_those_of_trl(tmp_path):
+    pytest.importorskip("trl")
+    from bench.peers import gkd_in_fastalign, gkd_in_trl, trl_gkd
+
+    if not (ROOT / trl_gkd.STORIES).is_dir():
+        pytest.skip(f"{trl_gkd.STORIES} is not there")
+    args = trl_gkd.parser().parse_args(["--stories", str(ROOT / trl_gkd.STORIES), "--steps", "2", "--batch_size", "4"])
+    options = trl_gkd.prepare(args, tmp_path) | {"beta": 0.3}
+    theirs, ours = gkd_in_trl.train(options), gkd_in_fastalign.train(options)
+    assert theirs[1]["loss"] != pytest.approx(theirs[0]["loss"], abs=1e-3)
+    trl_gkd.check(0.3, theirs, ours)
