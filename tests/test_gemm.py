@@ -122,6 +122,8 @@ def test_packed_weights_are_kept_until_the_weight_changes(dtype):
 
     first, again = product(), product()
     assert first[1] is again[1]
+    if first[1] is None:
+        pytest.skip(f"nothing is packed in {dtype} on this CPU")
     w.mul_(2)
     changed = product()
     assert changed[1] is not again[1]

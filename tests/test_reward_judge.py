@@ -11,7 +11,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 from fastalign.judges import RewardModel
 from fastalign.judges.reward_model import same_tokenizer
 from fastalign.models.load import load_tokenizer
-from fastalign.recipes import arithmetic, online
+from fastalign.models.reward import score_trees
+from fastalign.packing import Segment
+from fastalign.recipes import arithmetic, online, reward
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
@@ -19,6 +21,7 @@ from fastalign.recipes.arguments import (
     ModelArguments,
     OnlineArguments,
     OptimArguments,
+    RewardArguments,
     RunArguments,
     SamplingArguments,
 )
@@ -110,6 +113,31 @@ def test_a_model_of_steps_aggregates_their_probabilities(tmp_path, aggregation):
     nothing, got = judge(["7+1="] * 2, ["=", text])
     assert nothing is None
     assert got == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_an_adapter_of_a_model_of_steps_is_read_as_one(tmp_path):
+    pytest.importorskip("peft")
+    tokenizer = arithmetic.build_tokenizer()
+    arithmetic.build_model(0, len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "steps.jsonl").write_text(json.dumps({"prompt": "7+1=", "completions": ["1+2", "3"], "labels": [1, 0]}) + "\n")
+    args = Arguments(
+        command="reward",
+        model=ModelArguments(model_name_or_path=str(tmp_path / "base"), dtype="float32", device="cpu", use_peft=True, lora_r=2),
+        data=DataArguments(dataset_name=str(tmp_path / "steps.jsonl"), max_length=48),
+        optim=OptimArguments(learning_rate=1e-2, max_steps=3),
+        batch=BatchArguments(per_device_train_batch_size=1),
+        run=RunArguments(output_dir=str(tmp_path / "out")),
+        reward=RewardArguments(loss="process", step_separator="=", step_aggregation="min"),
+    )
+    reward.run(args)
+    judge = RewardModel.load(str(tmp_path / "out"))
+    assert (judge.separator, judge.aggregation) == ("=", "min")
+    (score,) = judge(["7+1="], ["1+2=3="])
+    ids = tokenizer("7+1=1+2=3=").input_ids
+    (scores,) = score_trees(judge.model, [Segment(ids)], [[(0, len(ids) - 3), (0, len(ids) - 1)]])
+    assert score == pytest.approx(float(torch.sigmoid(scores).min()), abs=1e-6)
+    assert 0 < score < 1
 
 
 def test_a_completion_longer_than_the_model_has_no_reward(tmp_path, caplog):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from fastalign.cli import main
 from fastalign.data import Record, ranking_examples
 from fastalign.data.places import read_place
 from fastalign.losses.reward import REWARD
@@ -288,6 +290,41 @@ def test_a_family_with_absolute_positions_scores_as_transformers_does(folder, tm
     with torch.no_grad():
         alone = torch.cat([model(torch.tensor([path])).logits[:, 0] for path in sequences_of(example)])
     assert (scores - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_other_families_score_as_transformers_does(folder, tmp_path, family):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    FAMILIES[family]().save_pretrained(tmp_path)
+    model = load_reward_model(str(tmp_path), tokenizer, start=True)
+    examples = examples_of(model, tokenizer, n=3)
+    got = torch.cat(score_trees(model, [e.tree for e in examples], [e.places for e in examples]))
+    model.save_pretrained(tmp_path / "rm")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", attn_implementation="eager").eval()
+    with torch.no_grad():
+        alone = torch.cat([plain(torch.tensor([path])).logits[:, 0] for example in examples for path in sequences_of(example)])
+    assert (got - alone).abs().max() < 1e-4 * alone.abs().max().clamp(min=1)
+
+
+def test_bf16_and_checkpointing_train(folder, tmp_path):
+    data = str(folder / "pairs.jsonl")
+    model = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    args = arguments(folder, tmp_path, model=model, data={"eval_dataset_name": data}, optim={"max_steps": 8})
+    summary = reward.run(args)
+    assert summary["eval/loss"] < summary["eval/loss/before"]
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+
+def test_the_command_trains_and_tells_what_is_wrong(folder, tmp_path, capsys):
+    flags = ["reward", "--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "steps.jsonl"), "--device", "cpu"]
+    steps = ["--loss", "process", "--step_separator", "=", "--step_aggregation", "min"]
+    assert main([*flags, *steps, "--max_steps", "1", "--output_dir", str(tmp_path / "prm")]) == 0
+    assert json.loads((tmp_path / "prm" / "config.json").read_text())["step_aggregation"] == "min"
+    assert main([*flags, "--output_dir", str(tmp_path / "other")]) == 2
+    assert "completions with labels are steps: give --loss process" in capsys.readouterr().err
+    assert main([*flags, "--loss", "bradley_tery", "--output_dir", str(tmp_path / "other")]) == 2
+    assert "did you mean bradley_terry" in capsys.readouterr().err
 
 
 def test_the_better_answer_is_learned_in_seconds(folder, tmp_path):

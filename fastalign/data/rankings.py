@@ -39,6 +39,8 @@ def ranking_examples(
     """
     encoder = CandidateEncoder(tokenizer, system_prompt)
     _check_columns(records, "rankings", _PAIR, ("completions",))
+    if any("labels" in record and _PAIR[0] not in record for record in records):
+        raise DataError(f"{records[0].where}: rankings have no column 'labels'; completions with labels are steps: give --loss process")
 
     def make(record: Record, sequences: Sequences) -> Judged:
         tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])

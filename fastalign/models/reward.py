@@ -24,6 +24,7 @@ from fastalign.models.probe import check_calls, check_config
 from fastalign.packing import Packed, Segment, pack, sequences, split_by_tokens
 
 _ARCHITECTURE = "ForSequenceClassification"
+_OF_STEPS = ("step_separator", "step_aggregation")
 
 
 def is_reward_model(folder: str | Path) -> bool:
@@ -109,7 +110,20 @@ def _load_merged(folder: Path, tokenizer: Any, dtype: str, device: torch.device 
         raise ValueError(f"{folder}: the adapter names no base model, or is none of a reward model (task_type SEQ_CLS)")
     model = _load(base, dtype, start=True).to(device)
     settle_padding(model, tokenizer)
+    for name in _OF_STEPS:
+        if name in tokenizer.init_kwargs:
+            setattr(model.config, name, tokenizer.init_kwargs[name])
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def note_steps(model: nn.Module, tokenizer: Any, separator: str, aggregation: str) -> None:
+    """Notes in the configuration how a process reward model's scores are read, so that the saved folder says it.
+
+    An adapter is saved without the model's configuration: the tokenizer's, which lies beside either, says it, too.
+    """
+    for name, value in zip(_OF_STEPS, (separator, aggregation), strict=True):
+        setattr(causal_lm(model).config, name, value)
+        tokenizer.init_kwargs[name] = value
 
 
 def settle_padding(model: PreTrainedModel, tokenizer: Any) -> int:

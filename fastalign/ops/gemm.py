@@ -151,11 +151,9 @@ def _pack(weight: Tensor) -> Tensor | None:
     key = (*weight.shape, weight.dtype, torch.get_num_threads())
     if _exact.get(key) is False:
         return None
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    except RuntimeError:  # bf16 on a CPU for which oneDNN has no bf16 products
-        _exact[key] = False
-        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None  # without AVX-512 or AVX-NE-CONVERT oneDNN refuses; torch's own product goes on
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
     if key not in _exact:
         _exact[key] = _packs_exactly(weight, packed)
     return packed if _exact[key] else None

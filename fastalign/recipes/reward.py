@@ -11,7 +11,7 @@ from ..losses.reward import AGGREGATIONS, REWARD
 from ..models.adapters import attach_lora
 from ..models.backbone import causal_lm
 from ..models.load import load_tokenizer
-from ..models.reward import load_reward_model
+from ..models.reward import load_reward_model, note_steps
 from .arguments import Arguments, ModelArguments
 from .preview import preview
 from .reward_task import RewardObjective, RewardTask
@@ -52,8 +52,7 @@ def load(args: Arguments, objective: RewardObjective) -> Loaded:
     tokenizer = load_tokenizer(given.tokenizer_name_or_path or given.model_name_or_path, given.chat_template)
     model: Any = load_reward_model(given.model_name_or_path, tokenizer, dtype=given.dtype, device=device, start=True)
     if objective.row.reads == "steps":  # how its scores are to be read goes with the model
-        model.config.step_separator = separator_of(args)
-        model.config.step_aggregation = args.reward.step_aggregation
+        note_steps(model, tokenizer, separator_of(args), args.reward.step_aggregation)
     if given.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     method = given.peft_method or ("lora" if given.use_peft else "")
