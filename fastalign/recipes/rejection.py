@@ -15,18 +15,17 @@ from ..rewards import RewardSet, load_rewards
 from ..training.metrics import Metrics, read_metrics
 from ..training.report import write_report
 from .arguments import Arguments
+from .model_rewards import with_reward_models
 from .online import prompts_of, sampling_of
 from .rejection_task import RejectionTask, Selection
 from .setup import Loaded, build_updater, check_output, load, plan, seed_everything
 from .training import Job, clear, execute
 
 
-def rewards_of(args: Arguments) -> RewardSet:
+def rewards_of(args: Arguments, loaded: Loaded) -> RewardSet:
     """The rewards that the flags name."""
     own = args.rejection
-    if not own.reward:
-        raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), module:function or path.py:function")
-    return load_rewards(list(own.reward), list(own.reward_weights) or None, timeout=own.reward_timeout)
+    return load_rewards(with_reward_models(own.reward, loaded), list(own.reward_weights) or None, timeout=own.reward_timeout)
 
 
 def sampling(args: Arguments) -> SamplingParams:
@@ -129,9 +128,11 @@ def run(args: Arguments) -> dict[str, Any]:
     selection_of(args, supervised_loss(args.rejection.loss, args.loss_options))
     sampling(args)
     steps_of(args, 1)
-    with rewards_of(args) as rewards:
-        seed_everything(args.run.seed)
-        loaded = load(args.model)
+    if not args.rejection.reward:
+        raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), a reward model, or path.py:function")
+    seed_everything(args.run.seed)
+    loaded = load(args.model)
+    with rewards_of(args, loaded) as rewards:
         prompts = prompts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
         held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
         for data in filter(None, (prompts, held_out)):
