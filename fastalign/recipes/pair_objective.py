@@ -132,13 +132,13 @@ class PairObjective:
         """The batch's share of the mean over `num_pairs` pairs, and the sums of its metrics."""
         cu, shown = batch.packed.cu_targets, self.shown
         units = cu[::2].contiguous()
-        weights = torch.ones(len(units) - 1, dtype=torch.float64) if self.weighting else None
+        weights = torch.ones(len(units) - 1, dtype=torch.float64, device=batch.packed.targets.device) if self.weighting else None
         shares = [self._share(term, batch, num_pairs, weights, statistics.get(term.name, {})) for term in self.terms]
 
         def objective(logp: Tensor, entropy: Tensor, span: slice) -> tuple[Tensor, dict[str, Tensor]]:
             if weights is not None:
                 pairs = units_of(span, units)
-                weights[pairs] = wpo_weights(logp, cu[2 * pairs.start : 2 * pairs.stop + 1] - span.start).double().cpu()
+                weights[pairs] = wpo_weights(logp, cu[2 * pairs.start : 2 * pairs.stop + 1] - span.start).double()
             found = [share(logp, span) for share in shares]
             sums = {name: value for _, metrics in found for name, value in metrics.items()} | found[shown][1]
             return torch.stack([term.weight * part for term, (part, _) in zip(self.terms, found, strict=True)]).sum(), sums

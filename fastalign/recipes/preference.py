@@ -54,22 +54,24 @@ def records_read(args: Arguments, num_records: int, max_steps: int, batch_size: 
     return sorted(set(order.next_batch(max_steps * batch_size)))
 
 
-def with_reference(args: Arguments, loaded: Loaded, objective: PairObjective, pairs: Pairs, used: list[int]) -> PairData:
-    """The pairs with the reference's log-probs of those that are used, where a row reads them."""
-    if not objective.reads_reference or not used:
-        return PairData(pairs.trees, pairs.margins)
-    logps = reference_logps(args, loaded, [pairs.trees[i] for i in used])
-    return PairData(pairs.trees, pairs.margins, dict(zip(used, logps, strict=True)))
+def with_reference(args: Arguments, loaded: Loaded, objective: PairObjective, *given: tuple[Pairs, list[int]]) -> list[PairData]:
+    """Each data set with the reference's log-probs of the records that are used, where a row reads them."""
+    if not objective.reads_reference:
+        return [PairData(pairs.trees, pairs.margins) for pairs, _ in given]
+    groups = reference_logps(args, loaded, *([pairs.trees[i] for i in used] for pairs, used in given))
+    ready = zip(given, groups, strict=True)
+    return [PairData(pairs.trees, pairs.margins, dict(zip(used, logps, strict=True))) for (pairs, used), logps in ready]
 
 
 def build_task(args: Arguments, loaded: Loaded, pairs: Pairs, held_out: Pairs, max_steps: int) -> PreferenceTask:
     """Reference log-probs, engine and updater around the loaded model."""
     objective, batch_size = objective_of(args), batch_size_of(args)
-    used = records_read(args, len(pairs.trees), max_steps, batch_size)
+    used, every = records_read(args, len(pairs.trees), max_steps, batch_size), list(range(len(held_out.trees)))
+    data, eval_data = with_reference(args, loaded, objective, (pairs, used), (held_out, every))
     return PreferenceTask(
         objective=objective,
-        data=with_reference(args, loaded, objective, pairs, used),
-        eval_data=with_reference(args, loaded, objective, held_out, list(range(len(held_out.trees)))),
+        data=data,
+        eval_data=eval_data,
         updater=build_updater(loaded, args, max_steps),
         order=DataOrder(len(pairs.trees), seed=args.run.seed, shuffle=args.data.shuffle),
         batch_size=batch_size,

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -84,11 +85,12 @@ class ReferenceCache:
         log.info("reference: %d sequences scored in %.1f s%s", len(missing), seconds, f", kept in {path}" if path else "")
 
 
-def reference_logps(args: Arguments, loaded: Loaded, trees: Sequence[Segment]) -> list[Tensor]:
-    """The log-probs of `trees` under the reference that the flags name; call it before the first update."""
+def reference_logps(args: Arguments, loaded: Loaded, *groups: Sequence[Segment]) -> list[list[Tensor]]:
+    """The log-probs of each group's trees under the reference that the flags name; call it once, before the first update."""
     named, device = args.reference.ref_model_name_or_path, loaded.device
     model = load_causal_lm(named, dtype=args.model.dtype, device=device) if named else loaded.model
-    return cache_of(args).logps(model, trees)
+    logps = iter(cache_of(args).logps(model, [tree for group in groups for tree in group]))
+    return [list(islice(logps, len(group))) for group in groups]
 
 
 def cache_of(args: Arguments) -> ReferenceCache:

@@ -40,19 +40,30 @@ def completions_of(args: Arguments, loaded: Loaded, name: str | list[str], max_s
     )
 
 
-def with_reference(args: Arguments, loaded: Loaded, objective: LabelObjective, found: Completions, used: Sequence[int]) -> LabelledData:
-    """The completions with the reference's log-probs of those that are used, and of their mismatched pairs where the row reads them."""
-    trees = [found.tree(i) for i in used]
-    pairs: dict[int, int] = {}
-    if objective.reads_mismatched and used:
-        everyone = partners(found.prompts, args.batch.per_device_train_batch_size)
-        pairs = {i: other for i in used if (other := everyone[i]) is not None}
-        if not pairs:
-            log.warning("all prompts are equal: there is no mismatched pair, and the KL to the reference is taken to be 0")
-    trees += [found.behind(i, other) for i, other in pairs.items()]
-    logps = reference_logps(args, loaded, trees) if trees else []
-    own, mismatched = logps[: len(used)], logps[len(used) :]
-    return LabelledData(found, dict(zip(used, own, strict=True)), pairs, dict(zip(pairs, mismatched, strict=True)))
+def with_reference(
+    args: Arguments, loaded: Loaded, objective: LabelObjective, *given: tuple[Completions, Sequence[int]]
+) -> list[LabelledData]:
+    """Each data set with the reference's log-probs of the records that are used, and of their mismatched pairs where the row reads them."""
+    far = [
+        mismatched_pairs(found, used, args.batch.per_device_train_batch_size) if objective.reads_mismatched else {} for found, used in given
+    ]
+    own_trees = [[found.tree(i) for i in used] for found, used in given]
+    far_trees = [[found.behind(i, other) for i, other in pairs.items()] for (found, _), pairs in zip(given, far, strict=True)]
+    logps = reference_logps(args, loaded, *own_trees, *far_trees)
+    ready = zip(given, far, logps[: len(given)], logps[len(given) :], strict=True)
+    return [
+        LabelledData(found, dict(zip(used, own, strict=True)), pairs, dict(zip(pairs, mismatched, strict=True)))
+        for (found, used), pairs, own, mismatched in ready
+    ]
+
+
+def mismatched_pairs(found: Completions, used: Sequence[int], window: int) -> dict[int, int]:
+    """For each record that is used the one whose completion it is paired with, where there is one."""
+    everyone = partners(found.prompts, window)
+    pairs = {i: other for i in used if (other := everyone[i]) is not None}
+    if used and not pairs:
+        log.warning("all prompts are equal: there is no mismatched pair, and the KL to the reference is taken to be 0")
+    return pairs
 
 
 def check_labels(name: str | list[str], found: Completions) -> None:
@@ -65,11 +76,12 @@ def check_labels(name: str | list[str], found: Completions) -> None:
 def build_task(args: Arguments, loaded: Loaded, found: Completions, held_out: Completions, max_steps: int) -> UnpairedTask:
     """Reference log-probs, engine and updater around the loaded model."""
     objective, batch_size = objective_of(args), batch_size_of(args)
-    used = records_read(args, len(found.labels), max_steps, batch_size)
+    used, every = records_read(args, len(found.labels), max_steps, batch_size), range(len(held_out.labels))
+    data, eval_data = with_reference(args, loaded, objective, (found, used), (held_out, every))
     return UnpairedTask(
         objective=objective,
-        data=with_reference(args, loaded, objective, found, used),
-        eval_data=with_reference(args, loaded, objective, held_out, range(len(held_out.labels))),
+        data=data,
+        eval_data=eval_data,
         updater=build_updater(loaded, args, max_steps),
         order=DataOrder(len(found.labels), seed=args.run.seed, shuffle=args.data.shuffle),
         batch_size=batch_size,
