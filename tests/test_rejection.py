@@ -4,13 +4,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_recipes import arguments, rows_of, task  # noqa: F401
 
+from fastalign.data import Prompt
 from fastalign.recipes import arithmetic, demo, rejection, sft
 from fastalign.recipes.arguments import BatchArguments, DataArguments, OptimArguments, RejectionArguments, RunArguments, SamplingArguments
-from fastalign.recipes.rejection_task import Selection
+from fastalign.recipes.rejection_task import RejectionTask, Selection
 from fastalign.rollout import Sample
 
 
@@ -89,6 +91,16 @@ def test_what_was_kept_is_data_for_sft(task, tmp_path):  # noqa: F811
     (tmp_path / "kept.jsonl").write_text("".join(json.dumps(k) + "\n" for k in kept))
     data = {"dataset_name": str(tmp_path / "kept.jsonl"), "eval_dataset_name": ""}
     sft.run(arguments(task, tmp_path / "sft", "sft", data=data, optim={"max_steps": 1}))
+
+
+def test_what_is_kept_of_conversations_is_a_conversation(tmp_path):
+    messages = [{"role": "user", "content": "é"}]
+    prompts = [Prompt([1], messages, {}, 0), Prompt([2], messages, {}, 1)]
+    best = [[(sample("yes", 1.0), 1.0)], []]
+    RejectionTask.write(SimpleNamespace(kept_folder=tmp_path / "new", round=3), prompts, best)
+    assert kept_of(tmp_path / "new", 3) == [
+        {"prompt": messages, "completion": [{"role": "assistant", "content": "yes"}], "reward": 1.0},
+    ]
 
 
 @pytest.mark.parametrize("save_steps", [2, 3])  # within a round, and between two
