@@ -4,13 +4,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_recipes import arguments, rows_of, task  # noqa: F401
 
+from fastalign.data import Prompt
 from fastalign.recipes import arithmetic, demo, rejection, sft
 from fastalign.recipes.arguments import BatchArguments, DataArguments, OptimArguments, RejectionArguments, RunArguments, SamplingArguments
-from fastalign.recipes.rejection_task import Selection
+from fastalign.recipes.rejection_task import RejectionTask, Selection
 from fastalign.rollout import Sample
 
 
@@ -91,19 +93,29 @@ def test_what_was_kept_is_data_for_sft(task, tmp_path):  # noqa: F811
     sft.run(arguments(task, tmp_path / "sft", "sft", data=data, optim={"max_steps": 1}))
 
 
-@pytest.mark.parametrize("save_steps", [2, 3])  # within a round, and between two
-def test_rft_resumes_to_the_bit(task, tmp_path, save_steps):  # noqa: F811
+def test_what_is_kept_of_conversations_is_a_conversation(tmp_path):
+    messages = [{"role": "user", "content": "é"}]
+    prompts = [Prompt([1], messages, {}, 0), Prompt([2], messages, {}, 1)]
+    best = [[(sample("yes", 1.0), 1.0)], []]
+    RejectionTask.write(SimpleNamespace(kept_folder=tmp_path / "new", round=3), prompts, best)
+    assert kept_of(tmp_path / "new", 3) == [
+        {"prompt": messages, "completion": [{"role": "assistant", "content": "yes"}], "reward": 1.0},
+    ]
+
+
+def test_rft_resumes_to_the_bit_within_a_round_and_between_two(task, tmp_path):  # noqa: F811
     flags = {"optim": {"max_steps": 6, "lr_scheduler_type": "cosine"}, "rejection": {"num_rounds": 2, "prompts_per_round": 20}}
     rejection.run(rejecting(task, tmp_path / "whole", **flags))
-    saving = rejecting(task, tmp_path / "part", **flags, run={"save_steps": save_steps, "save_total_limit": 0})
+    saving = rejecting(task, tmp_path / "part", **flags, run={"save_steps": 1, "save_total_limit": 0})
     rejection.run(saving)
-    for name in ("model.safetensors", "summary.json", "kept-round-2.jsonl"):
-        (tmp_path / "part" / name).unlink()
-    checkpoint = str(tmp_path / "part" / f"checkpoint-{save_steps}")
-    rejection.run(replace(saving, run=replace(saving.run, resume_from_checkpoint=checkpoint)))
-    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
-    for name in ("model.safetensors", "kept-round-1.jsonl", "kept-round-2.jsonl"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for step in (3, 2):  # the later one first: resuming cuts the rows after it
+        for name in ("model.safetensors", "summary.json", "kept-round-2.jsonl"):
+            (tmp_path / "part" / name).unlink()
+        checkpoint = str(tmp_path / "part" / f"checkpoint-{step}")
+        rejection.run(replace(saving, run=replace(saving.run, resume_from_checkpoint=checkpoint)))
+        assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
+        for name in ("model.safetensors", "kept-round-1.jsonl", "kept-round-2.jsonl"):
+            assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize("loss", ["dft", "rrhf"])
