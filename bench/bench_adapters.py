@@ -40,9 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, half of them scored")
     parser.add_argument("--rounds", type=int, default=5, help="steps a method, in turns; the median counts")
-    parser.add_argument(
-        "--cpu_time", action="store_true", help="the process's CPU time in place of the wall's, for a machine that is shared"
-    )
+    parser.add_argument("--cpu_time", action="store_true", help="CPU time in place of the wall's, for a shared machine")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
     generator = torch.Generator().manual_seed(0)

@@ -51,6 +51,8 @@ def attach_adapter(model: PreTrainedModel, method: str, options: AdapterOptions 
             f"--peft_method {method}: its virtual tokens would come before every sequence, and a token tree shares its prompts without"
             f" them; give one of {', '.join(ADAPTERS)}"
         )
+    if method == "qlora":
+        raise ValueError("--peft_method qlora: 4-bit base weights are not supported; give lora with --dtype bfloat16")
     if method not in ADAPTERS:
         raise ValueError(f"--peft_method: {nearest(method, ADAPTERS)}")
     return ADAPTERS[method](model, options)
