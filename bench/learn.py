@@ -147,7 +147,6 @@ def rft(setting: Setting) -> Row:
 def gkd(setting: Setting) -> Row:
     """A student of a quarter of the teacher's parameters, trained on the teacher's distribution; the teacher comes from SFT to the end."""
     from fastalign.recipes.distill import run as distill
-
     from fastalign.recipes.sft import run as sft
 
     everything = [arithmetic.record((a, b)) for a in range(100) for b in range(100)]
