@@ -16,7 +16,11 @@ from fastalign.ops.backend import load_native
 accuracy.load_cases()
 
 
-@pytest.mark.parametrize("op", sorted({name for _, name, _, _ in accuracy.CASES}))
+LONG = {"sample_tokens"}  # interpreted, a minute or more
+OPS = sorted({name for _, name, _, _ in accuracy.CASES})
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow) if op in LONG else op for op in OPS])
 def test_accuracy_every_row_holds(op):
     found = list(accuracy.rows("cpu", quick=True, ops=[op]))
     assert found
