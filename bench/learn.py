@@ -246,10 +246,10 @@ METHODS: dict[str, Callable[[Setting], Row]] = {
     "kto": kto,
     "rft": rft,
     "gkd": gkd,
-    "reward, pairs": rankings("bradley_terry", 2),
-    "reward, rankings of 4": rankings("bradley_terry", 4),
-    "reward, plackett_luce": rankings("plackett_luce", 4),
-    "reward, process": process,
+    "reward-pairs": rankings("bradley_terry", 2),
+    "reward-rankings": rankings("bradley_terry", 4),
+    "reward-plackett-luce": rankings("plackett_luce", 4),
+    "reward-process": process,
 }
 
 
