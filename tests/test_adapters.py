@@ -158,7 +158,7 @@ def test_adapter_errors_name_the_remedy():
     for method in ("prefix", "prompt_tuning"):
         with pytest.raises(ValueError, match=f"--peft_method {method}: its virtual tokens would come before every sequence"):
             attach_adapter(llama(), method)
-    with pytest.raises(ValueError, match="4-bit base weights are not supported; give lora with --dtype bfloat16"):
+    with pytest.raises(ValueError, match="--peft_method qlora: 4-bit base weights are not supported"):
         attach_adapter(llama(), "qlora")
     with pytest.raises(ValueError, match="unknown dorra; did you mean dora"):
         attach_adapter(llama(), "dorra")

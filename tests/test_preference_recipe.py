@@ -125,6 +125,7 @@ def test_margins_are_read_or_refused(task, tmp_path):
         ({"preference": {"loss": ["aot"]}, "options": {"matched": 1.0}}, "reads no matched"),
         ({"options": {"beta": "much"}}, "expected a number"),
         ({"preference": {"loss": ["exo_pair"], "label_smoothing": 0.0}}, "label_smoothing must lie between"),
+        ({"preference": {"loss": ["simpo"]}, "reference": {"ref_model_name_or_path": "other"}}, "simpo reads no reference; leave it out"),
     ],
 )
 def test_bad_arguments_of_pairs_are_named(task, tmp_path, changes, words):

@@ -46,13 +46,8 @@ def attach_adapter(model: PreTrainedModel, method: str, options: AdapterOptions 
     Raises:
         ValueError: an unknown method, one that token trees cannot have, or a model that has not what it adapts.
     """
-    if method in VIRTUAL_TOKENS:
-        raise ValueError(
-            f"--peft_method {method}: its virtual tokens would come before every sequence, and a token tree shares its prompts without"
-            f" them; give one of {', '.join(ADAPTERS)}"
-        )
-    if method == "qlora":
-        raise ValueError("--peft_method qlora: 4-bit base weights are not supported; give lora with --dtype bfloat16")
+    if method in REFUSED:
+        raise ValueError(f"--peft_method {method}: {REFUSED[method]}; give one of {', '.join(ADAPTERS)}")
     if method not in ADAPTERS:
         raise ValueError(f"--peft_method: {nearest(method, ADAPTERS)}")
     return ADAPTERS[method](model, options)
@@ -149,7 +144,13 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel, AdapterOptions], nn.Module]] = {
     "ia3": attach_ia3,
     "bitfit": train_biases,
 }
-VIRTUAL_TOKENS = ("prefix", "prefix_tuning", "prompt", "prompt_tuning", "p_tuning")
+REFUSED = {  # method → why
+    **dict.fromkeys(
+        ("prefix", "prefix_tuning", "prompt", "prompt_tuning", "p_tuning"),
+        "its virtual tokens would come before every sequence, and a token tree shares its prompts without them",
+    ),
+    "qlora": "4-bit base weights are not supported, --dtype bfloat16 is",
+}
 _IA3_ATTENTION = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
 _IA3_MLP = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 

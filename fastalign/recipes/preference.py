@@ -91,6 +91,9 @@ def run(args: Arguments) -> dict[str, Any]:
     """Trains, and returns the summary (the plan under --dry_run)."""
     resume = check_output(args.run, args.data.eval_dataset_name)
     objective, batch_size = objective_of(args), batch_size_of(args)
+    named = args.reference.ref_model_name_or_path
+    if named and not objective.reads_reference:
+        raise ValueError(f"--ref_model_name_or_path {named}: --loss {' '.join(args.preference.loss)} reads no reference; leave it out")
     seed_everything(args.run.seed)
     loaded = load(args.model)
     pairs = pairs_of(args, loaded, args.data.dataset_name, args.data.max_samples)
