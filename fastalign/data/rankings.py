@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from .candidates import CandidateEncoder, Judged, Sequences, judged, label_of, limits_of, shared_tree
+from .pairs import margin_of
 from .places import read_place
 from .records import DataError, Record
 
@@ -44,7 +44,7 @@ def ranking_examples(
 
     def make(record: Record, sequences: Sequences) -> Judged:
         tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
-        return Judged(tree, places, margin=_margin_of(record))
+        return Judged(tree, places, margin=margin_of(record))
 
     return judged(
         records,
@@ -91,19 +91,6 @@ def _ranked(record: Record) -> list[Any]:
     if len(answers) < 2:
         raise record.bad("too few answers", f"expected at least two answers, best first, in column 'completions', got {len(answers)}")
     return answers
-
-
-def _margin_of(record: Record) -> float:
-    value = record.get("margin")
-    if value is None:
-        return 0.0
-    try:
-        margin = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        margin = math.nan
-    if not math.isfinite(margin):
-        raise record.bad("wrong type", f"expected a finite number in column 'margin', got {value!r}")
-    return margin
 
 
 def _check_columns(records: Sequence[Record], kind: str, *formats: tuple[str, ...]) -> None:

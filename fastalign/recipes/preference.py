@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data import DataOrder, Pairs, load_records, pair_examples, parse_dataset_map
-from ..data.dialects import normalize_all
+from ..data import DataOrder, Pairs, pair_examples
 from ..generation import Engine, SamplingParams
 from ..losses.preference import PREFERENCE
 from ..models.adapters import is_adapted
@@ -14,6 +13,7 @@ from .arguments import Arguments
 from .pair_objective import PairObjective, objective_of
 from .preference_task import PairData, PreferenceTask
 from .preview import preview
+from .reading import records_of
 from .reference_cache import reference_logps
 from .samples import readable
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
@@ -23,10 +23,8 @@ from .training import Job, execute
 def pairs_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> Pairs:
     """The data set as token trees of pairs."""
     data = args.data
-    columns = parse_dataset_map(data.dataset_map)
-    records = normalize_all(load_records(name, split=data.dataset_split, columns=columns, max_samples=max_samples))
     return pair_examples(
-        records,
+        records_of(data, name, max_samples),
         loaded.tokenizer,
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..catalogue import REWARD_LOSSES, nearest
-from ..data import DataOrder, Judged, load_records, parse_dataset_map
-from ..data.dialects import normalize_all
+from ..data import DataOrder, Judged
 from ..losses.reward import AGGREGATIONS, REWARD
 from ..models.adapters import attach_lora
 from ..models.backbone import causal_lm
@@ -14,6 +13,7 @@ from ..models.load import load_tokenizer
 from ..models.reward import load_reward_model, note_steps
 from .arguments import Arguments, ModelArguments
 from .preview import preview
+from .reading import records_of
 from .reward_task import RewardObjective, RewardTask
 from .setup import Loaded, build_updater, check_output, num_steps, pick_device, plan, seed_everything
 from .training import Job, execute
@@ -87,12 +87,10 @@ def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: 
         ValueError: the records have margins, and the loss reads none.
     """
     data = args.data
-    columns = parse_dataset_map(data.dataset_map)
-    records = normalize_all(load_records(name, split=data.dataset_split, columns=columns, max_samples=max_samples))
     base = causal_lm(loaded.model)
     options = {"separator": separator_of(args)} if objective.row.reads == "steps" else {}
     found = objective.reading.examples(
-        records,
+        records_of(data, name, max_samples),
         loaded.tokenizer,
         max_length=data.max_length,
         on_bad_record=data.on_bad_record,

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import Completions, DataOrder, labelled_examples, load_records, parse_dataset_map, partners
-from ..data.dialects import normalize_all
+from ..data import Completions, DataOrder, labelled_examples, partners
 from ..generation import Engine, SamplingParams
 from ..models.adapters import is_adapted
 from ..models.backbone import head_of
@@ -15,6 +14,7 @@ from .arguments import Arguments
 from .label_objective import LabelObjective, objective_of
 from .preference import batch_size_of, records_read
 from .preview import NUM_TREES, preview
+from .reading import records_of
 from .reference_cache import reference_logps
 from .samples import readable
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
@@ -27,10 +27,8 @@ log = logging.getLogger("fastalign")
 def completions_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> Completions:
     """The data set as labelled completions."""
     data = args.data
-    columns = parse_dataset_map(data.dataset_map)
-    records = normalize_all(load_records(name, split=data.dataset_split, columns=columns, max_samples=max_samples))
     return labelled_examples(
-        records,
+        records_of(data, name, max_samples),
         loaded.tokenizer,
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
