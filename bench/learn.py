@@ -163,8 +163,8 @@ def gkd(setting: Setting) -> Row:
     )
     own = DistillArguments(teacher_model_name_or_path=str(setting.root / "teacher"), lmbda=0.2)
     distill(replace(args, sampling=SamplingArguments(max_completion_length=8), distill=own))
-    found = {"teacher": setting.accuracy(setting.root / "teacher"), "after": setting.accuracy(setting.root / "student")}
-    return found | {"before": 0.0, "measure": "accuracy of the student"}
+    folders = {"teacher": setting.root / "teacher", "before": student, "after": setting.root / "student"}
+    return {name: setting.accuracy(folder) for name, folder in folders.items()} | {"measure": "accuracy of the student"}
 
 
 def write_student(setting: Setting) -> Path:

@@ -27,6 +27,7 @@ RECIPES = {
 }
 
 MIXING = ("sft",)  # commands that draw from several data sets by weight, or from a stream
+WITHOUT_CHUNKS = ("reward", "distill")  # commands that have no logits, or whose op chooses how many it holds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,6 +122,8 @@ def check_required(args: Arguments) -> None:
     for flag in ("dataset_weights", "streaming"):
         if getattr(args.data, flag) and args.command not in MIXING:
             raise ValueError(f"--{flag} is for {' and '.join(MIXING)}; fastalign {args.command} takes every record once an epoch")
+    if args.batch.max_chunk_bytes and args.command in WITHOUT_CHUNKS:
+        raise ValueError(f"--max_chunk_bytes: fastalign {args.command} does not read it; leave it out")
     paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
     paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
     paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}

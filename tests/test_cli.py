@@ -106,6 +106,7 @@ def test_cli_runs_as_a_module():
         (("sft", "stray"), ["unexpected argument 'stray'"]),
         (("sft",), ["needs --model_name_or_path and --dataset_name"]),
         (("grpo", "--model_name_or_path", "m", "--dataset_name", "d"), ["needs --reward"]),
+        (("reward", "--model_name_or_path", "m", "--dataset_name", "d", "--max_chunk_bytes", "9"), ["reward does not read it"]),
         (("sft", "--config", "/none.yaml"), ["there is no file /none.yaml"]),
         (("algorithms", "extra"), ["takes no arguments, got extra"]),
         (("sft", "--model_name_or_path", "./missing", "--dataset_name", "d"), ["--model_name_or_path: there is no ./missing"]),

@@ -195,7 +195,9 @@ def test_only_the_records_that_the_run_reads_are_scored(task, tmp_path):
 def test_rows_without_a_reference_load_none(task, tmp_path, monkeypatch, loss):
     monkeypatch.setattr(preference, "reference_logps", lambda *a: pytest.fail("a reference was asked for"))
     args = arguments(task, tmp_path, preference={"loss": [loss]}, optim={"max_steps": 1})
-    preference.run(replace(args, reference=ReferenceArguments(ref_model_name_or_path=str(task / "reference"))))
+    with pytest.raises(ValueError, match=f"{loss} reads no reference; leave it out"):
+        preference.run(replace(args, reference=ReferenceArguments(ref_model_name_or_path=str(task / "reference"))))
+    preference.run(args)
     assert not (tmp_path / "reference").exists()
 
 

@@ -18,6 +18,7 @@ from ..ops.linear_kl import linear_kl
 from ..ops.linear_logp import linear_logp
 from ..packing import Packed, Segment, group, pack, split_by_tokens
 from ..training.step import LogitOptions, Updater, scored_hidden
+from .samples import greedy_samples
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,8 @@ class DistillTask:
 
     def show(self) -> list[dict[str, Any]]:
         """Greedy completions of a few prompts."""
-        if not self.show_prompts:
-            return []
         params = SamplingParams(n=1, temperature=0.0, max_tokens=self.on_policy.params.max_tokens, stop=self.on_policy.params.stop)
-        outputs = self.engine.generate([ids for _, ids in self.show_prompts], params)
-        self.engine.release_cache()  # the update has the memory
-        texts = [out.outputs[0].text for out in outputs]
-        return [{"prompt": prompt, "completion": text} for (prompt, _), text in zip(self.show_prompts, texts, strict=True)]
+        return greedy_samples(self.engine, self.show_prompts, params)
 
     def state_dict(self) -> dict:
         return {"order": self.order.state_dict()}

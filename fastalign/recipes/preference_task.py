@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataOrder
-from ..generation import Engine, SamplingParams
 from ..models.backbone import head_of
 from ..packing import Segment, pack, split_by_tokens
-from ..training.step import Update, Updater
+from ..training.step import Update
+from .offline_task import OfflineTask
 from .pair_objective import PairBatch, PairObjective
-from .samples import greedy_samples
 
 _FIXED = ("entropy", "correct", "targets", "flops_tvh", "num_chunks")
 
@@ -47,29 +45,14 @@ class PairData:
         return PairBatch(pack([trees[i] for i in members]).to(device), torch.tensor(members), ref, margin)
 
 
-class PreferenceTask:
-    """Preference optimization of one model on pairs."""
+class PreferenceTask(OfflineTask):
+    """Preference optimization of one model on pairs; `shared` as `OfflineTask`."""
 
-    def __init__(
-        self,
-        *,
-        updater: Updater,
-        objective: PairObjective,
-        data: PairData,
-        eval_data: PairData,
-        order: DataOrder,
-        batch_size: int,
-        max_tokens_per_micro_batch: int,
-        engine: Engine | None = None,
-        show_prompts: list[tuple[str, list[int]]] | None = None,
-        show_params: SamplingParams | None = None,
-    ):
-        self.updater, self.objective, self.order = updater, objective, order
-        self.data, self.eval_data = data, eval_data
-        self.batch_size, self.max_tokens = batch_size, max_tokens_per_micro_batch
-        self.engine, self.show_prompts, self.show_params = engine, show_prompts or [], show_params
+    def __init__(self, *, objective: PairObjective, data: PairData, eval_data: PairData, **shared: Any):
+        super().__init__(**shared)
+        self.objective, self.data, self.eval_data = objective, data, eval_data
         self.carried: dict[str, float] = {}  # by row, the running number of its batches (BCO's shift)
-        self.device = head_of(updater.model).weight.device
+        self.device = head_of(self.updater.model).weight.device
 
     def step(self, index: int) -> dict[str, float]:
         began = time.perf_counter()
@@ -93,13 +76,6 @@ class PreferenceTask:
             "timing_s/update": time.perf_counter() - began,
         }
 
-    def commit(self, apply) -> None:
-        if self.engine is None:
-            apply()
-        else:
-            with self.engine.updating_weights():
-                apply()
-
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and reward metrics, means over pairs. Numbers of a whole batch are those of batches of the training size."""
         count, sums = len(self.eval_data.trees), dict[str, float]()
@@ -115,10 +91,6 @@ class PreferenceTask:
                     for name in metrics.keys() - {*_FIXED, "logp"}:
                         sums[name] = sums.get(name, 0.0) + float(metrics[name]) / count
         return {f"eval/{name}": sums[name] for name in sorted(sums)}
-
-    def show(self) -> list[dict[str, Any]]:
-        """Greedy completions of a few prompts."""
-        return greedy_samples(self.engine, self.show_prompts, self.show_params)
 
     def state_dict(self) -> dict:
         return {"order": self.order.state_dict(), "carried": dict(self.carried)}

@@ -21,7 +21,7 @@ def readable(prompts: Iterable[Sequence[int]], tokenizer: Any) -> list[tuple[str
     return [(text, list(ids)) for ids, text in chosen.items()]
 
 
-def greedy_samples(engine: Engine | None, prompts: list[tuple[str, list[int]]], params: SamplingParams | None) -> list[dict[str, Any]]:
+def greedy_samples(engine: Engine | None, prompts: Sequence[tuple[str, list[int]]], params: SamplingParams | None) -> list[dict[str, Any]]:
     """One completion a prompt; none without an engine."""
     if engine is None or not prompts:
         return []

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataOrder, MixtureOrder, SegmentStream
+from ..data import SegmentStream
 from ..data.ranked import Ranked
-from ..generation import Engine, SamplingParams
 from ..losses.sft import SUPERVISED, SupervisedLoss
 from ..packing import Packed, Segment, pack, split_by_tokens
-from ..training.step import MicroBatch, Update, Updater
+from ..training.step import MicroBatch, Update
+from .offline_task import OfflineTask
 
 Cut = Callable[[Sequence[Any], int], list[MicroBatch]]  # an optimizer step's examples, tokens at once → micro-batches
 
@@ -64,32 +64,18 @@ def cut_of(row: SupervisedLoss) -> Cut:
     return partial(ranked_micro_batches if row.ranks else micro_batches, row=row)
 
 
-class SupervisedTask:
+class SupervisedTask(OfflineTask):
     """Supervised fine-tuning of one model on tokenized examples: segments, or ranked groups.
 
     Args:
         segments: what `order` chooses from; empty where it is a stream.
         cut: how the loss makes micro-batches of examples: `cut_of` a row.
+        shared: as `OfflineTask`.
     """
 
-    def __init__(
-        self,
-        *,
-        updater: Updater,
-        segments: Sequence[Any],
-        eval_segments: Sequence[Any],
-        order: DataOrder | MixtureOrder | SegmentStream,
-        batch_size: int,
-        max_tokens_per_micro_batch: int,
-        cut: Cut = micro_batches,
-        engine: Engine | None = None,
-        show_prompts: list[tuple[str, list[int]]] | None = None,
-        show_params: SamplingParams | None = None,
-    ):
-        self.updater, self.order = updater, order
-        self.segments, self.eval_segments = segments, eval_segments
-        self.batch_size, self.max_tokens, self.cut = batch_size, max_tokens_per_micro_batch, cut
-        self.engine, self.show_prompts, self.show_params = engine, show_prompts or [], show_params
+    def __init__(self, *, segments: Sequence[Any], eval_segments: Sequence[Any], cut: Cut = micro_batches, **shared: Any):
+        super().__init__(**shared)
+        self.segments, self.eval_segments, self.cut = segments, eval_segments, cut
 
     def step(self, index: int) -> dict[str, float]:
         began = time.perf_counter()
@@ -115,13 +101,6 @@ class SupervisedTask:
             return self.order.next_batch(self.batch_size)
         return [self.segments[i] for i in self.order.next_batch(self.batch_size)]
 
-    def commit(self, apply) -> None:
-        if self.engine is None:
-            apply()
-        else:
-            with self.engine.updating_weights():
-                apply()
-
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, mean negative log-likelihood (nats a scored token, whatever the loss) and token accuracy."""
         if not self.eval_segments:
@@ -136,18 +115,3 @@ class SupervisedTask:
                 count += metrics["logp"].numel()
         count = max(count, 1)
         return {"eval/loss": loss, "eval/nll_loss": nats / count, "eval/mean_token_accuracy": correct / count}
-
-    def show(self) -> list[dict[str, Any]]:
-        """Greedy completions of a few prompts."""
-        if self.engine is None or not self.show_prompts:
-            return []
-        outputs = self.engine.generate([ids for _, ids in self.show_prompts], self.show_params)
-        self.engine.release_cache()  # the update has the memory
-        texts = [out.outputs[0].text for out in outputs]
-        return [{"prompt": prompt, "completion": text} for (prompt, _), text in zip(self.show_prompts, texts, strict=True)]
-
-    def state_dict(self) -> dict:
-        return {"order": self.order.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.order.load_state_dict(state["order"])

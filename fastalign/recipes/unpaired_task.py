@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Completions, DataOrder
-from ..generation import Engine, SamplingParams
+from ..data import Completions
 from ..models.backbone import head_of
 from ..packing import Segment, pack, split_by_tokens
-from ..training.step import Update, Updater
+from ..training.step import Update
 from .label_objective import LabelBatch, LabelObjective
-from .samples import greedy_samples
+from .offline_task import OfflineTask
 
 
 @dataclass(frozen=True)
@@ -64,29 +63,14 @@ def _cut(
     return batches
 
 
-class UnpairedTask:
-    """Preference optimization of one model on labelled completions."""
+class UnpairedTask(OfflineTask):
+    """Preference optimization of one model on labelled completions; `shared` as `OfflineTask`."""
 
-    def __init__(
-        self,
-        *,
-        updater: Updater,
-        objective: LabelObjective,
-        data: LabelledData,
-        eval_data: LabelledData,
-        order: DataOrder,
-        batch_size: int,
-        max_tokens_per_micro_batch: int,
-        engine: Engine | None = None,
-        show_prompts: list[tuple[str, list[int]]] | None = None,
-        show_params: SamplingParams | None = None,
-    ):
-        self.updater, self.objective, self.order = updater, objective, order
-        self.data, self.eval_data = data, eval_data
-        self.batch_size, self.max_tokens = batch_size, max_tokens_per_micro_batch
-        self.engine, self.show_prompts, self.show_params = engine, show_prompts or [], show_params
+    def __init__(self, *, objective: LabelObjective, data: LabelledData, eval_data: LabelledData, **shared: Any):
+        super().__init__(**shared)
+        self.objective, self.data, self.eval_data = objective, data, eval_data
         self.carried: float | None = None  # the running number of the batches so far (BCO's shift)
-        self.device = head_of(updater.model).weight.device
+        self.device = head_of(self.updater.model).weight.device
 
     def step(self, index: int) -> dict[str, float]:
         began = time.perf_counter()
@@ -116,13 +100,6 @@ class UnpairedTask:
         statistics = self.objective.statistics(self.updater.model, batches, mismatched, self.carried)
         return batches, statistics, sum(batch.packed.num_tokens for batch in mismatched)
 
-    def commit(self, apply) -> None:
-        if self.engine is None:
-            apply()
-        else:
-            with self.engine.updating_weights():
-                apply()
-
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and reward metrics. Numbers of a whole batch are those of batches of the training size."""
         count, loss, sums, kl = len(self.eval_data.completions.labels), 0.0, dict[str, float](), list[dict[str, float]]()
@@ -142,10 +119,6 @@ class UnpairedTask:
                             sums[name] = sums.get(name, 0.0) + float(value)
         mean = {name: sum(values[name] for values in kl) for name in kl[0]}
         return {f"eval/{name}": value for name, value in {"loss": loss, **self.objective.metrics(sums, mean)}.items()}
-
-    def show(self) -> list[dict[str, Any]]:
-        """Greedy completions of a few prompts."""
-        return greedy_samples(self.engine, self.show_prompts, self.show_params)
 
     def state_dict(self) -> dict:
         return {"order": self.order.state_dict(), "carried": self.carried}
