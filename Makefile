@@ -8,6 +8,8 @@ CUDA_BUILD := build/cuda-check
 STAMP := $(VENV)/.installed
 NATIVE := $(VENV)/.native
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# One process a core; threads that wait asleep, for spinning ones would take the other processes' cores.
+PYTEST := $(OFFLINE) OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n logical --maxprocesses 8 --dist worksteal
 CXX_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu')
 
 .PHONY: setup build demo test test-all lint format bench learn gpu cuda-check clean
@@ -42,10 +44,10 @@ demo: setup
 	$(OFFLINE) $(PY) -m fastalign demo --output_dir runs/demo
 
 test: setup
-	$(OFFLINE) $(PY) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup
-	$(OFFLINE) $(PY) -m pytest -q
+	$(PYTEST)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,10 +119,13 @@ def cuda_twin(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     bindings = [ROOT / f"tests/cuda_twin/{name}.cpp" for name in ("module", *(path.stem for path in kernels))]
     includes = [f"-I{path}" for path in (ROOT / "csrc", folder, pybind11.get_include(), sysconfig.get_path("include"))]
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c"]
-    objects = []
-    for number, source in enumerate((*kernels, *bindings)):
-        objects.append(str(folder / f"{number}.o"))
-        _compile([*compiler.split(), *flags, *includes, str(source), "-o", objects[-1]])
+    sources = [*kernels, *bindings]
+    objects = [str(folder / f"{number}.o") for number in range(len(sources))]
+    commands = [
+        [*compiler.split(), *flags, *includes, str(source), "-o", object] for source, object in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_compile, commands))
     _compile([*compiler.split(), "-shared", *objects, "-o", str(folder / "cuda_twin.so")])
     spec = importlib.util.spec_from_file_location("cuda_twin", folder / "cuda_twin.so")
     assert spec is not None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastalign.ops import attention_paged, attention_varlen
 from fastalign.ops import attention_reference as reference
-from fastalign.ops.backend import announce, backend_for, forced_backend, native
+from fastalign.ops.backend import announce, backend_for, constant_when_compiled, forced_backend, native
 from fastalign.ops.once import once
 
 READS = (torch.float32, torch.bfloat16)  # of the kernels
@@ -155,7 +155,7 @@ def paged_attention(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _has_native() -> bool:
     return backend_for("attention", "cpu") == "native"
 

@@ -10,8 +10,9 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch  # first: the native module takes OpenMP from the runtime that torch loads
 
@@ -112,6 +113,12 @@ def _names(dtypes: Collection[torch.dtype]) -> str:
 def announce(what: str) -> None:
     """Says once that a slower path is taken."""
     warnings.warn(f"fastalign: {what}; its slower torch reference runs.", stacklevel=3)
+
+
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The mark of `torch.compiler.assume_constant_result`, which imports torch._dynamo: half of what `import fastalign.losses` takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def backend_for(op: str, device: torch.device | str = "cpu") -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import backend_for, load_native
+from .backend import backend_for, constant_when_compiled, load_native
 from .offsets import as_int32
 from .once import once
 from .policy_equations import ADVANTAGES, CORRECTIONS, KINDS, KL, POLICY, Kernel, PolicyLoss
@@ -198,7 +198,7 @@ def _offsets(cu_targets: Tensor, num_tokens: int) -> Tensor:
     return as_int32("policy_loss: cu_targets", cu_targets, num_tokens)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _backend(device: str) -> str:
     return backend_for("policy", device)
 

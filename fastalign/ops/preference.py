@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import preference_reference as reference
-from .backend import backend_for
+from .backend import backend_for, constant_when_compiled
 from .offsets import as_int32
 from .preference_native import pairs, singles
 from .preference_reference import Side
@@ -142,7 +142,7 @@ def single_losses(
     return singles(*arguments)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _has_native(device: str) -> bool:
     return backend_for("preference", device) == "native"
 
