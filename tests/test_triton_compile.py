@@ -49,8 +49,8 @@ def test_triton_kernels_compile_for_sm_80_and_sm_90(stem, arch):
 def test_triton_variants_name_every_kernel_that_is_launched():
     """A kernel that is launched with [grid] and missing from variants() would never be compiled here."""
     code = (
-        "import importlib, json, sys;"
-        "print(json.dumps({s: [v[0].__name__ for v in importlib.import_module('fastalign.kernels.' + s).variants()] for s in sys.argv[1:]}))"
+        "import json, sys; from importlib import import_module;"
+        "print(json.dumps({s: [v[0].__name__ for v in import_module('fastalign.kernels.' + s).variants()] for s in sys.argv[1:]}))"
     )
     assert triton_stems()
     for stem, listed in json.loads(in_a_compiling_process(code, *triton_stems())).items():
