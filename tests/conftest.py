@@ -121,9 +121,7 @@ def cuda_twin(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c"]
     sources = [*kernels, *bindings]
     objects = [str(folder / f"{number}.o") for number in range(len(sources))]
-    commands = [
-        [*compiler.split(), *flags, *includes, str(source), "-o", object] for source, object in zip(sources, objects, strict=True)
-    ]
+    commands = [[*compiler.split(), *flags, *includes, str(source), "-o", object] for source, object in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_compile, commands))
     _compile([*compiler.split(), "-shared", *objects, "-o", str(folder / "cuda_twin.so")])
