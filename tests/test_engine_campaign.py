@@ -505,9 +505,10 @@ def campaign(subjects, examples):
     return seen
 
 
-def test_campaign_random_schedules_give_what_one_by_one_gives(subjects):
+@pytest.mark.parametrize("part", [0, 1])  # two halves for two processes; each draws its own schedules
+def test_campaign_random_schedules_give_what_one_by_one_gives(subjects, part):
     torch.set_num_threads(1)  # a model this small only waits for a second one; the long campaign has them all
-    campaign(subjects, 200)
+    campaign(subjects, 250)
 
 
 @pytest.mark.slow
