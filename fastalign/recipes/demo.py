@@ -101,7 +101,7 @@ def reinforce(root: Path, files: dict[str, Any], seed: int, quick: bool) -> Argu
         command="grpo",
         model=replace(start.model, model_name_or_path=str(root / "sft")),
         data=DataArguments(dataset_name=files["train"], eval_dataset_name=files["heldout"], max_length=64),
-        optim=OptimArguments(learning_rate=1.5e-4, warmup_steps=5, max_steps=5 if quick else 450, lr_scheduler_type="linear"),
+        optim=OptimArguments(learning_rate=1.5e-4, warmup_steps=5, max_steps=5 if quick else 350, lr_scheduler_type="linear"),
         batch=BatchArguments(per_device_train_batch_size=512),
         run=RunArguments(output_dir=str(root / "grpo"), overwrite_output_dir=True, seed=seed, logging_steps=10, eval_steps=50),
         sampling=SamplingArguments(max_completion_length=8),
