@@ -298,7 +298,13 @@ def main() -> None:
                 began = time.perf_counter()
                 rows.append({"method": method, "seed": seed, **METHODS[method](setting), "seconds": time.perf_counter() - began})
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
+                save(rows, args)  # after each method: what is measured outlives an interrupt
     print(table(rows))
+
+
+def save(rows: list[Row], args: argparse.Namespace) -> None:
+    """The rows in order of their method, wherever they were asked for."""
+    rows = sorted(rows, key=lambda row: (list(METHODS).index(row["method"]), row["seed"]))
     if args.table:
         args.table.write_text(table(rows) + "\n", encoding="utf-8")
     if args.plot:

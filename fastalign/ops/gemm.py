@@ -205,14 +205,19 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Ten
 
 
 def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bool) -> bool:
-    """total [M, N] fp32 (+)= alpha · a [K, M]ᵀ · b [K, N] in bf16 as one kernel; False, and nothing done, where torch's GEMM is faster.
+    """total [M, N] (+)= alpha · a [K, M]ᵀ · b [K, N] in bf16 as one kernel; False, and nothing done, where torch's GEMM is faster.
 
     torch rounds the product to bf16 and adds it in a second pass. Measured as above, K=512 M=75968 N=896: torch's GEMM alone
     358 ms, with the sums in blocks 405, this 348.
     """
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or total.device.type != "cpu":
+        return False
     module = native_products()
-    if module is not None and total.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16 and total.device.type == "cpu":
+    if module is not None and total.dtype == torch.float32:
         gemm_native.add_(module, total, a.t(), b, alpha=alpha, first=first)
+        return True
+    if module is not None and first and total.dtype == torch.bfloat16:
+        gemm_native.store_(module, total, a.t(), b, alpha=alpha)
         return True
     module = _native_bf16(a, b)
     if module is None or not module.has_bf16_dot() or module.has_bf16_tiles() or total.dtype != torch.float32 or total.stride(1) != 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.ops.backend import backend_for, load_native
 
 DTYPES = (torch.float32, torch.bfloat16)
+STORE_BYTES = 8 << 20
 _NONE = torch.empty(0)
 
 
@@ -26,9 +27,7 @@ def native_products() -> ModuleType | None:
 
 def multiply(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N] in the dtype of x."""
-    out = torch.empty(*x.shape[:-1], weight.shape[0])
-    add_(module, out.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1]), weight.t(), bias=bias, first=True)
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
+    return product(module, x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def multiply_packed(module: ModuleType, x: Tensor, packed: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
@@ -38,11 +37,14 @@ def multiply_packed(module: ModuleType, x: Tensor, packed: Tensor, out: int, bia
     return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
-def product(module: ModuleType, a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] · b [K, N], of any strides, in their dtype."""
-    out = torch.empty(a.shape[0], b.shape[1])
-    add_(module, out, a, b, first=True)
-    return out.to(a.dtype)
+def product(module: ModuleType, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, K] · b [K, N] + bias [N], of any strides, in their dtype."""
+    out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype)
+    if a.dtype == torch.bfloat16:
+        store_(module, out, a, b, bias=bias)
+    else:
+        add_(module, out, a, b, first=True, bias=bias)
+    return out
 
 
 def add_(
@@ -50,6 +52,25 @@ def add_(
 ) -> None:
     """total [M, N] fp32 (+)= alpha · (a · b + bias); `first` overwrites what was there. The rows of total are contiguous."""
     module.gemm(a, b, _NONE if bias is None else bias.float(), total, alpha, not first)
+
+
+def store_(module: ModuleType, out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, bias: Tensor | None = None) -> None:
+    """out [M, N] bf16 = alpha · (a [M, K] · b [K, N] + bias [N]), rounded once; its fp32 sums a part at a time, along the longer side."""
+    rows, columns = out.shape
+    if rows >= columns:
+        step = max(16, STORE_BYTES // (4 * max(1, columns)))
+        for m in range(0, rows, step):
+            out[m : m + step] = _sums(module, a[m : m + step], b, alpha, bias)
+    else:
+        step = max(16, STORE_BYTES // (4 * max(1, rows)))
+        for n in range(0, columns, step):
+            out[:, n : n + step] = _sums(module, a, b[:, n : n + step], alpha, None if bias is None else bias[n : n + step])
+
+
+def _sums(module: ModuleType, a: Tensor, b: Tensor, alpha: float, bias: Tensor | None) -> Tensor:
+    out = torch.empty(a.shape[0], b.shape[1])
+    add_(module, out, a, b, alpha=alpha, first=True, bias=bias)
+    return out
 
 
 def pack(module: ModuleType, weight: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ _returnable: list[weakref.ref[Loan]] = []
 
 def add_product_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float = 1.0, first: bool = False) -> None:
     """total [V, H] += alpha · dlogits [n, V]ᵀ · hidden [n, H]; `first` overwrites what was there."""
+    if add_natively(total, dlogits, hidden, alpha=alpha, first=first):
+        return
     if dlogits.dtype == total.dtype:
         total.addmm_(dlogits.t(), hidden, beta=0 if first else 1, alpha=alpha)
         return
     if total.is_cuda:
         _add_on_cuda_(total, dlogits, hidden, alpha=alpha, first=first)
-        return
-    if add_natively(total, dlogits, hidden, alpha=alpha, first=first):
         return
     block = max(64, BLOCK_BYTES // (hidden.shape[1] * dlogits.element_size()))  # no GEMM of torch's adds bf16 products into fp32
     for v in range(0, dlogits.shape[1], block):
