@@ -114,11 +114,8 @@ def preference(loss: str, learning_rate: float, **options: Any) -> Callable[[Set
     def learn(setting: Setting) -> Row:
         from fastalign.recipes.preference import run
 
-        args = setting.arguments("dpo", loss, setting.files["pairs"], optim=optimizer(learning_rate, 250))
-        args = replace(
-            args, preference=PreferenceArguments(loss=[loss], **options), batch=replace(args.batch, per_device_train_batch_size=64)
-        )
-        run(args)
+        args = setting.arguments("dpo", loss, setting.files["pairs"], 64, optim=optimizer(learning_rate, 250))
+        run(replace(args, preference=PreferenceArguments(loss=[loss], **options)))
         return accuracies(setting, setting.root / loss)
 
     return learn
@@ -153,14 +150,11 @@ def gkd(setting: Setting) -> Row:
     held_out = {json.loads(line)["prompt"] for line in Path(setting.files["heldout"]).read_text(encoding="utf-8").splitlines()}
     train = [{k: r[k] for k in ("prompt", "completion")} for r in everything if r["prompt"] not in held_out]
     random.Random(setting.seed).shuffle(train)
-    data, batch = _write(setting.root / "data" / "all.jsonl", train), 256
-    teacher = setting.arguments("sft", "teacher", data, optim=optimizer(1e-3, 600))
-    sft(replace(teacher, batch=replace(teacher.batch, per_device_train_batch_size=batch)))
+    data = _write(setting.root / "data" / "all.jsonl", train)
+    sft(setting.arguments("sft", "teacher", data, 256, optim=optimizer(1e-3, 600)))
     student = write_student(setting)
-    args = setting.arguments("distill", "student", data, optim=optimizer(2e-3, 900))
-    args = replace(
-        args, model=replace(args.model, model_name_or_path=str(student)), batch=replace(args.batch, per_device_train_batch_size=batch)
-    )
+    args = setting.arguments("distill", "student", data, 256, optim=optimizer(2e-3, 900))
+    args = replace(args, model=replace(args.model, model_name_or_path=str(student)))
     own = DistillArguments(teacher_model_name_or_path=str(setting.root / "teacher"), lmbda=0.2)
     distill(replace(args, sampling=SamplingArguments(max_completion_length=8), distill=own))
     folders = {"teacher": setting.root / "teacher", "before": student, "after": setting.root / "student"}
@@ -281,16 +275,18 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m bench.learn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods alone")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    p.add_argument("--json", type=Path, help="write the rows to this file")
+    p.add_argument("--table", type=Path, help="write the table to this file")
+    p.add_argument("--plot", type=Path, help="write the picture to this file")
+    return p
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.learn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods alone")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--table", type=Path, help="write the table to this file")
-    parser.add_argument("--plot", type=Path, help="write the picture to this file")
-    args, rows = parser.parse_args(), []
+    args, rows = parser().parse_args(), []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory(prefix="fastalign-learn-") as folder:
             setting = prepare(Path(folder), seed)
