@@ -18,10 +18,10 @@ from fastalign.training.step import LogitOptions, Updater
 
 
 def build(bias: bool) -> LlamaForCausalLM:
-    """A Llama of some 10 million parameters with a vocabulary of 8,192."""
+    """A Llama of the 40M-parameter shape of the other benches."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, tie_word_embeddings=True, attention_bias=bias, **sizes))
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, tie_word_embeddings=True, attention_bias=bias, **sizes))
     use_fastalign_attention(model)
     return model
 
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 8192, (options.tokens // 128, 128), generator=generator).tolist()
+    ids = torch.randint(0, 32000, (options.tokens // 128, 128), generator=generator).tolist()
     batch = micro_batches([conversation(row, [False] * 64 + [True] * 64) for row in ids], options.tokens)
     updaters = {method: updater_of(method) for method in ("full", *ADAPTERS)}
     times: dict[str, list[float]] = {method: [] for method in updaters}
