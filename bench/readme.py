@@ -21,8 +21,10 @@ BEGIN, END = "<!-- figures: written by python -m bench.readme -->", "<!-- end of
 SECONDS_PEERS = {  # file, what, command
     "grpo-short": ("GRPO step, 8 prompts × 8 × 64 tokens, ≈25-token prompts", "python -m bench.peers.trl_grpo --prompt_tokens short"),
     "grpo-long": ("the same with ≈300-token prompts", "python -m bench.peers.trl_grpo --prompt_tokens long"),
+    "dpo": ("DPO step, 8 pairs of ≈290 + 2 × 70 tokens, reference included", "python -m bench.peers.trl_dpo"),
     "sft": ("SFT step, 16 GSM8K records", "python -m bench.peers.trl_sft"),
 }
+PROCESSORS = {"": "a CPU with AVX-512", "avx2/": "a CPU with AVX2 and no AVX-512"}  # folder of the results
 
 
 def records(pattern: str) -> list[dict[str, Any]]:
@@ -39,20 +41,23 @@ def taken(record: dict[str, Any]) -> str:
     return f"{record['device']}, {record['date']}, commit {record['commit']}, torch {record['torch']}"
 
 
-def trainers() -> list[str]:
-    """Whole training steps against TRL: medians of the measured steps."""
+def trainers(folder: str) -> list[str]:
+    """Whole training steps against TRL: medians of the measured steps, a first pass over the data shared out over one epoch's."""
     rows = []
     for stem, (what, command) in SECONDS_PEERS.items():
-        for record in records(f"{stem}-*.json"):
+        for record in records(f"{folder}{stem}-*.json"):
             seconds = {side: median(turn["seconds"] for turn in turns) for side, turns in record["turns"].items()}
+            for side in seconds if "warm" in record else ():
+                steps = len(record["turns"][side]) + len(record["warm"][side])
+                seconds[side] += record["facts"][side].get("preparation_s", 0.0) / steps
             peak = {side: max(turn["peak_mib"] for turn in turns) for side, turns in record["turns"].items()}
             cells = [f"{number(seconds[side])} s, {peak[side]:,.0f} MiB" for side in ("trl", "fastalign")]
             faster = f"**{seconds['trl'] / seconds['fastalign']:.1f}×**"
             rows.append(f"| {what} | {' | '.join(cells)} | {faster} | {record['date']}, {record['commit']} | `{command}` |")
     if not rows:
         return []
-    first = records("grpo-*.json")[0]
-    machine = f"{first['device']}, torch {first['torch']}"
+    first = records(f"{folder}grpo-*.json")[0]
+    machine = f"{PROCESSORS[folder]}: {first['device']}, torch {first['torch']}"
     head = f"Training steps of a 40M-parameter Qwen2 (vocabulary 32,000) in fp32, against TRL 1.16 ({machine}):"
     return [head, "", "| what | TRL | fastalign | faster | taken | command |", "|---|---|---|---|---|---|", *rows, ""]
 
@@ -101,7 +106,9 @@ def ratio(value: float) -> str:
 
 
 def section() -> str:
-    lines = [BEGIN, "", *trainers()]
+    lines = [BEGIN, ""]
+    for folder in PROCESSORS:
+        lines += trainers(folder)
     for record in records("generation-*.json"):
         lines += generation(record)
     for record in records("kernels-*.json"):
