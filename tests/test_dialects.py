@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastalign.data import BadRecord, Record, load_records, normalize, parse_dataset_map, sft_examples
-from fastalign.data.dialects import read_transcript
+from fastalign.data.dialects import as_prompt, read_transcript
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared/data/gsm8k"
 
@@ -249,6 +249,35 @@ def test_transcript_prompt_makes_plain_sides_messages():
 def test_transcript_as_completion_scores_its_last_answer():
     _, runs, _ = encode({"completion": HH + " 2"}, CHATML)
     assert runs == ["2<|im_end|>"]
+
+
+ASKED = [{"role": "user", "content": "a?"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "columns, prompt",
+    [
+        ({"messages": ANSWERED}, ASKED),
+        ({"messages": [*ANSWERED, *ASKED]}, [*ANSWERED, *ASKED]),
+        ({"messages": [*ANSWERED, {"role": "assistant", "content": "c"}]}, ASKED),
+        ({"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}, ASKED),
+        ({"prompt": "\n\nHuman: a?\n\nAssistant:"}, ASKED),
+        ({"prompt": "\n\nHuman: a?\n\nAssistant: b\n\nHuman: a?\n\nAssistant:"}, [*ANSWERED, *ASKED]),
+        ({"chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: a?\n\nAssistant: c"}, ASKED),
+        ({"prompt": "a?"}, "a?"),
+        ({"prompt": ASKED, "messages": ANSWERED}, ASKED),
+        ({"messages": ANSWERED[1:]}, []),
+    ],
+)
+def test_prompts_are_read_from_whole_conversations(columns, prompt):
+    found = as_prompt(Record({**columns, "answer": "7"}, "f", 3))
+    assert found["prompt"] == prompt
+    assert (found["answer"], found.source, found.line) == ("7", "f", 3)
+
+
+def test_prompts_of_bad_records_keep_their_reason():
+    assert "martian" in as_prompt(Record({"conversations": [{"from": "martian", "value": "a"}]}, "f", 3)).error
 
 
 @pytest.mark.parametrize("text", ["Human: hi", "Say:\n\nHuman: a\n\nAssistant: b", "2", None, ["x"]])

@@ -51,6 +51,28 @@ def normalize_all(records: Sequence[Record]) -> list[Record]:
     return [normalize(record) for record in records]
 
 
+def as_prompt(record: Record) -> Record:
+    """`normalize` for data of prompts alone, from which a model samples; columns beside the prompt stay for the rewards.
+
+    - `messages` without `prompt`: what comes before the assistant's turns at the end.
+    - an HH `prompt`, with or without completions → messages.
+    """
+    record = normalize(record)
+    messages, text = record.get("messages"), record.get("prompt")
+    if text is None and isinstance(messages, list):
+        end = len(messages)
+        while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant":
+            end -= 1
+        return Record({**record, "prompt": messages[:end]}, record.source, record.line)
+    turns = read_transcript(text)
+    return record if turns is None else Record({**record, "prompt": _without_generation_prompt(turns)}, record.source, record.line)
+
+
+def _without_generation_prompt(turns: list[Message]) -> list[Message]:
+    """An HH prompt ends in "\\n\\nAssistant:", which the chat template writes."""
+    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
 def plain_message(message: Message) -> Message:
     """A checked message as templates expect it: no null entries, and a call's arguments as an object rather than as its JSON.
 
@@ -147,8 +169,7 @@ def _from_transcripts(record: Record) -> dict[str, Any] | None:
     sides = [side for side in _SIDES if isinstance(record.get(side), str)]
     if prompt is None or not sides:
         return None
-    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
-        prompt = prompt[:-1]  # "\n\nAssistant:" is the generation prompt, which the chat template writes
+    prompt = _without_generation_prompt(prompt)
     return {**record, "prompt": prompt, **{side: [{"role": "assistant", "content": record[side].strip()}] for side in sides}}
 
 

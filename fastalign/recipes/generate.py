@@ -12,10 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Prompt, Record, load_records, parse_dataset_map, prompt_examples
+from ..data import Prompt, Record, prompt_examples
 from ..generation import CompletionOutput, Engine, SamplingParams
 from ..models.backbone import causal_lm
 from .arguments import DataArguments, GenerateArguments, ModelArguments, SamplingArguments
+from .reading import prompts_named_by
 from .setup import Loaded, load
 
 BATCHES_A_CHUNK = 4  # prompts are completed, and written, in chunks of this many full batches
@@ -68,8 +69,7 @@ def read_prompts(data: DataArguments, generate: GenerateArguments, loaded: Loade
     if generate.prompt:
         records = [Record({"prompt": text}, "--prompt", number) for number, text in enumerate(generate.prompt, 1)]
     else:
-        columns = parse_dataset_map(data.dataset_map)
-        records = load_records(data.dataset_name, split=data.dataset_split, columns=columns, max_samples=data.max_samples)
+        records = prompts_named_by(data, data.dataset_name, data.max_samples)
     return prompt_examples(
         records,
         loaded.tokenizer,

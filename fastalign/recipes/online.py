@@ -11,7 +11,7 @@ import torch
 
 from ..advantages import ADVANTAGES
 from ..algorithms import Algorithm, resolve
-from ..data import DataOrder, Prompt, load_records, parse_dataset_map, prompt_examples
+from ..data import DataOrder, Prompt, prompt_examples
 from ..generation import Engine, SamplingParams
 from ..models.backbone import causal_lm, head_of
 from ..models.linear import check_quantization
@@ -20,6 +20,7 @@ from ..rewards import RewardSet, load_rewards
 from .arguments import Arguments, OnlineArguments
 from .model_rewards import with_reward_models
 from .online_task import OnlineTask
+from .reading import prompts_named_by
 from .reference import Reference
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .training import Job, execute
@@ -93,9 +94,8 @@ def prompts_of(args: Arguments, loaded: Loaded, name: str | list[str], max_sampl
             f"--max_completion_length {args.sampling.max_completion_length} leaves no room for a prompt in --max_length {data.max_length};"
             " raise --max_length"
         )
-    records = load_records(name, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=max_samples)
     return prompt_examples(
-        records,
+        prompts_named_by(data, name, max_samples),
         loaded.tokenizer,
         max_prompt_length=min(data.max_prompt_length or room, room),
         on_bad_record=data.on_bad_record,
