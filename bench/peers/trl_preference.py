@@ -84,6 +84,7 @@ CASES = [
     dpo("sigmoid", "dpo", theirs={"f_divergence_type": "forward_kl"}, ours={"f_divergence_type": "forward_kl"}),
     dpo("sigmoid", "dpo", theirs={"f_divergence_type": "alpha_divergence"}, ours={"f_divergence_type": "alpha"}),
     dpo("sigmoid", "dpo", theirs={"ld_alpha": 0.5}, ours={"ld_alpha": 0.5}),
+    dpo("sigmoid", "dpo", theirs={"use_weighting": True}, ours={"use_weighting": True}),
     Case("kto", {"loss_type": "kto"}, "kto", metrics=(*REWARDS[:3], *LOGPS, "kl")),
     Case("kto", {"loss_type": "apo_zero_unpaired"}, "apo_zero_unpaired", metrics=(*REWARDS[:3], *LOGPS)),
     Case("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.0}, "cpo", {"nll_coef": 0.0}),
@@ -171,7 +172,7 @@ def in_fastalign(case: Case, options: dict[str, Any], data: str) -> list[dict[st
     from fastalign.recipes import preference, unpaired
     from fastalign.recipes.setup import load, seed_everything
 
-    flags = {name: case.ours[name] for name in ("f_divergence_type", "ld_alpha") if name in case.ours}
+    flags = {name: case.ours[name] for name in ("f_divergence_type", "ld_alpha", "use_weighting") if name in case.ours}
     args = a.Arguments(
         command="kto" if case.trainer == "kto" else "dpo",
         model=a.ModelArguments(options["model"], "float32", options["tokenizer"], device=options["device"]),

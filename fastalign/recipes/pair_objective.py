@@ -81,8 +81,7 @@ class PairObjective:
     Attributes:
         terms: what is summed.
         ld_alpha: what a token past the length of the pair's shorter completion counts.
-        weighting: whether each pair is weighed by how likely it is under the policy (WPO, arXiv:2406.11827, Eq. 2); the weights are
-            not aligned over positions, for which TRL divides each token's probability by its expectation.
+        weighting: whether each pair is weighed by how likely it is under the policy (WPO, arXiv:2406.11827, Eq. 2).
     """
 
     terms: tuple[Term, ...]
@@ -132,18 +131,20 @@ class PairObjective:
         """The batch's share of the mean over `num_pairs` pairs, and the sums of its metrics."""
         cu, shown = batch.packed.cu_targets, self.shown
         units = cu[::2].contiguous()
-        weights = torch.ones(len(units) - 1, dtype=torch.float64, device=batch.packed.targets.device) if self.weighting else None
+        device = batch.packed.targets.device
+        weights = torch.ones(len(units) - 1, dtype=torch.float64, device=device) if self.weighting else None
+        squares = torch.empty(len(batch.packed.targets), device=device) if self.weighting else None
         shares = [self._share(term, batch, num_pairs, weights, statistics.get(term.name, {})) for term in self.terms]
 
         def objective(logp: Tensor, entropy: Tensor, span: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            if weights is not None:
+            if weights is not None and squares is not None:
                 pairs = units_of(span, units)
-                weights[pairs] = wpo_weights(logp, cu[2 * pairs.start : 2 * pairs.stop + 1] - span.start).double()
+                weights[pairs] = wpo_weights(logp, cu[2 * pairs.start : 2 * pairs.stop + 1] - span.start, squares[span]).double()
             found = [share(logp, span) for share in shares]
             sums = {name: value for _, metrics in found for name, value in metrics.items()} | found[shown][1]
             return torch.stack([term.weight * part for term, (part, _) in zip(self.terms, found, strict=True)]).sum(), sums
 
-        return MicroBatch(batch.packed, objective, units)
+        return MicroBatch(batch.packed, objective, units, squares)
 
     def _share(
         self, term: Term, batch: PairBatch, num_pairs: int, weights: Tensor | None, numbers: Mapping[str, Any]

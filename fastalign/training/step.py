@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..models.backbone import head_of, hidden_states
 from ..ops.linear_logp import linear_logp
 from ..ops.linear_loss import linear_loss
+from ..ops.linear_scores import linear_scores
 from ..packing import Packed
 from .optimizer import MainGradients
 
@@ -47,26 +48,37 @@ class MicroBatch:
         packed: the token tree.
         objective: `objective(logp, entropy, span)` → its share of the final scalar, or (share, {name: sum}).
         units: [U+1] offsets of the runs of targets that the objective couples; None: every token on its own.
+        log_square_sum: [N] fp32 buffer that gets log Σ_v p(v)² of each target's distribution before the objective is called, at the
+            price of another pass over the head; None: not computed.
     """
 
     packed: Packed
     objective: Callable[[Tensor, Tensor, slice], object]
     units: Tensor | None = None
+    log_square_sum: Tensor | None = None
 
     def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
         """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
-        head = head_of(model)
+        head, hidden = head_of(model), scored_hidden(model, self.packed)
+        logits = {
+            "bias": head.bias,
+            "temperature": head.temperature(options.temperature),
+            "logit_softcap": head.logit_softcap,
+        }
+        if self.log_square_sum is not None:
+            with torch.no_grad():
+                found = linear_scores(hidden, head.weight, self.packed.targets, fields=("log_square_sum",), **logits)
+            assert found.log_square_sum is not None
+            self.log_square_sum.copy_(found.log_square_sum)
         loss, metrics = linear_loss(
-            scored_hidden(model, self.packed),
+            hidden,
             head.weight,
             self.packed.targets,
             self.objective,
             units=self.units,
-            bias=head.bias,
-            temperature=head.temperature(options.temperature),
-            logit_softcap=head.logit_softcap,
             return_entropy=True,
             max_chunk_bytes=options.max_chunk_bytes,
+            **logits,
         )
         if backward:
             loss.backward()
