@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,8 @@ class MicroBatch:
     def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
         """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
         head, hidden = head_of(model), scored_hidden(model, self.packed)
-        logits = {
-            "bias": head.bias,
-            "temperature": head.temperature(options.temperature),
-            "logit_softcap": head.logit_softcap,
-        }
+        temperature = head.temperature(options.temperature)
+        logits: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "logit_softcap": head.logit_softcap}
         if self.log_square_sum is not None:
             with torch.no_grad():
                 found = linear_scores(hidden, head.weight, self.packed.targets, fields=("log_square_sum",), **logits)
