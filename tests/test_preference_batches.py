@@ -144,6 +144,27 @@ def test_loss_and_gradient_are_invariant_to_micro_batches(task, tmp_path, comman
     assert seen[0][2].norm() > 1e-4
 
 
+@pytest.mark.parametrize("budget", [10_000, 37])
+def test_wpo_weighs_each_pair_by_its_aligned_likelihood(task, tmp_path, budget):
+    """Against fp64 on transformers' own attention: exp(mean log p(token) - log Σ p²) of both completions times DPO's loss."""
+    job = built(task, tmp_path, "dpo", "dpo")
+    job.objective = replace(job.objective, weighting=True)
+    batches = job.data.cut(range(10), budget, job.device)
+    result = job.updater.accumulate([job.objective.micro_batch(b, 10, {}) for b in batches])
+    sides = encoded(task, "pairs.jsonl", ("chosen", "rejected"))
+    model = AutoModelForCausalLM.from_pretrained(task / "model", dtype=torch.float64, attn_implementation="eager").eval()
+
+    def weight(prompt: list[int], completion: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logp = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return (logp[torch.arange(len(completion)), torch.tensor(completion)] - (2 * logp).logsumexp(-1)).mean().exp()
+
+    weights = torch.stack([weight(*win) * weight(*lose) for win, lose in zip(*sides, strict=True)])
+    policy, reference = ([summed_logps(task / name, side) for side in sides] for name in ("model", "reference"))
+    win, lose = (a - b for a, b in zip(policy, reference, strict=True))
+    assert result.loss == pytest.approx(float((weights * softplus(-0.1 * (win - lose))).mean()), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", sorted(PREFERENCE))
 def test_only_rows_with_batch_statistics_pay_a_scoring_pass(task, tmp_path, monkeypatch, loss):
     calls = []

@@ -123,6 +123,7 @@ def test_margins_are_read_or_refused(task, tmp_path):
         ({"preference": {"beta": 0.0}}, "beta must be > 0"),
         ({"options": {"gamma": 1.0}}, "--loss.gamma: dpo reads no gamma"),
         ({"preference": {"loss": ["aot"]}, "options": {"matched": 1.0}}, "reads no matched"),
+        ({"preference": {"loss": ["dpo", "aot"], "use_weighting": True}}, "aot compares completions of different pairs"),
         ({"options": {"beta": "much"}}, "expected a number"),
         ({"preference": {"loss": ["exo_pair"], "label_smoothing": 0.0}}, "label_smoothing must lie between"),
         ({"preference": {"loss": ["simpo"]}, "reference": {"ref_model_name_or_path": "other"}}, "simpo reads no reference; leave it out"),

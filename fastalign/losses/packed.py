@@ -173,9 +173,8 @@ def wpo_weights(logp: Tensor, cu_targets: Tensor, log_sum_sq: Tensor | None = No
         log_sum_sq: [N] log Σ_v p(v)² of each token's distribution, which aligns the weights over positions; None: not aligned.
 
     Returns:
-        [B] product over both completions of exp(mean over tokens of logp - log_sum_sq), at most 1 as in the authors' code: aligned, a
-        token likelier than two draws are to agree would count more than one.
+        [B] product over both completions of exp(mean over tokens of logp - log_sum_sq); aligned, it may exceed 1.
     """
     values = logp.detach() if log_sum_sq is None else logp.detach() - log_sum_sq
     sums = sums_of(values, None, cu_targets.to(logp.device), per_token=False)
-    return sums.mean_logp.view(-1, 2).sum(1).exp().clamp(max=1).to(logp.dtype)
+    return sums.mean_logp.view(-1, 2).sum(1).exp().to(logp.dtype)

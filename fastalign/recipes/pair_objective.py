@@ -213,3 +213,6 @@ def _check_read(options: Mapping[str, Any], names: Sequence[str], given: Prefere
     if given.f_divergence_type != "reverse_kl" and not any(PREFERENCE[name].divergence for name in names):
         readers = ", ".join(name for name, row in PREFERENCE.items() if row.divergence)
         raise ValueError(f"--f_divergence_type {given.f_divergence_type}: {' '.join(names)} reads no divergence; these do: {readers}")
+    sorting = [name for name in names if PREFERENCE[name].couples_pairs]
+    if given.use_weighting and sorting:
+        raise ValueError(f"--use_weighting: {' '.join(sorting)} compares completions of different pairs, which have no weight in common")
