@@ -40,7 +40,7 @@ from fastalign.models.attention import use_fastalign_attention  # noqa: E402
 PROMPT, SHORT, LONG = 32, 8, 24  # tokens
 COPY_BYTES = 256 << 20
 NAMES = {
-    "linears": ("_linear_pointwise", "nn.linear", "method torch.mm", "addmm", "gemm of"),
+    "linears": ("_C.gemm_packed", "_linear_pointwise", "nn.linear", "method torch.mm", "addmm", "gemm of"),
     "attention": ("paged_attention",),
 }
 NAMES |= {"sampler": ("_C.sample", "_C.logp_rows", "_C.philox_uniform")}

@@ -43,6 +43,17 @@ def test_linear_scores_computes_only_what_is_asked():
     assert (found.entropy, found.mean_logit, found.log_square_sum) == (None, None, None)
 
 
+def test_linear_scores_holds_no_more_logits_than_it_is_told(monkeypatch):
+    hidden, weight, bias, targets = problem()
+    whole, seen, chunk = linear_scores(hidden, weight, targets, bias=bias, fields=FIELDS), [], module.forward_chunk
+    monkeypatch.setattr(module, "forward_chunk", lambda head, x, *a, **k: seen.append(len(x)) or chunk(head, x, *a, **k))
+    parts = linear_scores(hidden, weight, targets, bias=bias, fields=FIELDS, max_chunk_bytes=5 * 83 * 4)
+    assert sum(seen) == 37
+    assert max(seen) == 5
+    for got, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("way", ["frozen", "trainable", "entropy", "frozen entropy", "one slope", "one slope, refuted"])
 def test_linear_scores_gradient(backend, way, softcap, monkeypatch):

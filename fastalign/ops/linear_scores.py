@@ -51,6 +51,7 @@ def linear_scores(
     fields: Collection[str] = (),
     entropy_gradient: bool = False,
     one_slope: bool = False,
+    max_chunk_bytes: int | None = None,
 ) -> Scores:
     """Log-prob of each target, differentiable, and the `fields` that are asked for, without the [N, V] logits.
 
@@ -60,6 +61,7 @@ def linear_scores(
         entropy_gradient: whether the entropy is differentiable too; nothing else but logp ever is.
         one_slope: expect dL/dlogp to be the same number in every row; the gradient is then taken in the forward. Any other
             upstream gradient is right as well, and costs the logits once more.
+        max_chunk_bytes: logits held at once in the forward; None: chosen from the caches.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a target outside the vocabulary, an unknown field.
@@ -73,7 +75,9 @@ def linear_scores(
     check_targets(OP, targets, weight.shape[0], None)
     dtype = compute_dtype(OP, hidden, weight)
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    options = _Options(float(temperature), logit_softcap, frozenset(fields), entropy_gradient and "entropy" in fields, one_slope)
+    options = _Options(
+        float(temperature), logit_softcap, frozenset(fields), entropy_gradient and "entropy" in fields, one_slope, max_chunk_bytes
+    )
     return Scores(*_Scores.apply(hidden, weight, bias, targets, options))
 
 
@@ -84,6 +88,7 @@ class _Options:
     fields: frozenset[str]
     entropy_gradient: bool
     one_slope: bool
+    max_chunk_bytes: int | None
 
 
 @dataclass
@@ -146,7 +151,7 @@ class _Scores(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         wanted = tuple(ctx.needs_input_grad[:3])
         head = Head(blas_ready(weight), bias, options.temperature, options.logit_softcap)
-        rows, _ = chunk_rows(weight.shape[0], weight.element_size(), None)
+        rows, _ = chunk_rows(weight.shape[0], weight.element_size(), options.max_chunk_bytes)
         chunks = even_chunks(0, len(targets), rows)
         this = _Pass(head, options)
         ctx.frozen = wanted == (True, False, False)

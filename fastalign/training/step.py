@@ -62,6 +62,7 @@ class MicroBatch:
         head, hidden = head_of(model), scored_hidden(model, self.packed)
         temperature = head.temperature(options.temperature)
         logits: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "logit_softcap": head.logit_softcap}
+        logits["max_chunk_bytes"] = options.max_chunk_bytes
         if self.log_square_sum is not None:
             with torch.no_grad():
                 found = linear_scores(hidden, head.weight, self.packed.targets, fields=("log_square_sum",), **logits)
@@ -74,7 +75,6 @@ class MicroBatch:
             self.objective,
             units=self.units,
             return_entropy=True,
-            max_chunk_bytes=options.max_chunk_bytes,
             **logits,
         )
         if backward:
