@@ -33,7 +33,8 @@ from fastalign.training.step import LogitOptions, Updater
 
 pytest.importorskip("peft")
 OPTIONS = AdapterOptions(r=3, alpha=6)
-PEFT_METHODS = [method for method in ADAPTERS if method != "bitfit"]
+WHOLE = [method for method in ADAPTERS if method != "qlora"]  # tests/test_qlora.py has that one
+PEFT_METHODS = [method for method in WHOLE if method != "bitfit"]
 PACKED = pack(group(prompts_of(12)[0], prompts_of(4, 5)))
 
 
@@ -48,7 +49,7 @@ def stirred(method: str, model: torch.nn.Module) -> torch.nn.Module:
     return adapted
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_adapter_off_is_the_base_and_on_again_is_the_adapter(method):
     model = ready(qwen2())
     base = hidden_states(model, PACKED).detach()
@@ -109,7 +110,7 @@ def test_adapter_computes_its_papers_equation(method):
     assert hasattr(adapted, "peft_config"), "merging made a copy"
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", WHOLE)
 def test_adapter_trains_and_leaves_the_head_without_a_gradient(method):
     """The frozen head's path: 4 T V H floating-point operations instead of 6, no buffer, no gradient."""
     model = attach_adapter(ready(qwen2()), method, OPTIONS)
@@ -158,7 +159,7 @@ def test_adapter_errors_name_the_remedy():
     for method in ("prefix", "prompt_tuning"):
         with pytest.raises(ValueError, match=f"--peft_method {method}: its virtual tokens would come before every sequence"):
             attach_adapter(llama(), method)
-    with pytest.raises(ValueError, match="--peft_method qlora: 4-bit base weights are not supported"):
+    with pytest.raises(ValueError, match="attach_qlora: expected a model of load_causal_lm"):
         attach_adapter(llama(), "qlora")
     with pytest.raises(ValueError, match="unknown dorra; did you mean dora"):
         attach_adapter(llama(), "dorra")
@@ -275,6 +276,25 @@ def test_sampler_and_trainer_agree_and_the_reference_is_the_base(task, tmp_path,
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-5
     assert rows[0]["kl"] == 0
     assert rows[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"load_in_4bit": True}, "--load_in_4bit: 4-bit weights are not trained; give --peft_method lora, rslora or dora"),
+        ({"load_in_4bit": True, "peft_method": "ia3"}, "give --peft_method lora, rslora or dora"),
+        ({"peft_method": "qlora", "merge_adapter": True}, "--merge_adapter: 4-bit weights would round the sum"),
+    ],
+)
+def test_four_bits_are_for_the_lora_kinds(task, given, message):
+    with pytest.raises(ValueError, match=message):
+        load(ModelArguments(model_name_or_path=str(task / "model"), **given))
+
+
+def test_four_bits_without_bitsandbytes_name_the_extra(task, monkeypatch):
+    monkeypatch.setattr("fastalign.models.load.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="install fastalign with its qlora extra"):
+        load(ModelArguments(model_name_or_path=str(task / "model"), peft_method="qlora"))
 
 
 def test_merge_without_an_adapter_is_an_error(task):

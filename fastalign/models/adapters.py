@@ -96,6 +96,17 @@ def attach_lora(
     return _wrap(model, peft.LoraConfig(**options, target_modules=targets, task_type=task_type))
 
 
+def attach_qlora(model: PreTrainedModel, options: AdapterOptions = AdapterOptions()) -> nn.Module:
+    """LoRA on a model loaded with `load_in_4bit` (arXiv:2305.14314): the base, and with it the reference, is the quantized one.
+
+    Raises:
+        ValueError: the model's weights are whole.
+    """
+    if not getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError("attach_qlora: expected a model of load_causal_lm(..., load_in_4bit=True), got one with whole weights")
+    return _lora()(model, options)
+
+
 def attach_ia3(model: PreTrainedModel, options: AdapterOptions = AdapterOptions()) -> nn.Module:
     """Freezes a causal LM and scales keys, values and the inputs of the MLP's last layer by trained vectors (IA3, arXiv:2205.05638).
 
@@ -137,20 +148,21 @@ def train_biases(model: PreTrainedModel, options: AdapterOptions = AdapterOption
     return model
 
 
+MERGE_4BIT = (
+    "--merge_adapter: 4-bit weights would round the sum; save the adapter, which as a --model_name_or_path is merged into the base's own"
+)
 ADAPTERS: dict[str, Callable[[PreTrainedModel, AdapterOptions], nn.Module]] = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True),
     "dora": _lora(use_dora=True),
+    "qlora": attach_qlora,
     "ia3": attach_ia3,
     "bitfit": train_biases,
 }
-REFUSED = {  # method → why
-    **dict.fromkeys(
-        ("prefix", "prefix_tuning", "prompt", "prompt_tuning", "p_tuning"),
-        "its virtual tokens would come before every sequence, and a token tree shares its prompts without them",
-    ),
-    "qlora": "4-bit base weights are not supported, --dtype bfloat16 is",
-}
+REFUSED = dict.fromkeys(  # method → why
+    ("prefix", "prefix_tuning", "prompt", "prompt_tuning", "p_tuning"),
+    "its virtual tokens would come before every sequence, and a token tree shares its prompts without them",
+)
 _IA3_ATTENTION = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
 _IA3_MLP = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 
@@ -202,9 +214,15 @@ def reference_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A plain transformers model with the adapter folded into its weights, for export; a copy where there is something to fold."""
+    """A plain transformers model with the adapter folded into its weights, for export; a copy where there is something to fold.
+
+    Raises:
+        ValueError: the base has 4-bit weights, which would round the sum.
+    """
     if not _is_peft(model):
         return model
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(MERGE_4BIT)
     return copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
 
 

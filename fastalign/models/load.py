@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign.models.adapters import load_adapter
 from fastalign.models.attention import disable_dropout, use_fastalign_attention
@@ -16,7 +17,9 @@ from fastalign.models.probe import probe
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_causal_lm(name_or_path: str, *, dtype: str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_causal_lm(
+    name_or_path: str, *, dtype: str = "auto", device: torch.device | str = "cpu", load_in_4bit: bool = False
+) -> PreTrainedModel:
     """Loads a causal language model, gives it the fastalign attention, sets dropout to 0 and probes it.
 
     Args:
@@ -24,25 +27,43 @@ def load_causal_lm(name_or_path: str, *, dtype: str = "auto", device: torch.devi
             Remote code is never run.
         dtype: "auto" (as saved), "float32" or "bfloat16".
         device: where the model goes.
+        load_in_4bit: the linear layers but the head as NF4 with double quantization (QLoRA, arXiv:2305.14314), by bitsandbytes; they
+            compute in `dtype` and cannot be trained. Sampled rows have trained rows' bits only up to that library's products.
 
     Raises:
-        ValueError: when the folder is no model, the name is not found, or dtype is none of the three.
+        ValueError: when the folder is no model, the name is not found, dtype is none of the three, or bitsandbytes is missing.
         UnsupportedModelError: when the family cannot run as a token tree; it names the reason.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load_causal_lm: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if (Path(name_or_path) / "adapter_config.json").is_file() and not (Path(name_or_path) / "config.json").is_file():
+        if load_in_4bit:
+            raise ValueError(f"load_causal_lm: {name_or_path!r} is an adapter; merge it into its base before that is quantized")
         return _load_merged(name_or_path, dtype, device)
     where = _source("load_causal_lm", name_or_path, "config.json")
+    if load_in_4bit:
+        where |= {"quantization_config": _four_bits(name_or_path, dtype, where), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False, **where)
     except OSError as error:
         raise ValueError(f"load_causal_lm: no causal language model at {name_or_path!r}: {error}") from error
-    model = model.to(device)
+    if not load_in_4bit:
+        model = model.to(device)
     use_fastalign_attention(model)
     disable_dropout(model)
     probe(model)
     return model
+
+
+def _four_bits(name_or_path: str, dtype: str, where: dict[str, Any]) -> BitsAndBytesConfig:
+    """NF4 with double quantization that computes in the model's dtype."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("4-bit weights need the package bitsandbytes: install fastalign with its qlora extra")
+    compute = DTYPES[dtype]
+    if compute == "auto":
+        saved = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **where).dtype
+        compute = torch.float32 if saved is None else saved
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
 
 
 def _load_merged(folder: str, dtype: str, device: torch.device | str) -> PreTrainedModel:

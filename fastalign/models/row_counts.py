@@ -82,7 +82,10 @@ def _head(base: nn.Module) -> nn.Module | None:
 def _widths(base: nn.Module) -> set[int]:
     head = _head(base)
     inner = [m for m in base.modules() if m is not head and not isinstance(m, nn.Embedding)]
-    return {width for m in inner for p in m.parameters(recurse=False) if p.dim() > 1 for width in p.shape[-2:]}
+    linears = {width for m in inner if isinstance(m, nn.Linear) for width in _shape(m)}
+    return linears | {
+        width for m in inner for p in m.parameters(recurse=False) if p.dim() > 1 and p.is_floating_point() for width in p.shape[-2:]
+    }
 
 
 def _linears(base: nn.Module) -> Iterator[tuple[nn.Module, int]]:
@@ -91,16 +94,24 @@ def _linears(base: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     for module in base.modules():
         if module is head or not isinstance(module, nn.Linear | Conv1D) or module.weight.dim() != 2 or module.weight.is_meta:
             continue
-        key = (type(module), *module.weight.shape, module.bias is not None)
+        key = (type(module), *_shape(module), module.bias is not None)
         if key not in seen:
             seen.add(key)
-            yield module, module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+            yield module, _shape(module)[1]
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs); of a quantized linear the weight's own shape says neither."""
+    if isinstance(linear, Conv1D):
+        return linear.weight.shape[1], linear.weight.shape[0]
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features
 
 
 def _activations(base: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     """(module, width), one of each type at each width that a linear puts out."""
     kinds = {type(m): m for m in base.modules() if type(m).__module__ in ("transformers.activations", "torch.nn.modules.activation")}
-    widths = {module.weight.shape[1 if isinstance(module, Conv1D) else 0] for module, _ in _linears(base)}
+    widths = {_shape(module)[0] for module, _ in _linears(base)}
     for kind in kinds.values():
         if not any(True for _ in kind.parameters()):
             yield from ((kind, int(width)) for width in sorted(widths))

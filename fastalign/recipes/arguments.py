@@ -30,11 +30,12 @@ class ModelArguments:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         head_dtype: the dtype of the LM head's GEMMs: auto (the model's) or float32; give it again to each later command.
         use_peft: train an adapter instead of the weights; the reference is then the model with the adapter off.
-        peft_method: the adapter: lora, rslora, dora, ia3, bitfit (biases alone); given, it implies use_peft; empty: lora.
+        peft_method: the adapter: lora, rslora, dora, qlora, ia3, bitfit (biases alone); given, it implies use_peft; empty: lora.
         lora_r: rank of the LoRA matrices.
         lora_alpha: LoRA scaling numerator (scaling = lora_alpha / lora_r).
         lora_target_modules: names of the modules that get adapters; empty: every linear layer but the head (ia3: keys, values, MLP).
         merge_adapter: save the final model with the adapter folded into its weights, as a plain model; checkpoints keep the adapter.
+        load_in_4bit: hold the frozen base as 4-bit NF4 weights, beside an adapter of a LoRA kind; qlora implies it.
         device: cpu, cuda, or auto.
     """
 
@@ -50,6 +51,7 @@ class ModelArguments:
     lora_alpha: int = 32
     lora_target_modules: list[str] = field(default_factory=list)
     merge_adapter: bool = False
+    load_in_4bit: bool = False
     device: str = "auto"
 
 

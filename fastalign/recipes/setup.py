@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.adapters import AdapterOptions, attach_adapter
+from ..models.adapters import MERGE_4BIT, AdapterOptions, attach_adapter
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm, load_tokenizer
 from ..training.checkpoint import latest_checkpoint
@@ -45,12 +45,18 @@ def load(arguments: ModelArguments) -> Loaded:
         raise ValueError("--model_name_or_path is required: a local folder in Hugging Face format, or a Hub name")
     device = pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path, arguments.chat_template)
-    model: nn.Module = load_causal_lm(arguments.model_name_or_path, dtype=arguments.dtype, device=device)
+    method = arguments.peft_method or ("lora" if arguments.use_peft else "")
+    four_bits = arguments.load_in_4bit or method == "qlora"
+    if four_bits and method not in ("lora", "rslora", "dora", "qlora"):
+        raise ValueError("--load_in_4bit: 4-bit weights are not trained; give --peft_method lora, rslora or dora")
+    if four_bits and arguments.merge_adapter:
+        raise ValueError(MERGE_4BIT)
+    name = arguments.model_name_or_path
+    model: nn.Module = load_causal_lm(name, dtype=arguments.dtype, device=device, load_in_4bit=four_bits)
     if arguments.head_dtype == "float32":
         widen_head(model)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    method = arguments.peft_method or ("lora" if arguments.use_peft else "")
     if arguments.merge_adapter and not method:
         raise ValueError("--merge_adapter: there is no adapter to merge; give --use_peft or --peft_method")
     if method:
