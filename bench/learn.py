@@ -78,24 +78,24 @@ def prepare(root: Path, seed: int) -> Setting:
     files = demo.prepare(root, seed)
     sft.run(demo.cold_start(root, files, seed, quick=False))
     setting = Setting(root, files, seed)
-    files |= write_pairs(setting, max_pairs=4000)
+    files |= write_pairs(setting, max_pairs=16000)
     return setting
 
 
 def write_pairs(setting: Setting, max_pairs: int) -> dict[str, str]:
-    """Correct answers against wrong ones that the SFT model samples; the same as labelled completions."""
+    """Correct answers against every wrong one that the SFT model samples; the same as labelled completions."""
     import fastalign as fa
     from fastalign.models.load import load_causal_lm, load_tokenizer
 
-    records = [json.loads(line) for line in Path(setting.files["train"]).read_text(encoding="utf-8").splitlines()][: 2 * max_pairs]
+    records = [json.loads(line) for line in Path(setting.files["train"]).read_text(encoding="utf-8").splitlines()][:max_pairs]
     engine = fa.Engine(load_causal_lm(str(setting.start), dtype="float32"), load_tokenizer(str(setting.start)))
     outputs = engine.generate([r["prompt"] for r in records], fa.SamplingParams(n=4, max_tokens=8, seed=setting.seed))
     pairs, labelled = [], []
     for record, output in zip(records, outputs, strict=True):
-        wrong = [o.text.strip() for o in output.outputs if o.text.strip() and o.text.strip() != record["answer"]]
-        if wrong:
-            pairs.append({"prompt": record["prompt"], "chosen": record["answer"], "rejected": wrong[0]})
-            for completion, label in ((record["answer"], True), (wrong[0], False)):
+        answer, sampled = record["answer"], {o.text.strip() for o in output.outputs}
+        for wrong in sorted(sampled - {answer, ""}):
+            pairs.append({"prompt": record["prompt"], "chosen": answer, "rejected": wrong})
+            for completion, label in ((answer, True), (wrong, False)):
                 labelled.append({"prompt": record["prompt"], "completion": completion, "label": label})
     return {
         "pairs": _write(setting.root / "data" / "pairs.jsonl", pairs[:max_pairs]),

@@ -110,6 +110,7 @@ REWARD_LOSSES: dict[str, Entry] = {
     "plackett_luce": Entry("-log of the probability of the whole ranking", "Plackett 1975"),
     "outcome": Entry("binary cross-entropy of each completion's label", "arXiv:2110.14168"),
     "process": Entry("binary cross-entropy of each step's label", "arXiv:2305.20050"),
+    "attributes": Entry("squared error of several scores of one answer: helpfulness, verbosity, ...", "arXiv:2406.08673"),
 }
 
 DIVERGENCES: dict[str, Entry] = {
@@ -131,6 +132,7 @@ ADAPTERS: dict[str, Entry] = {
     "lora": Entry("low-rank updates of the linear layers, scaled by alpha / r", "arXiv:2106.09685"),
     "rslora": Entry("LoRA scaled by alpha / sqrt(r), so that a large rank learns as fast", "arXiv:2312.03732"),
     "dora": Entry("LoRA of each weight's direction, its rows' norms trained apart", "arXiv:2402.09353"),
+    "qlora": Entry("LoRA beside frozen base weights of 4 bits (NF4, double quantization)", "arXiv:2305.14314"),
     "ia3": Entry("trained scales of keys, values and the MLP's inner activations", "arXiv:2205.05638"),
     "bitfit": Entry("the model's own biases alone", "arXiv:2106.10199"),
 }
@@ -154,7 +156,7 @@ TRACKERS: dict[str, str] = {
 
 COMMANDS: dict[str, str] = {
     "sft": "supervised fine-tuning",
-    "reward": "reward models: pairs, rankings, outcomes, steps",
+    "reward": "reward models: pairs, rankings, outcomes, steps, grades",
     "dpo": "preference optimization from pairs: dpo, ipo, simpo, orpo, cpo, … (--loss)",
     "kto": "preference optimization from completions that are desirable or not: kto, bco, …",
     "rft": "rejection sampling: sample, score, keep the best, train on them",

@@ -1,9 +1,11 @@
 """Rankings, outcomes and steps as ids: exact boundaries, places that are read, bad records by line."""
 
+import math
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fastalign.data import BadRecord, DataError, Record, outcome_examples, ranking_examples, step_examples
+from fastalign.data import BadRecord, DataError, Record, attribute_examples, outcome_examples, ranking_examples, step_examples
 from fastalign.data.candidates import shared_tree
 from fastalign.recipes import arithmetic
 
@@ -80,6 +82,18 @@ def test_outcomes_and_their_labels(tokenizer):
     assert right.places == ((0, len(right.tree.ids) - 1),)
 
 
+def test_grades_are_columns_and_one_may_be_missing(tokenizer):
+    rows = records({"prompt": "1+2=", "completion": "3", "help": 4, "length": None}, {"prompt": "1+2=", "completion": "4", "length": "0.5"})
+    first, second = attribute_examples(rows, tokenizer, max_length=20, attributes=["help", "length"])
+    assert first.labels[0] == 4.0
+    assert second.labels[1] == 0.5
+    assert math.isnan(first.labels[1])
+    assert math.isnan(second.labels[0])
+    assert read_tokens(first) == [tokenizer.eos_token_id]
+    with pytest.raises(DataError, match="graded answers need the columns depth, got"):
+        attribute_examples(rows, tokenizer, max_length=20, attributes=["help", "depth"])
+
+
 def test_steps_are_read_at_their_separators(tokenizer):
     rows = records({"prompt": "1+2+3=", "completions": ["1+2", "3+3"], "labels": [True, False]})
     (example,) = step_examples(rows, tokenizer, max_length=30, separator="=")
@@ -108,6 +122,13 @@ def test_steps_are_read_at_their_separators(tokenizer):
             "expected true, false or a number between 0 and 1",
         ),
         (
+            attribute_examples,
+            {"prompt": "1=", "completion": "3", "help": "x"},
+            r"data.jsonl:2: expected a number in column 'help', got 'x'",
+        ),
+        (attribute_examples, {"prompt": "1=", "completion": "3", "help": None}, "expected a number in one of the columns help, got none"),
+        (attribute_examples, {"prompt": "1=", "completion": "3", "help": float("inf")}, "expected a number in column 'help', got 'inf'"),
+        (
             step_examples,
             {"prompt": "1=", "completions": ["3"], "labels": [True, False]},
             "expected one label a step, 1, got 2",
@@ -116,12 +137,12 @@ def test_steps_are_read_at_their_separators(tokenizer):
     ],
 )
 def test_bad_records_are_named_by_line_or_skipped(tokenizer, read, row, message, caplog):
-    good = {"prompt": "1=", "chosen": "1", "rejected": "2", "completion": "1", "label": True}
+    good = {"prompt": "1=", "chosen": "1", "rejected": "2", "completion": "1", "label": True, "help": 1}
     if read is step_examples:
         good = {"prompt": "1=", "completions": ["1"], "labels": [True]}
     elif "completions" in row:
         good = {"prompt": "1=", "completions": ["1", "2"]}
-    options = {"separator": "="} if read is step_examples else {}
+    options = {"separator": "="} if read is step_examples else {"attributes": ["help"]} if read is attribute_examples else {}
     with pytest.raises(BadRecord, match=message):
         read(records(good, row), tokenizer, max_length=20, **options)
     kept = read(records(good, row, good), tokenizer, max_length=20, on_bad_record="skip", **options)

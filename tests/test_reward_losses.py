@@ -10,6 +10,7 @@ from fastalign import catalogue
 from fastalign.losses.reward import (
     REWARD,
     aggregate_steps,
+    attributes,
     bradley_terry,
     outcome,
     plackett_luce,
@@ -30,7 +31,7 @@ def groups(scores, cu):
 
 def test_reward_rows_agree_with_the_catalogue():
     assert set(REWARD) == set(catalogue.REWARD_LOSSES)
-    assert {row.reads for row in REWARD.values()} == {"rankings", "outcomes", "steps"}
+    assert {row.reads for row in REWARD.values()} == {"rankings", "outcomes", "steps", "attributes"}
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
@@ -73,12 +74,31 @@ def test_label_losses_are_the_binary_cross_entropy(function):
     assert (function(scores, labels) - expected).abs().max() < 1e-12
 
 
+def test_attributes_are_the_squared_error_of_what_is_stated():
+    scores = 3 * torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    nan = math.nan
+    labels = torch.tensor([[4.0, 0.0, 2.0], [nan, 1.5, nan], [3.0, nan, -1.0], [nan, nan, nan]], dtype=torch.float64)
+    got = attributes(scores.requires_grad_(), labels)
+    for b in range(4):
+        terms = [(float(scores[b, k]) - float(labels[b, k])) ** 2 for k in range(3) if not math.isnan(labels[b, k])]
+        assert abs(float(got[b].detach()) - (sum(terms) / len(terms) if terms else 0.0)) < 1e-12
+    got.sum().backward()
+    assert torch.equal(scores.grad == 0, labels.isnan())
+    assert torch.isfinite(scores.grad).all()
+    assert attributes(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0,)
+
+
 @pytest.mark.parametrize("name", list(REWARD))
 def test_reward_gradients(name):
     scores, cu = ranked(2)
     labels = (torch.rand(scores.numel()) < 0.5).double()
     row = REWARD[name]
     given = cu if row.reads == "rankings" else labels
+    if row.reads == "attributes":
+        scores, given = (
+            scores[:12].view(4, 3),
+            labels[:12].view(4, 3).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(math.nan).double()),
+        )
     options = {"margin": torch.full((5,), 0.4).double(), "center_rewards_coefficient": 0.2} if "margin" in row.options else {}
     assert torch.autograd.gradcheck(lambda s: row.function(s, given, **options), scores.requires_grad_())
 

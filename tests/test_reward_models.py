@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 from fastalign.cli import main
 from fastalign.data import Record, ranking_examples
 from fastalign.data.places import read_place
+from fastalign.judges import RewardModel
 from fastalign.losses.reward import REWARD
 from fastalign.models.attention import UnsupportedModelError
 from fastalign.models.load import load_tokenizer
@@ -47,6 +48,9 @@ def records(kind: str, n: int, seed: int = 0) -> list[dict]:
             )
         elif kind == "rankings":
             found.append({"prompt": prompt, "completions": ordered[: rng.randint(2, 4)]})
+        elif kind == "grades":
+            grades = {"size": digits[0] / 3, "oddness": digits[0] % 2 if rng.random() < 0.7 else None}
+            found.append({"prompt": prompt, "completion": str(digits[0]), **grades})
         elif kind == "outcomes":
             found.append({"prompt": prompt, "completion": str(digits[0]), "label": digits[0] > 4})
         else:
@@ -55,7 +59,8 @@ def records(kind: str, n: int, seed: int = 0) -> list[dict]:
     return found
 
 
-DATA = {"bradley_terry": "pairs", "plackett_luce": "rankings", "outcome": "outcomes", "process": "steps"}
+DATA = {"bradley_terry": "pairs", "plackett_luce": "rankings", "outcome": "outcomes", "process": "steps", "attributes": "grades"}
+GRADES = {"attributes": ["size=0.5", "oddness=-2"]}  # of the flags that --loss attributes needs
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -88,7 +93,7 @@ def arguments(folder: Path, output: Path, loss: str = "bradley_terry", **changes
         optim=OptimArguments(learning_rate=2e-3, max_steps=4, lr_scheduler_type="constant"),
         batch=BatchArguments(per_device_train_batch_size=8),
         run=RunArguments(output_dir=str(output)),
-        reward=RewardArguments(loss=loss, step_separator="="),
+        reward=RewardArguments(loss=loss, step_separator="=", **(GRADES if loss == "attributes" else {})),
     )
     return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
 
@@ -193,17 +198,53 @@ def test_every_row_trains_and_its_model_loads_anywhere(folder, tmp_path, loss):
     data = str(folder / f"{DATA[loss]}.jsonl")  # evaluated on what it trains on: a few steps are enough to see the loss fall
     summary = reward.run(arguments(folder, tmp_path, loss, data={"eval_dataset_name": data}, optim={"max_steps": 8}))
     rows = rows_of(tmp_path)
-    keys = {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "accuracy", "min_reward", "mean_reward", "max_reward"}
-    assert keys | {"margin"} <= set(rows[1])
+    keys = {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "min_reward", "mean_reward", "max_reward"}
+    measured = {"mse", "correlation", "mse/size", "mse/oddness"} if loss == "attributes" else {"accuracy", "margin"}
+    assert keys | measured <= set(rows[1])
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
-    assert {"eval/accuracy", "eval/margin"} <= set(summary)
+    assert {f"eval/{name}" for name in measured} <= set(summary)
     assert (tmp_path / "report.html").exists()
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert plain.config.num_labels == 1
+    assert plain.config.num_labels == (2 if loss == "attributes" else 1)
     if loss == "process":
         assert (plain.config.step_separator, plain.config.step_aggregation) == ("=", "product")
     if loss == "bradley_terry":
         assert {"eval/accuracy/even", "eval/accuracy/odd"} <= set(summary)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_graded_attributes_are_one_weighted_reward_wherever_the_model_is_used(folder, tmp_path, adapter):
+    args = arguments(folder, tmp_path / "rm", "attributes", model={"use_peft": adapter, "lora_r": 2})
+    reward.run(args)
+    tokenizer = load_tokenizer(str(tmp_path / "rm"))
+    model = load_reward_model(str(tmp_path / "rm"), tokenizer)
+    assert (model.config.attribute_names, model.config.attribute_weights) == (["size", "oddness"], [0.5, -2.0])
+    assert model.config.id2label == {0: "size", 1: "oddness"}
+    ids = [*tokenizer("3+4=7").input_ids, tokenizer.eos_token_id]
+    with torch.no_grad():
+        size, oddness = model(torch.tensor([ids]), use_cache=False).logits[0].tolist()
+    (judged,) = RewardModel.load(str(tmp_path / "rm"))(["3+4="], ["7"])
+    assert judged == pytest.approx(0.5 * size - 2 * oddness, abs=1e-5)
+    if not adapter:  # as a reward it is compared on pairs like any other; graded again, its attributes must be the ones given
+        on = {"model": {"model_name_or_path": str(tmp_path / "rm")}}
+        assert 0 <= reward.run(arguments(folder, tmp_path / "bench", **on, optim={"max_steps": 0}))["eval/accuracy"] <= 1
+        with pytest.raises(ValueError, match="expected a model that grades size, got one that grades size, oddness"):
+            reward.run(arguments(folder, tmp_path / "other", "attributes", **on, reward={"attributes": ["size"]}))
+
+
+@pytest.mark.parametrize(
+    ("loss", "attributes", "message"),
+    [
+        ("attributes", [], "name the columns that hold the grades"),
+        ("attributes", ["size", "size=2"], "each name once"),
+        ("attributes", ["size=much"], "--attributes 'size=much': expected NAME or NAME=WEIGHT"),
+        ("attributes", ["=2"], "expected NAME or NAME=WEIGHT"),
+        ("outcome", ["size"], "--attributes: the loss 'outcome' reads none"),
+    ],
+)
+def test_attributes_are_checked(folder, tmp_path, loss, attributes, message):
+    with pytest.raises(ValueError, match=message):
+        reward.run(arguments(folder, tmp_path, loss, reward={"attributes": attributes}))
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -227,6 +268,14 @@ def test_max_steps_0_evaluates_and_changes_nothing(folder, tmp_path):
     trained = json.loads((tmp_path / "rm" / "summary.json").read_text())
     for name in ("eval/accuracy", "eval/accuracy/even", "eval/loss"):
         assert abs(summary[name] - trained[name]) < 1e-6
+
+
+def test_the_grades_of_each_subset_are_evaluated(folder, tmp_path):
+    held = write(
+        tmp_path / "held.jsonl", [row | {"subset": "small" if row["size"] < 2 else "large"} for row in records("grades", 12, seed=1)]
+    )
+    summary = reward.run(arguments(folder, tmp_path / "out", "attributes", data={"eval_dataset_name": held}, optim={"max_steps": 1}))
+    assert {"eval/mse/small", "eval/mse/large", "eval/mse"} <= set(summary)
 
 
 def test_dry_run_plans_and_writes_nothing(folder, tmp_path):

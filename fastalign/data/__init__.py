@@ -7,7 +7,7 @@ from .labelled import Completions, labelled_examples, partners
 from .load import load_parts, load_records
 from .order import DataOrder, MixtureOrder
 from .pairs import Pairs, pair_examples
-from .rankings import outcome_examples, ranking_examples
+from .rankings import attribute_examples, outcome_examples, ranking_examples
 from .records import BadRecord, DataError, Record, parse_dataset_map
 from .steps import step_examples
 from .stream import SegmentStream
@@ -25,6 +25,7 @@ __all__ = [
     "Prompts",
     "Record",
     "SegmentStream",
+    "attribute_examples",
     "columns_of_prompts",
     "labelled_examples",
     "load_parts",

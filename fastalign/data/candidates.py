@@ -23,7 +23,8 @@ class Judged:
     Attributes:
         tree: the tokens; a root, and a child for each of several answers.
         places: (segment of the tree, offset in it) whose score is read, in the order of the data.
-        labels: one a place; empty where the order itself is the label (rankings, best first).
+        labels: one a place; empty where the order itself is the label (rankings, best first); of graded answers one an attribute, NaN
+            where the record states none.
         margin: by how much each better answer is to beat a worse one at least.
         subset: what the record's column `subset` says, for evaluation.
         index: which record it came from.

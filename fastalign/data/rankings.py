@@ -1,7 +1,8 @@
-"""Rankings and outcomes for reward models: pairs, answers best first, and answers that are right or wrong."""
+"""Rankings, outcomes and grades for reward models: pairs, answers best first, answers right or wrong, answers with several grades."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +81,58 @@ def outcome_examples(
         limits=limits_of(max_length, vocab_size),
         on_bad_record=on_bad_record,
     )
+
+
+def attribute_examples(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    on_bad_record: str = "error",
+    system_prompt: str = "",
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+    attributes: Sequence[str],
+) -> list[Judged]:
+    """Records of `completion` and one column of numbers an attribute, with an optional `prompt`. Arguments as `ranking_examples`.
+
+    Args:
+        attributes: the columns, each there in some record. One that a record lacks, or has as null, is not learned from it; a record
+            without any is a bad one.
+    """
+    encoder = CandidateEncoder(tokenizer, system_prompt)
+    _check_columns(records, "graded answers", ("completion",))
+    for name in attributes:
+        _check_columns(records, "graded answers", (name,))
+
+    def make(record: Record, sequences: Sequences) -> Judged:
+        tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
+        grades = tuple(_grade(record, name) for name in attributes)
+        if all(math.isnan(grade) for grade in grades):
+            raise record.bad("no grade", f"expected a number in one of the columns {', '.join(attributes)}, got none")
+        return Judged(tree, places, grades)
+
+    return judged(
+        records,
+        lambda chunk: encoder.encode(chunk, lambda record: [record.require("completion")]),
+        make,
+        limits=limits_of(max_length, vocab_size),
+        on_bad_record=on_bad_record,
+    )
+
+
+def _grade(record: Record, name: str) -> float:
+    """A finite number; NaN where the record has none. Raises BadRecord."""
+    value = record.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise record.bad("wrong type", f"expected a number in column {name!r}, got {str(value)[:80]!r}")
+    return number
 
 
 def _ranked(record: Record) -> list[Any]:

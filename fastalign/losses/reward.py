@@ -111,6 +111,20 @@ def process(scores: Tensor, labels: Tensor) -> Tensor:
     return binary_cross_entropy(scores, labels)
 
 
+def attributes(scores: Tensor, labels: Tensor) -> Tensor:
+    """Squared error of several scores of one completion: helpfulness, verbosity, … (HelpSteer2, arXiv:2406.08673, section 4.1).
+
+    Args:
+        scores: [B, K] at the completions' ends, one column an attribute; labels: [B, K], NaN where a record states none.
+
+    Returns:
+        [B] losses, the mean over the attributes that a record states; 0 where it states none.
+    """
+    stated = ~labels.isnan()
+    errors = (scores - labels.to(scores).nan_to_num()).square() * stated.to(scores)
+    return errors.sum(-1) / stated.sum(-1).clamp(min=1).to(scores)
+
+
 def _segments(values: Tensor, cu_steps: Tensor) -> list[Tensor]:
     bounds = cu_steps.tolist()
     return [values[begin:end] for begin, end in pairwise(bounds)]
@@ -150,7 +164,7 @@ class RewardLoss:
 
     Attributes:
         function: the equation. Rankings: (scores, cu_groups, **options); labels: (scores, labels, **options).
-        reads: what the data are: "rankings" (pairs are rankings of two), "outcomes" or "steps".
+        reads: what the data are: "rankings" (pairs are rankings of two), "outcomes", "steps" or "attributes".
         options: its keyword options and what they are when not given.
     """
 
@@ -167,4 +181,5 @@ REWARD: dict[str, RewardLoss] = {
     "plackett_luce": RewardLoss(plackett_luce, "rankings"),
     "outcome": RewardLoss(outcome, "outcomes"),
     "process": RewardLoss(process, "steps"),
+    "attributes": RewardLoss(attributes, "attributes"),
 }

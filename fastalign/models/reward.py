@@ -1,4 +1,4 @@
-"""Reward models: a backbone of a causal language model with one linear score, run as a token tree.
+"""Reward models: a backbone of a causal language model with a linear score (or a grade an attribute), run as a token tree.
 
 On disk it is what `AutoModelForSequenceClassification` loads. transformers reads a sequence's score at its last token that is no
 `config.pad_token_id`; `data.places.read_place` says the same of ids, and `settle_padding` sees to it that the padding token ends no text.
@@ -7,7 +7,7 @@ On disk it is what `AutoModelForSequenceClassification` loads. transformers read
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastalign.models.probe import check_calls, check_config
 from fastalign.packing import Packed, Segment, pack, sequences, split_by_tokens
 
 _ARCHITECTURE = "ForSequenceClassification"
-_OF_STEPS = ("step_separator", "step_aggregation")
+_NOTES = ("step_separator", "step_aggregation", "attribute_names", "attribute_weights")  # of a configuration: how scores are read
 
 
 def is_reward_model(folder: str | Path) -> bool:
@@ -40,18 +40,26 @@ def is_reward_model(folder: str | Path) -> bool:
 
 
 def load_reward_model(
-    name_or_path: str, tokenizer: Any, *, dtype: str = "auto", device: torch.device | str = "cpu", start: bool = False
+    name_or_path: str,
+    tokenizer: Any,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    start: bool = False,
+    attributes: Mapping[str, float] | None = None,
 ) -> PreTrainedModel:
     """Loads a reward model, gives it the fastalign attention, sets dropout to 0 and probes it.
 
     Args:
-        name_or_path: a folder or Hub name of a sequence classifier with one label (an adapter of one is merged into its base).
+        name_or_path: a folder or Hub name of a sequence classifier with one label, or one an attribute as `fastalign reward` notes
+            them (an adapter of either is merged into its base).
         tokenizer: the model's; its padding token is set to the one that the model skips.
         dtype: "auto" (as saved), "float32" or "bfloat16".
         start: a causal language model is accepted, too, and gets a score head drawn from torch's generator.
+        attributes: names and weights of the grades that a head that is begun gives, noted in the configuration; None: one score.
 
     Raises:
-        ValueError: nothing to load there, no score head, more than one label.
+        ValueError: nothing to load there, no score head, labels that are no grades, other attributes than the model's.
         UnsupportedModelError: the family cannot run as a token tree, or has no sequence classifier.
     """
     if dtype not in DTYPES:
@@ -60,15 +68,17 @@ def load_reward_model(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         model = _load_merged(folder, tokenizer, dtype, device)
     else:
-        model = _load(name_or_path, dtype, start).to(device)
+        model = _load(name_or_path, dtype, start, attributes).to(device)
         settle_padding(model, tokenizer)
+        if attributes:
+            note(model, tokenizer, attribute_names=list(attributes), attribute_weights=list(attributes.values()))
     use_fastalign_attention(model)
     disable_dropout(model)
     probe_scores(model)
     return model
 
 
-def _load(name_or_path: str, dtype: str, start: bool) -> PreTrainedModel:
+def _load(name_or_path: str, dtype: str, start: bool, attributes: Mapping[str, float] | None = None) -> PreTrainedModel:
     local = {"local_files_only": True} if Path(name_or_path).is_dir() else {}
     if not local and (name_or_path.count("/") > 1 or name_or_path.startswith(("/", ".", "~")) or not name_or_path):
         raise ValueError(f"load_reward_model: there is no folder {name_or_path!r}")
@@ -80,13 +90,19 @@ def _load(name_or_path: str, dtype: str, start: bool) -> PreTrainedModel:
     if fresh and not start:
         found = f"{name_or_path}: expected a reward model (a sequence classifier), got {config.architectures}"
         raise ValueError(f"{found}; train one with fastalign reward")
-    if not fresh and config.num_labels != 1:
+    names = getattr(config, "attribute_names", None)
+    if not fresh and config.num_labels != len(names or ("score",)):
         raise ValueError(
             f"{name_or_path}: expected a reward model with one label, got {config.num_labels}: it classifies, it does not score"
         )
+    if not fresh and attributes and list(attributes) != names:
+        found = f"grades {', '.join(names)}" if names else "gives one score"
+        raise ValueError(f"{name_or_path}: expected a model that grades {', '.join(attributes)}, got one that {found}")
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UnsupportedModelError(f"{config.model_type}: transformers has no {_ARCHITECTURE} of this family")
-    config.num_labels = 1
+    if fresh:
+        config.id2label = dict(enumerate(attributes or ("LABEL_0",)))
+        config.label2id = {name: i for i, name in config.id2label.items()}
     options = {"config": config, "dtype": DTYPES[dtype], "trust_remote_code": False, **local}
     told = transformers_logging.get_verbosity()
     try:
@@ -108,20 +124,21 @@ def _load_merged(folder: Path, tokenizer: Any, dtype: str, device: torch.device 
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base or not is_reward_model(folder):
         raise ValueError(f"{folder}: the adapter names no base model, or is none of a reward model (task_type SEQ_CLS)")
-    model = _load(base, dtype, start=True).to(device)
+    notes = {name: tokenizer.init_kwargs[name] for name in _NOTES if name in tokenizer.init_kwargs}
+    attributes = dict(zip(notes.get("attribute_names", ()), notes.get("attribute_weights", ()), strict=True))
+    model = _load(base, dtype, start=True, attributes=attributes).to(device)
     settle_padding(model, tokenizer)
-    for name in _OF_STEPS:
-        if name in tokenizer.init_kwargs:
-            setattr(model.config, name, tokenizer.init_kwargs[name])
+    note(model, tokenizer, **notes)
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
-def note_steps(model: nn.Module, tokenizer: Any, separator: str, aggregation: str) -> None:
-    """Notes in the configuration how a process reward model's scores are read, so that the saved folder says it.
+def note(model: nn.Module, tokenizer: Any, **notes: Any) -> None:
+    """Notes in the configuration how a reward model's scores are read (steps, attributes), so that the saved folder says it.
 
     An adapter is saved without the model's configuration: the tokenizer's, which lies beside either, says it, too.
     """
-    for name, value in zip(_OF_STEPS, (separator, aggregation), strict=True):
+    for name, value in notes.items():
+        assert name in _NOTES, name
         setattr(causal_lm(model).config, name, value)
         tokenizer.init_kwargs[name] = value
 
@@ -146,7 +163,7 @@ def settle_padding(model: PreTrainedModel, tokenizer: Any) -> int:
 
 
 def score_head(model: nn.Module) -> nn.Linear:
-    """The linear score of a reward model, [1, H]; under PEFT its trained copy.
+    """The linear layer of a reward model's score [1, H] or grades [K, H]; under PEFT its trained copy.
 
     Raises:
         UnsupportedModelError: no linear layer `score`.
@@ -164,7 +181,14 @@ def score_head(model: nn.Module) -> nn.Linear:
 
 
 def scores_at(model: nn.Module, packed: Packed, rows: Tensor) -> Tensor:
-    """Scores of a token tree's rows, differentiable.
+    """Scores of a token tree's rows, [N], differentiable; of a model that grades attributes their weighted sum. Else as `grades_at`."""
+    grades = grades_at(model, packed, rows)
+    weights = getattr(causal_lm(model).config, "attribute_weights", None)
+    return grades.squeeze(-1) if weights is None else grades @ grades.new_tensor(weights)
+
+
+def grades_at(model: nn.Module, packed: Packed, rows: Tensor) -> Tensor:
+    """What the score head says at a token tree's rows, differentiable.
 
     Args:
         model: a reward model with the "fastalign" attention.
@@ -172,13 +196,13 @@ def scores_at(model: nn.Module, packed: Packed, rows: Tensor) -> Tensor:
         rows: [N] int64, the hidden rows that are read.
 
     Returns:
-        [N], fp32 sums whatever the model's dtype (fp64 for an fp64 model).
+        [N, K] of K attributes, else of K = 1; fp32 sums whatever the model's dtype (fp64 for an fp64 model).
     """
     head = score_head(model)
     hidden = hidden_states(model, packed).index_select(0, rows)
     wide = torch.promote_types(head.weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide)).squeeze(-1)
+        return F.linear(hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
 
 
 def place_rows(packed: Packed, places: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
@@ -234,7 +258,7 @@ def probe_scores(model: PreTrainedModel) -> None:
     base.eval()
     try:
         with observe_calls() as calls:
-            tree = scores_at(base, packed.to(device), torch.tensor([8, 11, len(ids) - 1], device=device))
+            tree = grades_at(base, packed.to(device), torch.tensor([8, 11, len(ids) - 1], device=device)).flatten()
         alone = [base(input_ids=torch.tensor([path], device=device), use_cache=False).logits.float() for path in sequences(packed)]
     except (TypeError, ValueError) as error:
         raise UnsupportedModelError(f"{family}: the packed forward failed: {error}") from error

@@ -81,14 +81,16 @@ class RewardArguments:
     """The reward model.
 
     Args:
-        loss: a row of the table: bradley_terry, plackett_luce, outcome, process; `fastalign algorithms` lists them.
+        loss: a row of the table: bradley_terry, plackett_luce, outcome, process, attributes; `fastalign algorithms` lists them.
         center_rewards_coefficient: coefficient of the squared sum of a pair's rewards, which keeps them around 0; 0: off.
+        attributes: what an answer is graded by, each a column of numbers and, after =, its weight in the reward (attributes).
         step_separator: text behind every step, at whose end the step is scored (process).
         step_aggregation: how the saved model's steps make one reward: product, min, last or sum of their probabilities (process).
     """
 
     loss: str = "bradley_terry"
     center_rewards_coefficient: float = 0.0
+    attributes: list[str] = field(default_factory=list)
     step_separator: str = "\\n"
     step_aggregation: Literal["product", "min", "last", "sum"] = "product"
 

@@ -1,7 +1,8 @@
-"""`fastalign reward`: reward models from pairs, rankings, outcomes and steps."""
+"""`fastalign reward`: reward models from pairs, rankings, outcomes, steps and grades."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..catalogue import REWARD_LOSSES, nearest
@@ -10,7 +11,7 @@ from ..losses.reward import AGGREGATIONS, REWARD
 from ..models.adapters import attach_lora
 from ..models.backbone import causal_lm
 from ..models.load import load_tokenizer
-from ..models.reward import load_reward_model, note_steps
+from ..models.reward import load_reward_model, note
 from .arguments import Arguments, ModelArguments
 from .preview import preview
 from .reading import records_of
@@ -38,9 +39,32 @@ def objective_of(args: Arguments) -> RewardObjective:
             able = [name for name, other in REWARD.items() if "center_rewards_coefficient" in other.options]
             raise ValueError(f"--center_rewards_coefficient: the loss {given.loss!r} is not centred; {', '.join(able)} can be")
         options["center_rewards_coefficient"] = given.center_rewards_coefficient
+    if given.attributes and row.reads != "attributes":
+        raise ValueError(f"--attributes: the loss {given.loss!r} reads none; give --loss attributes")
     if given.step_aggregation not in AGGREGATIONS:
         raise ValueError(f"--step_aggregation: {nearest(given.step_aggregation, AGGREGATIONS)}")
-    return RewardObjective(row, options)
+    return RewardObjective(row, options, attributes_of(args) if row.reads == "attributes" else {})
+
+
+def attributes_of(args: Arguments) -> dict[str, float]:
+    """--attributes: names, and what each grade counts in the reward (1 where it is not said).
+
+    Raises:
+        ValueError: none, one twice, or a weight that is no number.
+    """
+    found: dict[str, float] = {}
+    for each in args.reward.attributes:
+        name, _, weight = each.partition("=")
+        try:
+            number = float(weight or 1.0)
+        except ValueError:
+            number = math.nan
+        if not name or name in found or not math.isfinite(number):
+            raise ValueError(f"--attributes {each!r}: expected NAME or NAME=WEIGHT, each name once and the weight a number")
+        found[name] = number
+    if not found:
+        raise ValueError("--loss attributes: name the columns that hold the grades, as in --attributes helpfulness=0.65 verbosity=-0.4")
+    return found
 
 
 def load(args: Arguments, objective: RewardObjective) -> Loaded:
@@ -50,11 +74,14 @@ def load(args: Arguments, objective: RewardObjective) -> Loaded:
         raise ValueError("--model_name_or_path is required: a local folder in Hugging Face format, or a Hub name")
     device = pick_device(given.device)
     tokenizer = load_tokenizer(given.tokenizer_name_or_path or given.model_name_or_path, given.chat_template)
-    model: Any = load_reward_model(given.model_name_or_path, tokenizer, dtype=given.dtype, device=device, start=True)
+    options: dict[str, Any] = {"dtype": given.dtype, "device": device, "start": True, "attributes": objective.attributes}
+    model: Any = load_reward_model(given.model_name_or_path, tokenizer, **options)
     if objective.row.reads == "steps":  # how its scores are to be read goes with the model
-        note_steps(model, tokenizer, separator_of(args), args.reward.step_aggregation)
+        note(model, tokenizer, step_separator=separator_of(args), step_aggregation=args.reward.step_aggregation)
     if given.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if given.load_in_4bit:
+        raise ValueError("--load_in_4bit: a reward model's base stays whole; leave it out, --dtype bfloat16 halves it")
     method = given.peft_method or ("lora" if given.use_peft else "")
     if method:
         model = attach_to_scores(model, given, method)
@@ -88,7 +115,9 @@ def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: 
     """
     data = args.data
     base = causal_lm(loaded.model)
-    options = {"separator": separator_of(args)} if objective.row.reads == "steps" else {}
+    options: dict[str, Any] = {"separator": separator_of(args)} if objective.row.reads == "steps" else {}
+    if objective.attributes:
+        options["attributes"] = list(objective.attributes)
     found = objective.reading.examples(
         records_of(data, name, max_samples),
         loaded.tokenizer,

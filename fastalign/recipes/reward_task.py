@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import DataOrder, Judged, outcome_examples, ranking_examples, step_examples
+from ..data import DataOrder, Judged, attribute_examples, outcome_examples, ranking_examples, step_examples
 from ..losses.reward import RewardLoss, pairs_of
 from ..models.reward import place_rows, score_trees
 from ..packing import pack, split_by_tokens
@@ -30,6 +30,11 @@ def labels_of(examples: Sequence[Judged]) -> Tensor:
     return torch.tensor([label for example in examples for label in example.labels])
 
 
+def grades_of(examples: Sequence[Judged]) -> Tensor:
+    """[N, K] grades, NaN where a record states none."""
+    return torch.tensor([example.labels for example in examples])
+
+
 def pair_metrics(examples: Sequence[Judged], scores: Tensor) -> dict[str, float]:
     """Share of pairs whose better answer has the higher score (a tie is none), and the mean difference."""
     better, worse, _ = pairs_of(offsets_of(examples))
@@ -44,6 +49,18 @@ def label_metrics(examples: Sequence[Judged], scores: Tensor) -> dict[str, float
     if right.any() and not right.all():
         found["margin"] = float(scores[right].mean() - scores[~right].mean())
     return found
+
+
+def grade_metrics(examples: Sequence[Judged], scores: Tensor) -> dict[str, float]:
+    """Mean squared error of the grades that are stated, and the mean of the attributes' correlations (left out where nothing varies)."""
+    grades = grades_of(examples)
+    found, correlations = {"mse": float((scores - grades).square().nanmean())}, []
+    for own, given in zip(scores.double().t(), grades.double().t(), strict=True):
+        stated = ~given.isnan()
+        pair = torch.stack([own[stated], given[stated]])
+        if pair.shape[1] > 1 and bool((pair.std(1) > 0).all()):
+            correlations.append(float(torch.corrcoef(pair)[0, 1]))
+    return found | ({"correlation": sum(correlations) / len(correlations)} if correlations else {})
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ READINGS = {
     "rankings": Reading(ranking_examples, offsets_of, len, pair_metrics),
     "outcomes": Reading(outcome_examples, labels_of, _num_places, label_metrics),
     "steps": Reading(step_examples, labels_of, _num_places, label_metrics),
+    "attributes": Reading(attribute_examples, grades_of, len, grade_metrics),
 }
 
 
@@ -74,10 +92,12 @@ class RewardObjective:
     Attributes:
         row: the equation and the data it reads.
         options: the row's own keyword arguments.
+        attributes: what is graded and what each grade counts in the reward; empty where there is one score.
     """
 
     row: RewardLoss
     options: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reading(self) -> Reading:
@@ -91,7 +111,7 @@ class RewardObjective:
             own = [examples[i] for i in members]
             packed = pack([example.tree for example in own])
             rows = place_rows(packed, [example.places for example in own])
-            found.append((own, ScoreBatch(packed, rows, self.share(own, total))))
+            found.append((own, ScoreBatch(packed, rows, self.share(own, total), graded=bool(self.attributes))))
         return found
 
     def share(self, examples: Sequence[Judged], total: int) -> Callable[[Tensor], Tensor]:
@@ -106,9 +126,14 @@ class RewardObjective:
         return objective
 
     def metrics(self, examples: Sequence[Judged], scores: Tensor) -> dict[str, float]:
-        """accuracy, margin, and the least, mean and greatest reward."""
-        extremes = {"min_reward": float(scores.min()), "mean_reward": float(scores.mean()), "max_reward": float(scores.max())}
-        return self.reading.metrics(examples, scores) | extremes
+        """accuracy and margin (of grades their errors), and the least, mean and greatest reward."""
+        found, rewards = self.reading.metrics(examples, scores), scores
+        if self.attributes:
+            errors = (scores - grades_of(examples)).square().nanmean(0)
+            found |= {f"mse/{name}": float(error) for name, error in zip(self.attributes, errors, strict=True) if not error.isnan()}
+            rewards = scores @ scores.new_tensor(list(self.attributes.values()))
+        extremes = {"min_reward": float(rewards.min()), "mean_reward": float(rewards.mean()), "max_reward": float(rewards.max())}
+        return found | extremes
 
 
 class RewardTask:
@@ -149,7 +174,7 @@ class RewardTask:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss and metrics; the accuracy of each subset, too, where the records name theirs."""
+        """Held-out loss and metrics; the accuracy (of grades the error) of each subset, too, where the records name theirs."""
         if not self.eval_examples:
             return {}
         with torch.no_grad():
@@ -161,7 +186,7 @@ class RewardTask:
         for subset in sorted({example.subset for example in seen} - {""}):
             members = [(e, s) for e, s in zip(seen, scores.split([len(e.places) for e in seen]), strict=True) if e.subset == subset]
             found = self.objective.reading.metrics([e for e, _ in members], torch.cat([s for _, s in members]))
-            values[f"accuracy/{subset}"] = found["accuracy"]
+            values |= {f"{name}/{subset}": found[name] for name in ("accuracy", "mse") if name in found}
         return {f"eval/{name}": value for name, value in values.items()}
 
     def show(self) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..models.reward import scores_at
+from ..models.reward import grades_at, scores_at
 from ..packing import Packed
 from .step import LogitOptions
 
@@ -21,12 +21,14 @@ class ScoreBatch:
         packed: the token tree.
         rows: [N] int64, the hidden rows whose score is read.
         objective: scores [N] → its share of the final scalar, already divided by the units of the whole batch.
-        scores: [N] on the CPU, without gradient; there after a pass.
+        graded: whether the objective reads the grades of attributes, [N, K], instead.
+        scores: what the objective read, on the CPU, without gradient; there after a pass.
     """
 
     packed: Packed
     rows: Tensor
     objective: Callable[[Tensor], Tensor]
+    graded: bool = False
     scores: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
@@ -39,6 +41,6 @@ class ScoreBatch:
     def forward(self, model: nn.Module) -> Tensor:
         """The share of the loss, differentiable unless gradients are off."""
         device = next(model.parameters()).device
-        scores = scores_at(model, self.packed.to(device), self.rows.to(device))
+        scores = (grades_at if self.graded else scores_at)(model, self.packed.to(device), self.rows.to(device))
         self.scores = scores.detach().cpu()
         return self.objective(scores)
