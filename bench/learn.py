@@ -36,6 +36,7 @@ from fastalign.recipes.arguments import (
     UnpairedArguments,
 )
 
+REWARD_STEPS, DRAWS = 500, 4
 REWARD = f"{Path(arithmetic.__file__)}:correct"
 Row = dict[str, Any]
 
@@ -184,18 +185,23 @@ def rankings(loss: str, num_completions: int) -> Callable[[Setting], Row]:
 
         name = f"{loss}-{num_completions}"
         files = [write_rankings(setting, part, name, num_completions) for part in ("train", "heldout")]
-        args = setting.arguments("reward", name, files[0], 64, optim=optimizer(1e-3, 300))
+        args = setting.arguments("reward", name, files[0], 256, optim=optimizer(1e-3, REWARD_STEPS))
         summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=RewardArguments(loss=loss)))
         return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out pairs in order"}
 
     return learn
 
 
+def records_of(setting: Setting, part: str) -> list[Row]:
+    """The part's problems; those of training several times over, for every time other wrong answers are drawn to them."""
+    records = [json.loads(line) for line in Path(setting.files[part]).read_text(encoding="utf-8").splitlines()]
+    return records * (DRAWS if part == "train" else 1)
+
+
 def write_rankings(setting: Setting, part: str, name: str, num_completions: int) -> str:
     """Completions best first: the sum, then numbers ever farther from it; held-out ones are always pairs."""
     draw, rows = random.Random(f"{setting.seed}{part}"), []
-    for line in Path(setting.files[part]).read_text(encoding="utf-8").splitlines()[:4000]:
-        record = json.loads(line)
+    for record in records_of(setting, part):
         answer, completions = int(record["answer"]), [int(record["answer"])]
         for far in range(1, num_completions if part == "train" else 2):
             away = draw.randint(10 * far - 9, 10 * far)
@@ -209,7 +215,7 @@ def process(setting: Setting) -> Row:
     from fastalign.recipes.reward import run
 
     files = [write_steps(setting, part) for part in ("train", "heldout")]
-    args = setting.arguments("reward", "process", files[0], 64, optim=optimizer(1e-3, 400))
+    args = setting.arguments("reward", "process", files[0], 256, optim=optimizer(1e-3, REWARD_STEPS))
     reward = RewardArguments(loss="process", step_separator="=")
     summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=reward))
     return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out steps judged rightly"}
@@ -218,8 +224,7 @@ def process(setting: Setting) -> Row:
 def write_steps(setting: Setting, part: str) -> str:
     """The digits of an answer, of which one is replaced in two of three records; from there on the labels are false."""
     draw, rows = random.Random(f"{setting.seed}steps{part}"), []
-    for line in Path(setting.files[part]).read_text(encoding="utf-8").splitlines()[:4000]:
-        record = json.loads(line)
+    for record in records_of(setting, part):
         digits = list(record["answer"])
         wrong = draw.choice((1, 2, len(digits)))  # the last: none; the first digit is 0 or 1
         if wrong < len(digits):

@@ -121,7 +121,9 @@ def built(task, tmp_path, command, loss, **changes):
     return recipe.build_task(args, loaded, found, found, 4)
 
 
-CUTS = [("dpo", loss) for loss in ("dpo", "simpo", "orpo", "aot", "aot_unpaired", "bco_pair", "nca_pair")] + [("kto", x) for x in UNPAIRED]
+OFTEN = ("dpo", "simpo", "orpo", "aot", "aot_unpaired", "bco_pair", "nca_pair")  # one of each kind; the rest is for `make test-all`
+CUTS = [("dpo", loss) if loss in OFTEN else pytest.param("dpo", loss, marks=pytest.mark.slow) for loss in PREFERENCE]
+CUTS += [("kto", loss) for loss in UNPAIRED]
 
 
 @pytest.mark.parametrize(("command", "loss"), CUTS)
@@ -140,7 +142,7 @@ def test_loss_and_gradient_are_invariant_to_micro_batches(task, tmp_path, comman
     assert [count for count, _, _ in seen][:2] == [1, 10]
     for _, loss_here, gradient in seen[1:]:
         assert loss_here == pytest.approx(seen[0][1], rel=1e-6)
-        assert (gradient - seen[0][2]).norm() <= 2e-6 * seen[0][2].norm()
+        assert (gradient - seen[0][2]).norm() <= 1e-6 * seen[0][2].norm()
     assert seen[0][2].norm() > 1e-4
 
 
