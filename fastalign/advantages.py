@@ -7,6 +7,7 @@ advantage 0 under every estimator with a group baseline. The result has the shap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,6 +106,78 @@ def reinforce(rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
     return g.finish(g.values, rewards.shape)
 
 
+def opo(rewards: Tensor, cu_groups: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    """OPO (arXiv:2505.23585): r - Σ l r / Σ l over the group, the baseline of least variance where each token's score is alike.
+
+    Args:
+        lengths: [B] tokens of each sequence; None: all alike, and the baseline is the mean.
+    """
+    g = _grouped(rewards, cu_groups)
+    weights = g.present if lengths is None else lengths.reshape(-1).to(g.values).clamp(min=0) * g.present
+    baseline = (g.total(g.values * weights) / g.total(weights).clamp(min=torch.finfo(torch.float32).tiny))[g.index]
+    return g.finish(torch.where(g.constant(), 0.0, g.values - baseline), rewards.shape)
+
+
+def remax(rewards: Tensor, cu_groups: Tensor | None = None, greedy: Tensor | None = None) -> Tensor:
+    """ReMax (arXiv:2310.10505): r minus the reward of the prompt's greedy completion.
+
+    Args:
+        greedy: [P] that reward; NaN (missing): the group has no advantage. None: a baseline of 0, as for REINFORCE.
+    """
+    g = _grouped(rewards, cu_groups)
+    if greedy is None:
+        return g.finish(g.values, rewards.shape)
+    if greedy.numel() != g.count.numel():
+        raise ValueError(f"remax: expected one greedy reward a group, {g.count.numel()}, got {greedy.numel()}")
+    return g.finish((g.values - greedy.to(g.values)[g.index]).nan_to_num(0.0), rewards.shape)
+
+
+def maxrl(rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
+    """MaxRL (arXiv:2602.02710): (r - mean) / mean over the group, for rewards ≥ 0 that say how right a sample is.
+
+    In expectation the gradient of -Σ_{k < G} (1 - p)^k / k, which is log p(success) cut off at the group's size G; GRPO's is that of p,
+    over the deviation. A group without a success has advantage 0.
+    """
+    g = _grouped(rewards, cu_groups)
+    if bool((g.values < 0).any()):
+        raise ValueError("maxrl: expected rewards >= 0 (0: wrong, 1: right), got a negative one; take grpo, or shift the reward")
+    mean = g.mean()
+    centred = torch.where(g.constant() | (mean <= 0), 0.0, g.values - mean)
+    return g.finish(centred / mean.clamp(min=torch.finfo(torch.float32).tiny), rewards.shape)
+
+
+def passk(rewards: Tensor, cu_groups: Tensor | None = None, *, k: int = 0, threshold: float = 0.5) -> Tensor:
+    """Pass@k training (arXiv:2508.10751): each sample's mean advantage over all subsets of k samples of its group.
+
+    A subset's reward is 1 where one of its samples is right, and is z-scored over all subsets. With W wrong of G samples,
+    R = 1 - C(W, k) / C(G, k) and s = sqrt(R (1 - R)), a right sample has (1 - R) / s, a wrong one (1 - R - F) / s with
+    F = C(W - 1, k - 1) / C(G - 1, k - 1).
+    verl's grpo_passk is another method (arXiv:2503.19595), which moves the best sample alone.
+
+    Args:
+        k: samples of a subset, fewer than the group's; 0: half the group's.
+        threshold: a reward over this is right.
+    """
+    if k < 0:
+        raise ValueError(f"passk: k must be >= 0, got {k}")
+    g = _grouped(rewards, cu_groups)
+    right = g.present * (g.values > threshold)
+    table = [_pass_at_k(int(count), int(number), k) for count, number in zip(g.count.tolist(), g.total(right).tolist(), strict=True)]
+    both = g.values.new_tensor(table).view(-1, 2)[g.index]
+    return g.finish(torch.where(right > 0, both[:, 0], both[:, 1]), rewards.shape)
+
+
+def _pass_at_k(count: int, number: int, k: int) -> tuple[float, float]:
+    """The advantages of a right and of a wrong sample, of `number` right ones in `count`."""
+    wrong, k = count - number, min(k or max(1, count // 2), count)
+    if number == 0 or wrong < k:  # every subset has the same reward
+        return 0.0, 0.0
+    passed = 1 - math.comb(wrong, k) / math.comb(count, k)
+    deviation = math.sqrt(passed * (1 - passed))
+    fails = math.comb(wrong - 1, k - 1) / math.comb(count - 1, k - 1)
+    return (1 - passed) / deviation, (1 - passed - fails) / deviation
+
+
 def _whiten(values: Tensor, present: Tensor, eps: float) -> Tensor:
     count = present.sum()
     mean = (values * present).sum() / count.clamp(min=1)
@@ -122,6 +195,11 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "reinforce": reinforce,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
+    "opo": opo,
+    "remax": remax,
+    "maxrl": maxrl,
+    "passk": passk,
 }
+READS: dict[str, str] = {"opo": "lengths", "remax": "greedy"}  # what a row is given beside the rewards, an argument of its own
 
-__all__ = ["ADVANTAGES", "discounted_returns", "gae", *ADVANTAGES]
+__all__ = ["ADVANTAGES", "READS", "discounted_returns", "gae", *ADVANTAGES]

@@ -59,6 +59,12 @@ GSPO = replace(GRPO, loss="gspo", kl_coef=0.0, loss_options={})
 CISPO = replace(GRPO, loss="cispo", aggregate="token", kl_coef=0.0, loss_options={})
 REINFORCE = replace(GRPO, advantage="reinforce", loss="reinforce", aggregate="sequence", kl_coef=0.0, loss_options={})
 REINFORCE_PP = replace(GRPO, advantage="reinforce_pp", aggregate="token", kl_coef=0.01)
+REMAX = replace(REINFORCE, advantage="remax", aggregate="budget")
+OPO = replace(REINFORCE, advantage="opo", aggregate="token")
+MAXRL = replace(GRPO, advantage="maxrl", aggregate="token", kl_coef=0.0)
+PASSK = replace(GRPO, advantage="passk", aggregate="token", kl_coef=0.0)
+RAFT = replace(REINFORCE, loss="raft", aggregate="token")
+RAFT_PP = replace(RAFT, loss="raft_pp", loss_options={"epsilon": 0.2})
 
 ALGORITHMS: dict[str, Algorithm] = {
     "grpo": GRPO,
@@ -69,6 +75,12 @@ ALGORITHMS: dict[str, Algorithm] = {
     "cispo": CISPO,
     "reinforce": REINFORCE,
     "reinforce_pp": REINFORCE_PP,
+    "remax": REMAX,
+    "opo": OPO,
+    "maxrl": MAXRL,
+    "passk": PASSK,
+    "raft": RAFT,
+    "raft_pp": RAFT_PP,
 }
 
 

@@ -36,6 +36,12 @@ ALGORITHMS: dict[str, Entry] = {
     "cispo": Entry("REINFORCE weighted by the clipped, detached ratio: no token's gradient is lost", "arXiv:2506.13585"),
     "reinforce": Entry("the reward times the gradient of the log-probability, no baseline", "Williams 1992"),
     "reinforce_pp": Entry("rewards normalized over the global batch", "arXiv:2501.03262"),
+    "remax": Entry("REINFORCE with the greedy completion's reward as the baseline", "arXiv:2310.10505"),
+    "opo": Entry("exact on-policy gradient with the baseline of least variance, no KL", "arXiv:2505.23585"),
+    "maxrl": Entry("the group's rewards over their mean: maximum likelihood of being right", "arXiv:2602.02710"),
+    "passk": Entry("Pass@k training: a group is rewarded for its subsets of k", "arXiv:2508.10751"),
+    "raft": Entry("likelihood of the samples that are rewarded", "arXiv:2304.06767"),
+    "raft_pp": Entry("RAFT with PPO's clipped ratio, for several passes over a rollout", "arXiv:2504.11343"),
 }
 
 ADVANTAGES: dict[str, Entry] = {
@@ -45,6 +51,10 @@ ADVANTAGES: dict[str, Entry] = {
     "reinforce": Entry("the reward itself", "Williams 1992"),
     "reinforce_pp": Entry("reward normalized over the global batch", "arXiv:2501.03262", ("eps",)),
     "reinforce_pp_baseline": Entry("reward - group mean, then normalized over the global batch", "arXiv:2501.03262", ("eps",)),
+    "opo": Entry("reward - mean of the group weighted by length, the baseline of least variance", "arXiv:2505.23585"),
+    "remax": Entry("reward - that of the prompt's greedy completion, sampled beside the group", "arXiv:2310.10505"),
+    "maxrl": Entry("(reward - group mean) / group mean: towards the likelihood of being right", "arXiv:2602.02710"),
+    "passk": Entry("mean advantage over all subsets of k samples, which pass where one is right", "arXiv:2508.10751", ("k", "threshold")),
 }
 
 POLICY_LOSSES: dict[str, Entry] = {

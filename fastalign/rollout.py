@@ -48,11 +48,13 @@ class Rollout:
         prompts: token ids, one list a group.
         samples: the completions of each prompt.
         columns: every other column of the prompts' records, for the rewards.
+        greedy: the most probable completion of each prompt, where the advantage reads its reward; else empty.
     """
 
     prompts: list[list[int]]
     samples: list[list[Sample]]
     columns: list[dict] = field(default_factory=list)
+    greedy: list[Sample] = field(default_factory=list)
 
     @property
     def flat(self) -> list[Sample]:

@@ -56,7 +56,8 @@ def rollout(num_groups: int = 5, size: int = 4) -> Rollout:
         lengths = [rng.randint(1, 8) for _ in range(size + g % 2)]
         ids = [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
         samples.append([Sample(x, [-1.0] * len(x), [-1.0] * len(x), rewards={"r": rng.random()}) for x in ids])
-    return Rollout(prompts, samples, [{} for _ in prompts])
+    greedy = [Sample([1], [-1.0], [-1.0], rewards={"r": 0.4}) for _ in prompts]
+    return Rollout(prompts, samples, [{} for _ in prompts], greedy)
 
 
 def gradients_of(u: Updater, batches) -> tuple[float, torch.Tensor]:

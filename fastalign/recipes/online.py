@@ -107,6 +107,7 @@ def prompts_of(args: Arguments, loaded: Loaded, name: str | list[str], max_sampl
 def check_group_size(algorithm: Algorithm, size: int) -> None:
     """Refuses a group so small that its advantages are 0 whatever the rewards: nothing would be learned."""
     rewards, cu_groups = torch.arange(2.0 * size), torch.tensor([0, size, 2 * size], dtype=torch.int32)
+    rewards[: size - 1] = 0.0  # one group with a single success, one of many rewards
     if size >= 1 and not ADVANTAGES[algorithm.advantage](rewards, cu_groups, **algorithm.advantage_options).any():
         raise ValueError(
             f"--num_generations {size}: the advantage {algorithm.advantage!r} of a group of {size} is 0 whatever the rewards, so nothing"

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from ..advantages import READS
 from ..algorithms import Algorithm
 from ..data import DataOrder, Prompt
 from ..generation import Engine, SamplingParams
@@ -18,7 +19,7 @@ from ..training.step import Update, Updater
 from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
 from .rollout_metrics import group_metrics, reward_metrics
-from .scored_rollouts import evaluate, score, show
+from .scored_rollouts import evaluate, greedy_params, score, show
 
 log = logging.getLogger("fastalign")
 MAX_REFILLS = 10
@@ -98,12 +99,13 @@ class OnlineTask:
         kept = Rollout([], [], [])
         for _ in range(MAX_REFILLS if self.algorithm.dynamic_sampling else 1):
             rollout = self.sample([self.prompts[i] for i in self.order.next_batch(self.num_prompts - len(kept.prompts))])
-            for prompt, samples, columns in zip(rollout.prompts, rollout.samples, rollout.columns, strict=True):
+            for p, (prompt, samples, columns) in enumerate(zip(rollout.prompts, rollout.samples, rollout.columns, strict=True)):
                 totals = {s.reward(self.reward_weights) for s in samples}
                 if not self.algorithm.dynamic_sampling or len({t for t in totals if not math.isnan(t)}) > 1:
                     kept.prompts.append(prompt)
                     kept.samples.append(samples)
                     kept.columns.append(columns)
+                    kept.greedy += rollout.greedy[p : p + 1]
             if len(kept.prompts) == self.num_prompts:
                 return kept
         log.warning("dynamic sampling: %d of %d groups had mixed rewards after %d rounds", len(kept.prompts), self.num_prompts, MAX_REFILLS)
@@ -115,8 +117,14 @@ class OnlineTask:
             rollout = self.engine.rollout([p.ids for p in prompts], self.params, request_ids=keys)
             rollout.columns = [p.columns for p in prompts]
             self.num_requests += len(prompts)
+            most_probable = None
+            if READS.get(self.algorithm.advantage) == "greedy":
+                most_probable = self.engine.rollout([p.ids for p in prompts], greedy_params(self.params))
         with self.timed("reward"):
             self.score(prompts, rollout)
+            if most_probable is not None:
+                self.score(prompts, most_probable)
+                rollout.greedy = most_probable.flat
         return rollout
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> None:

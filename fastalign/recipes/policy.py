@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..advantages import ADVANTAGES
+from ..advantages import ADVANTAGES, READS
 from ..algorithms import Algorithm
 from ..losses.policy import POLICY, token_weights
 from ..ops.policy import PolicyOptions, policy_loss
@@ -45,7 +45,12 @@ def group_advantages(rollout: Rollout, algorithm: Algorithm, reward_weights: dic
     """[B] advantages of the rollout's samples, in the order of `rollout.flat`."""
     rewards = torch.tensor([sample.reward(reward_weights) for sample in rollout.flat], dtype=torch.float32)
     cu_groups = torch.tensor(rollout.cu_groups, dtype=torch.int32)
-    return ADVANTAGES[algorithm.advantage](rewards, cu_groups, **algorithm.advantage_options)
+    given, reads = {}, READS.get(algorithm.advantage)
+    if reads == "lengths":
+        given[reads] = torch.tensor([_num_scored(sample) for sample in rollout.flat])
+    elif reads == "greedy":
+        given[reads] = torch.tensor([sample.reward(reward_weights) for sample in rollout.greedy], dtype=torch.float32)
+    return ADVANTAGES[algorithm.advantage](rewards, cu_groups, **given, **algorithm.advantage_options)
 
 
 def build_chunks(rollout: Rollout, advantages: Tensor, algorithm: Algorithm, *, budget: int, max_tokens: int) -> list[PolicyChunk]:

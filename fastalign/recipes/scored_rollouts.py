@@ -28,9 +28,14 @@ def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout) -> None:
             sample.rewards[name] = value
 
 
+def greedy_params(params: SamplingParams) -> SamplingParams:
+    """The most probable completion under the same limits."""
+    return SamplingParams(temperature=0.0, max_tokens=params.max_tokens, stop=params.stop)
+
+
 def greedy(engine: Engine, rewards: RewardSet, prompts: list[Prompt], params: SamplingParams) -> Rollout:
     """The most probable completion of each prompt under the weights as they are, scored; `params` gives its limits."""
-    rollout = engine.rollout([p.ids for p in prompts], SamplingParams(temperature=0.0, max_tokens=params.max_tokens, stop=params.stop))
+    rollout = engine.rollout([p.ids for p in prompts], greedy_params(params))
     engine.release_cache()  # the update, or another engine, has the memory
     score(rewards, prompts, rollout)
     return rollout
