@@ -19,6 +19,8 @@ PAGE = ROOT / "docs" / "algorithms.md"
 TESTS = {
     "ALGORITHMS": "tests/test_recipes.py",
     "ADVANTAGES": "tests/test_advantages.py",
+    "ACTOR_CRITICS": "tests/test_ppo.py",
+    "TOKEN_ADVANTAGES": "tests/test_ppo.py",
     "POLICY_LOSSES": "tests/test_policy_losses.py",
     "AGGREGATES": "tests/test_policy_losses.py",
     "PREFERENCE_LOSSES": "tests/test_preference_losses.py",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .advantages import ADVANTAGES
+from .advantages import ADVANTAGES, TOKEN_ADVANTAGES
 from .losses.policy import AGGREGATES, KL, POLICY
 
 
@@ -44,6 +44,33 @@ class Algorithm:
     correction_options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ActorCritic(Algorithm):
+    """A row with a critic: `advantage` names a row of `TOKEN_ADVANTAGES`.
+
+    Attributes:
+        kl_in: where the KL to the reference goes: "reward" (k1 a token, from the rewards) or "loss".
+        whiten: advantages to mean 0 and deviation 1 over the batch's tokens.
+        value_clip: a value moves at most this far from the one at sampling time (arXiv:1707.06347's authors' code); None: not clipped.
+        critic_warmup: first steps that train the critic alone.
+        normalize_rewards: scores less their running mean, over their running deviation (PPO-max, arXiv:2307.04964, section 5.3).
+        reward_clip: scores are cut to plus and minus this, after that; 0: not cut.
+        kl_target: the KL a sequence (nats) that kl_coef is steered to (Ziegler et al., arXiv:1909.08593, section 2.2); 0: fixed.
+        kl_horizon: samples over which the steering works.
+        nll_coef: coefficient of the NLL of samples with a positive score (VAPO, arXiv:2504.05118, section 4.3).
+    """
+
+    kl_in: str = "reward"
+    whiten: bool = True
+    value_clip: float | None = 0.2
+    critic_warmup: int = 0
+    normalize_rewards: bool = False
+    reward_clip: float = 0.0
+    kl_target: float = 0.0
+    kl_horizon: int = 10_000
+    nll_coef: float = 0.0
+
+
 GRPO = Algorithm(kl_coef=0.04, loss_options={"epsilon": 0.2})
 DR_GRPO = replace(GRPO, advantage="dr_grpo", aggregate="budget", kl_coef=0.0)
 RLOO = replace(GRPO, advantage="rloo", aggregate="sequence", kl_coef=0.05)
@@ -65,6 +92,16 @@ MAXRL = replace(GRPO, advantage="maxrl", aggregate="token", kl_coef=0.0)
 PASSK = replace(GRPO, advantage="passk", aggregate="token", kl_coef=0.0)
 RAFT = replace(REINFORCE, loss="raft", aggregate="token")
 RAFT_PP = replace(RAFT, loss="raft_pp", loss_options={"epsilon": 0.2})
+PPO = ActorCritic(advantage="gae", aggregate="token", kl_coef=0.05, kl="k1", loss_options={"epsilon": 0.2})
+PPO_MAX = replace(PPO, normalize_rewards=True, reward_clip=5.0, critic_warmup=50)
+VC_PPO = replace(PPO, critic_warmup=50, advantage_options={"lam_critic": 1.0})
+VAPO = replace(
+    VC_PPO,
+    kl_coef=0.0,
+    loss_options={"epsilon": 0.2, "epsilon_high": 0.28},
+    advantage_options={"lam_critic": 1.0, "alpha": 0.05},
+    nll_coef=0.1,
+)
 
 ALGORITHMS: dict[str, Algorithm] = {
     "grpo": GRPO,
@@ -82,6 +119,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "raft": RAFT,
     "raft_pp": RAFT_PP,
 }
+ACTOR_CRITICS: dict[str, ActorCritic] = {"ppo": PPO, "ppo_max": PPO_MAX, "vc_ppo": VC_PPO, "vapo": VAPO}
 
 
 def row(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -118,7 +156,7 @@ def resolve(
 
     Replacing the loss or the advantage drops the options that the row had for it.
     """
-    base: Algorithm = row(ALGORITHMS, name, "algorithm")
+    base: Algorithm = row(ALGORITHMS | ACTOR_CRITICS, name, "algorithm")
     own_loss = {} if loss and loss != base.loss else dict(base.loss_options)
     own_advantage = {} if advantage and advantage != base.advantage else dict(base.advantage_options)
     chosen = replace(
@@ -130,7 +168,8 @@ def resolve(
         advantage_options=own_advantage | dict(advantage_options or {}),
         loss_options=own_loss | dict(loss_options or {}),
     )
-    check_options(row(ADVANTAGES, chosen.advantage, "advantage"), chosen.advantage_options, "--advantage")
+    estimators: Mapping[str, Any] = TOKEN_ADVANTAGES if isinstance(base, ActorCritic) else ADVANTAGES
+    check_options(row(estimators, chosen.advantage, "advantage"), chosen.advantage_options, "--advantage")
     check_options(row(POLICY, chosen.loss, "loss").function, chosen.loss_options, "--loss")
     row(dict.fromkeys(AGGREGATES), chosen.aggregate, "aggregate")
     row(KL, chosen.kl, "kl")

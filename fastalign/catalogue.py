@@ -57,6 +57,17 @@ ADVANTAGES: dict[str, Entry] = {
     "passk": Entry("mean advantage over all subsets of k samples, which pass where one is right", "arXiv:2508.10751", ("k", "threshold")),
 }
 
+ACTOR_CRITICS: dict[str, Entry] = {
+    "ppo": Entry("a critic, KL in the rewards, GAE, clipped ratio and clipped values", "arXiv:1707.06347"),
+    "ppo_max": Entry("PPO with normalized and cut scores and a critic that is trained first", "arXiv:2307.04964"),
+    "vc_ppo": Entry("PPO with a critic that is trained first, on undiscounted returns", "arXiv:2503.01491"),
+    "vapo": Entry("VC-PPO with lambda by length, clip-higher, NLL of right samples, no KL", "arXiv:2504.05118"),
+}
+
+TOKEN_ADVANTAGES: dict[str, Entry] = {
+    "gae": Entry("generalized advantage estimation of token rewards", "arXiv:1506.02438", ("gamma", "lam", "lam_critic", "alpha")),
+}
+
 POLICY_LOSSES: dict[str, Entry] = {
     "clip": Entry("PPO's clipped surrogate, with clip-higher and dual clip", "arXiv:1707.06347", ("epsilon", "epsilon_high", "dual_clip")),
     "reinforce": Entry("-A log p", "Williams 1992"),
@@ -156,6 +167,7 @@ ROWS: dict[str, dict[str, dict[str, Entry]]] = {
     "rft": {"loss": SUPERVISED_LOSSES},
     "distill": {"loss": DIVERGENCES},
     "grpo": {"algorithm": ALGORITHMS, "loss": POLICY_LOSSES, "advantage": ADVANTAGES, "aggregate": AGGREGATES},
+    "ppo": {"algorithm": ACTOR_CRITICS, "loss": POLICY_LOSSES, "advantage": TOKEN_ADVANTAGES, "aggregate": AGGREGATES},
 }
 
 TRACKERS: dict[str, str] = {
@@ -171,6 +183,7 @@ COMMANDS: dict[str, str] = {
     "kto": "preference optimization from completions that are desirable or not: kto, bco, …",
     "rft": "rejection sampling: sample, score, keep the best, train on them",
     "distill": "distillation from a teacher's distribution, on given or on the student's own completions (GKD)",
+    "ppo": "online reinforcement learning with a critic: ppo, ppo_max, vc_ppo, vapo (--algorithm)",
     "grpo": "online reinforcement learning with rewards: grpo, dr_grpo, rloo, dapo, … (--algorithm)",
     "generate": "completions of prompts, with log-probs if asked for",
     "serve": "an OpenAI-compatible server over the live engine: completions, chat, streams, log-probs",

@@ -24,6 +24,7 @@ RECIPES = {
     "rft": "rejection",
     "distill": "distill",
     "grpo": "online",
+    "ppo": "ppo",
 }
 
 MIXING = ("sft",)  # commands that draw from several data sets by weight, or from a stream
@@ -112,7 +113,7 @@ def check_required(args: Arguments) -> None:
     required = {"--model_name_or_path": bool(args.model.model_name_or_path)}
     if args.command != "serve":
         required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
-    if args.command in ("grpo", "rft"):
+    if args.command in ("grpo", "ppo", "rft"):
         required["--reward"] = bool(args.online.reward or args.rejection.reward)
     if args.command == "distill":
         required["--teacher_model_name_or_path"] = bool(args.distill.teacher_model_name_or_path)
@@ -127,6 +128,7 @@ def check_required(args: Arguments) -> None:
     paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
     paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
     paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}
+    paths |= {"--critic_model_name_or_path": args.ppo.critic_model_name_or_path}
     paths |= {"--eval_dataset_name": args.data.eval_dataset_name}
     names = [args.data.dataset_name] if isinstance(args.data.dataset_name, str) else args.data.dataset_name
     for flag, name in [*paths.items(), *(("--dataset_name", name) for name in names)]:

@@ -14,7 +14,7 @@ from .offline_arguments import (
     SupervisedArguments,
     UnpairedArguments,
 )
-from .online_arguments import OnlineArguments, SamplingArguments
+from .online_arguments import OnlineArguments, PPOArguments, SamplingArguments
 from .serve_arguments import ServeArguments
 
 
@@ -214,6 +214,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "rft": (*TRAINING, SamplingArguments, RejectionArguments),
     "distill": (*TRAINING, SamplingArguments, DistillArguments),
     "grpo": (*TRAINING, SamplingArguments, OnlineArguments),
+    "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
@@ -237,6 +238,7 @@ class Arguments:
     run: RunArguments = field(default_factory=RunArguments)
     sampling: SamplingArguments = field(default_factory=SamplingArguments)
     online: OnlineArguments = field(default_factory=OnlineArguments)
+    ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
     serve: ServeArguments = field(default_factory=ServeArguments)
     supervised: SupervisedArguments = field(default_factory=SupervisedArguments)

@@ -29,6 +29,13 @@ log = logging.getLogger("fastalign")
 
 
 def algorithm_of(args: Arguments) -> Algorithm:
+    """The row that the flags name, with what they replace in it; its group must have advantages."""
+    algorithm = resolved(args)
+    check_group_size(algorithm, args.online.num_generations)
+    return algorithm
+
+
+def resolved(args: Arguments) -> Algorithm:
     """The row that the flags name, with what they replace in it."""
     online = args.online
     options = dict(args.loss_options)
@@ -38,7 +45,7 @@ def algorithm_of(args: Arguments) -> Algorithm:
     if online.epsilon is not None and online.epsilon_high is None:
         options.setdefault("epsilon_high", None)  # one epsilon on both sides, whatever the row has above
     algorithm = resolve(
-        online.algorithm,
+        online.algorithm or args.command,
         advantage=online.advantage,
         loss=online.loss,
         aggregate=online.aggregate,
@@ -48,9 +55,7 @@ def algorithm_of(args: Arguments) -> Algorithm:
     )
     if online.entropy_coef is not None:
         algorithm = replace(algorithm, entropy_coef=online.entropy_coef)
-    algorithm = replace(algorithm, correction_options=correction_of(online, algorithm.correction_options))
-    check_group_size(algorithm, online.num_generations)
-    return algorithm
+    return replace(algorithm, correction_options=correction_of(online, algorithm.correction_options))
 
 
 def correction_of(online: OnlineArguments, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,27 +168,33 @@ def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: 
 
 def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:
     """Reference, engine, rewards and updater around the loaded model."""
-    algorithm = algorithm_of(args)
+    return OnlineTask(**parts_of(args, loaded, prompts, held_out, max_steps, algorithm_of(args)))
+
+
+def parts_of(
+    args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int, algorithm: Algorithm
+) -> dict[str, Any]:
+    """What every online task is made of."""
     reference = Reference(loaded.model) if algorithm.kl_coef > 0 else None
     quantization = quantization_of(args.online)
     if quantization and algorithm.correction_options.get("correction") == "none":
         log.warning("the rollouts are quantized, and --importance_correction none weighs their tokens as if they were the policy's own")
     engine = _engine(args, loaded, quantization)
-    return OnlineTask(
-        updater=build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
-        engine=engine,
-        exact_engine=_engine(args, loaded, None) if quantization else engine,
-        reference=reference,
-        rewards=rewards_of(args, algorithm, loaded),
-        prompts=prompts,
-        eval_prompts=held_out,
-        order=DataOrder(len(prompts), seed=args.run.seed, shuffle=args.data.shuffle),
-        algorithm=algorithm,
-        params=sampling_of(args),
-        num_prompts=num_prompts_of(args),
-        num_iterations=args.online.num_iterations,
-        max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
-    )
+    return {
+        "updater": build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
+        "engine": engine,
+        "exact_engine": _engine(args, loaded, None) if quantization else engine,
+        "reference": reference,
+        "rewards": rewards_of(args, algorithm, loaded),
+        "prompts": prompts,
+        "eval_prompts": held_out,
+        "order": DataOrder(len(prompts), seed=args.run.seed, shuffle=args.data.shuffle),
+        "algorithm": algorithm,
+        "params": sampling_of(args),
+        "num_prompts": num_prompts_of(args),
+        "num_iterations": args.online.num_iterations,
+        "max_tokens_per_micro_batch": args.batch.max_tokens_per_micro_batch,
+    }
 
 
 def _engine(args: Arguments, loaded: Loaded, quantization: str | None) -> Engine:
@@ -206,18 +217,29 @@ def evaluate(args: Arguments) -> dict[str, float]:
         return task.evaluate()
 
 
+def require_reward(args: Arguments) -> None:
+    """Raises ValueError where no reward is named."""
+    if not args.online.reward:
+        known = "a built-in (math, gsm8k, format, length), module:function, path.py:function, or a reward model's folder"
+        raise ValueError(f"--reward is required: {known}")
+
+
+def both_prompts(args: Arguments, loaded: Loaded) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of training and of the held-out evaluation."""
+    data = args.data
+    prompts = prompts_of(args, loaded, data.dataset_name, data.max_samples)
+    return prompts, prompts_of(args, loaded, data.eval_dataset_name, data.eval_max_samples) if data.eval_dataset_name else []
+
+
 def run(args: Arguments) -> dict[str, Any]:
     """Trains, and returns the summary (the plan under --dry_run)."""
     resume = check_output(args.run, args.data.eval_dataset_name)
     algorithm, num_prompts, _ = algorithm_of(args), num_prompts_of(args), sampling_of(args)
-    if not args.online.reward:
-        known = "a built-in (math, gsm8k, format, length), module:function, path.py:function, or a reward model's folder"
-        raise ValueError(f"--reward is required: {known}")
+    require_reward(args)
     seed_everything(args.run.seed)
     loaded = load(args.model)
     check_quantization(causal_lm(loaded.model), quantization_of(args.online))
-    prompts = prompts_of(args, loaded, args.data.dataset_name, args.data.max_samples)
-    held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples) if args.data.eval_dataset_name else []
+    prompts, held_out = both_prompts(args, loaded)
     max_steps = num_steps(args.optim, len(prompts), num_prompts)
     check_rewards(args, algorithm, loaded, prompts, held_out)
     if args.run.dry_run:
@@ -225,6 +247,6 @@ def run(args: Arguments) -> dict[str, Any]:
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task = build_task(args, loaded, prompts, held_out, max_steps)
     try:
-        return execute(Job(f"Online learning: {args.online.algorithm}", args, loaded, task, max_steps, resume))
+        return execute(Job(f"Online learning: {args.online.algorithm or args.command}", args, loaded, task, max_steps, resume))
     finally:
         task.rewards.close()

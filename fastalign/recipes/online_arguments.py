@@ -36,7 +36,7 @@ class OnlineArguments:
     """Online reinforcement learning.
 
     Args:
-        algorithm: a row of the table: grpo, dr_grpo, rloo, dapo, …; `fastalign algorithms` lists them.
+        algorithm: a row of the table: grpo, rloo, dapo, …; ppo, vapo, …; empty: the command's name. `fastalign algorithms` lists them.
         num_generations: completions a prompt (the group's size G).
         num_iterations: optimizer passes over each rollout (mu).
         beta: coefficient of the KL penalty to the reference; unset: the algorithm's.
@@ -55,7 +55,7 @@ class OnlineArguments:
         importance_correction_high: ratios are cut at this, or dropped above it by the mask corrections; unset: the algorithm's, or 2.
     """
 
-    algorithm: str = "grpo"
+    algorithm: str = ""
     num_generations: int = 8
     num_iterations: int = 1
     beta: float | None = None
@@ -72,3 +72,34 @@ class OnlineArguments:
     importance_correction: Literal["auto", "none", "truncate", "mask", "sequence_truncate", "sequence_mask"] = "auto"
     importance_correction_low: float | None = None
     importance_correction_high: float | None = None
+
+
+@dataclass
+class PPOArguments:
+    """The critic, and what of an actor-critic method it serves.
+
+    Args:
+        critic_model_name_or_path: where the critic begins: a reward model or a causal language model; empty: the policy's own weights.
+        critic_learning_rate: unset: the policy's.
+        critic_warmup: first steps that train the critic alone; unset: the algorithm's.
+        value_clip: how far a value may move from the one at sampling time; 0: anywhere; unset: the algorithm's.
+        kl_in: where the KL to the reference goes: reward or loss; unset: the algorithm's.
+        kl_target: the KL a sequence (nats) that beta is steered to; 0: beta is fixed; unset: the algorithm's.
+        kl_horizon: samples over which beta is steered; unset: the algorithm's.
+        whiten: advantages to mean 0 and deviation 1 over the batch; unset: the algorithm's.
+        normalize_rewards: scores less their running mean, over their running deviation; unset: the algorithm's.
+        reward_clip: scores are cut to plus and minus this; 0: not cut; unset: the algorithm's.
+        nll_coef: coefficient of the NLL of samples with a positive score; unset: the algorithm's.
+    """
+
+    critic_model_name_or_path: str = ""
+    critic_learning_rate: float | None = None
+    critic_warmup: int | None = None
+    value_clip: float | None = None
+    kl_in: Literal["reward", "loss"] | None = None
+    kl_target: float | None = None
+    kl_horizon: int | None = None
+    whiten: bool | None = None
+    normalize_rewards: bool | None = None
+    reward_clip: float | None = None
+    nll_coef: float | None = None

@@ -31,6 +31,9 @@ class PolicyChunk:
         sampler_logp: log-probs of the model at the sampling temperature, as the engine saw them.
         ref_logp: the reference's, or None without a KL term.
         old_logp: those of the policy that sampled, or None while the policy *is* that policy.
+        index: [b] which samples of the rollout these are.
+        nll_weights: what each token's NLL counts beside the policy loss, or None.
+        values: the critic's at sampling time; returns: what they are to become. None without a critic.
     """
 
     packed: Packed
@@ -39,6 +42,10 @@ class PolicyChunk:
     sampler_logp: Tensor
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None
+    index: Tensor | None = None
+    nll_weights: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 def group_advantages(rollout: Rollout, algorithm: Algorithm, reward_weights: dict[str, float]) -> Tensor:
@@ -64,23 +71,24 @@ def build_chunks(rollout: Rollout, advantages: Tensor, algorithm: Algorithm, *, 
         budget: tokens that a completion may have (the divisor of "budget" aggregation).
     """
     lengths, alive = torch.tensor([_num_scored(s) for s in rollout.flat]), has_gradient(advantages, algorithm)
-    kept = _only(rollout, alive.tolist())
+    kept = only(rollout, alive.tolist())
     index, bounds, trees = alive.nonzero().squeeze(1), kept.cu_groups, kept.trees()
     chunks = []
     for groups in split_by_tokens(trees, max_tokens):
         own = index[torch.cat([torch.arange(bounds[p], bounds[p + 1]) for p in groups])]
         weights = token_weights(algorithm.aggregate, lengths[own], num_tokens=int(lengths.sum()), num_sequences=len(lengths), budget=budget)
         by_token = torch.repeat_interleave(advantages[own], lengths[own])
-        chunks.append(PolicyChunk(pack([trees[p] for p in groups]), by_token, weights, _sampler_logp(kept, groups)))
+        chunks.append(PolicyChunk(pack([trees[p] for p in groups]), by_token, weights, _sampler_logp(kept, groups), index=own))
     return chunks
 
 
-def _only(rollout: Rollout, keep: Sequence[bool]) -> Rollout:
+def only(rollout: Rollout, keep: Sequence[bool]) -> Rollout:
     """The rollout of the samples that are kept, without the prompts that keep none."""
     flags = iter(keep)
     samples = [[sample for sample in group if next(flags)] for group in rollout.samples]
     kept = [p for p, group in enumerate(samples) if group]
-    return Rollout([rollout.prompts[p] for p in kept], [samples[p] for p in kept])
+    columns = [rollout.columns[p] for p in kept] if rollout.columns else []
+    return Rollout([rollout.prompts[p] for p in kept], [samples[p] for p in kept], columns)
 
 
 def has_gradient(advantages: Tensor, algorithm: Algorithm) -> Tensor:
@@ -122,7 +130,7 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
         def own(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[span].to(logp.device)
 
-        return policy_loss(
+        loss, sums = policy_loss(
             logp,
             own(chunk.old_logp),
             chunk.advantages[span].to(logp.device),
@@ -135,6 +143,9 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
             options=terms,
             **algorithm.loss_options,
         )
+        if chunk.nll_weights is not None:
+            loss = loss - (chunk.nll_weights[span].to(logp.device) * logp).sum()
+        return loss, sums
 
     return MicroBatch(chunk.packed, objective, cu_targets if couples else None)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ..models.adapters import merged
-from ..training.checkpoint import Checkpoint, load_checkpoint, restore_rng, save_checkpoint
+from ..training.checkpoint import Checkpoint, Companion, load_checkpoint, restore_rng, save_checkpoint
 from ..training.files import write_atomic
 from ..training.interrupt import interruptible
 from ..training.loop import Cadence, StopAt, Task, run
@@ -41,7 +43,11 @@ class TrainTask(Task, Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A training command about to run."""
+    """A training command about to run.
+
+    Attributes:
+        companions: models that are trained beside the main one, by name: each is saved and restored in a folder of its own.
+    """
 
     title: str
     args: Arguments
@@ -49,6 +55,7 @@ class Job:
     task: TrainTask
     max_steps: int
     resume: Path | None
+    companions: Mapping[str, tuple[Updater, Any]] = field(default_factory=dict)  # name → (updater, tokenizer)
 
 
 def restore(job: Job, metrics: Metrics) -> int:
@@ -56,18 +63,34 @@ def restore(job: Job, metrics: Metrics) -> int:
     if job.resume is None:
         return 0
     saved: Checkpoint = load_checkpoint(job.resume)
-    updater = job.task.updater
-    restore_weights(job.loaded.model, saved.path)
-    given = optimizer_options(updater.optimizer)
-    updater.optimizer.load_state_dict(saved.optimizer_state)
-    for name, value in optimizer_options(updater.optimizer).items():
-        if value != given[name]:
-            raise ValueError(f"a resumed run goes on as it was: {name} was {value}, now it is {given[name]}; start a new run to change it")
-    updater.schedule.load_state_dict(saved.scheduler_state)
+    if set(saved.companions) != set(job.companions):
+        had = ", ".join(saved.companions) or "no other model"
+        raise ValueError(
+            f"{saved.path} was written by another command: it has {had} beside the policy; resume with the command that wrote it"
+        )
+    restore_updater(job.task.updater, job.loaded.model, saved.path, saved.optimizer_state, saved.scheduler_state)
+    for beside, (updater, _) in job.companions.items():
+        own = saved.companions[beside]
+        restore_updater(updater, updater.model, saved.path / beside, own["optimizer"], own["scheduler"])
     job.task.load_state_dict(saved.data_state)
     metrics.resume(saved.step, saved.extra["metrics"])
     restore_rng(saved.rng)
     return saved.step
+
+
+def restore_updater(updater: Updater, model: nn.Module, folder: Path, optimizer_state: dict, scheduler_state: dict) -> None:
+    """Puts one model's weights, optimizer and schedule back.
+
+    Raises:
+        ValueError: the flags ask for another optimizer than the saved one.
+    """
+    restore_weights(model, folder)
+    given = optimizer_options(updater.optimizer)
+    updater.optimizer.load_state_dict(optimizer_state)
+    for name, value in optimizer_options(updater.optimizer).items():
+        if value != given[name]:
+            raise ValueError(f"a resumed run goes on as it was: {name} was {value}, now it is {given[name]}; start a new run to change it")
+    updater.schedule.load_state_dict(scheduler_state)
 
 
 def optimizer_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -104,6 +127,9 @@ def execute(job: Job) -> dict[str, Any]:
         final = merged(job.loaded.model) if args.model.merge_adapter else job.loaded.model
         save_model(output_dir, final, job.loaded.tokenizer)
         del final
+        for name, (updater, tokenizer) in job.companions.items():
+            (output_dir / name).mkdir(exist_ok=True)
+            save_model(output_dir / name, updater.model, tokenizer)
         summary = summarize(metrics.rows())
         metrics.summary(summary)
     after = job.task.show()
@@ -136,6 +162,10 @@ def save(job: Job, metrics: Metrics, step: int) -> Path:
         data_state=job.task.state_dict(),
         extra={"metrics": metrics.state_dict()},
         save_total_limit=job.args.run.save_total_limit,
+        companions={
+            name: Companion(other.model, tokenizer, other.optimizer.state_dict(), other.schedule.state_dict())
+            for name, (other, tokenizer) in job.companions.items()
+        },
     )
 
 

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ class Checkpoint:
         step: optimizer steps done.
         optimizer_state, scheduler_state, data_state, extra: as given to `save_checkpoint`.
         rng: for `restore_rng`.
+        companions: name → optimizer and scheduler state of a model beside; its weights lie in the folder of that name.
     """
 
     path: Path
@@ -48,6 +49,17 @@ class Checkpoint:
     data_state: dict[str, Any]
     rng: dict[str, Any]
     extra: dict[str, Any] = field(default_factory=dict)
+    companions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A model that is trained beside the main one, as a checkpoint takes it."""
+
+    model: nn.Module
+    tokenizer: Any
+    optimizer_state: dict[str, Any]
+    scheduler_state: dict[str, Any]
 
 
 def rng_state() -> dict[str, Any]:
@@ -83,6 +95,7 @@ def save_checkpoint(
     rng: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
     save_total_limit: int = 0,
+    companions: Mapping[str, Companion] | None = None,
 ) -> Path:
     """Writes `output_dir/checkpoint-{step}` to a temporary name, syncs it and renames it.
 
@@ -92,6 +105,7 @@ def save_checkpoint(
         scheduler_state, data_state, extra: JSON values.
         rng: `rng_state()` taken earlier; None: taken now.
         save_total_limit: older checkpoints beyond this many are removed once the new one is whole; 0: none is.
+        companions: other models that are trained beside (a critic), by name.
 
     Raises:
         OSError: the disk is full; earlier checkpoints are intact.
@@ -100,8 +114,14 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{step}"
     with disk_errors(final), _staged(final) as folder:
         save_pretrained(folder, model, tokenizer)
-        torch.save({"optimizer": optimizer_state or {}, "rng": rng or rng_state()}, folder / _TENSORS)
+        beside = dict(companions or {})
+        for name, other in beside.items():
+            (folder / name).mkdir()
+            save_pretrained(folder / name, other.model, other.tokenizer)
+        optimizers = {name: other.optimizer_state for name, other in beside.items()}
+        torch.save({"optimizer": optimizer_state or {}, "companions": optimizers, "rng": rng or rng_state()}, folder / _TENSORS)
         state = {"format": FORMAT, "step": step, "scheduler": scheduler_state or {}, "data": data_state or {}, "extra": extra or {}}
+        state["companions"] = {name: other.scheduler_state for name, other in beside.items()}
         _seal(folder, state)
     _rotate(output_dir, save_total_limit, newest=final)
     return final
@@ -121,9 +141,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         tensors = torch.load(path / _TENSORS, map_location="cpu", weights_only=True)
         optimizer, rng = tensors["optimizer"], tensors["rng"]
+        beside = {name: {"optimizer": own, "scheduler": state["companions"][name]} for name, own in tensors.get("companions", {}).items()}
     except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, …
         raise _damaged(path, f"{_TENSORS} cannot be read ({type(error).__name__})") from error
-    return Checkpoint(path, state["step"], optimizer, state["scheduler"], state["data"], rng, state["extra"])
+    return Checkpoint(path, state["step"], optimizer, state["scheduler"], state["data"], rng, state["extra"], beside)
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
