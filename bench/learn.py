@@ -127,7 +127,7 @@ def kto(setting: Setting) -> Row:
     from fastalign.recipes.unpaired import run
 
     args = setting.arguments("kto", "kto", setting.files["labelled"], 128, optim=optimizer(2e-4, 250))
-    run(replace(args, unpaired=UnpairedArguments()))
+    run(replace(args, unpaired=UnpairedArguments(beta=1.0)))
     return accuracies(setting, setting.root / "kto")
 
 
@@ -238,9 +238,9 @@ def accuracies(setting: Setting, model: Path) -> Row:
 
 
 METHODS: dict[str, Callable[[Setting], Row]] = {
-    "dpo": preference("dpo", 2e-4),
+    "dpo": preference("dpo", 2e-4, beta=1.0),
     "ipo": preference("ipo", 2e-4),
-    "simpo": preference("simpo", 2e-4),
+    "simpo": preference("simpo", 2e-4, beta=10.0),
     "orpo": preference("orpo", 5e-4),
     "kto": kto,
     "rft": rft,

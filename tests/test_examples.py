@@ -23,7 +23,7 @@ RECORDS = {
     "kto": [{"prompt": f"{a}+{b}=", "completion": f"{a + b + a % 2}", "label": a % 2 == 0} for a, b in SUMS],
     "grpo": [{"question": f"{a}+{b}=", "prompt": f"{a}+{b}=", "answer": f"{a + b}", "solution": f"{a + b}"} for a, b in SUMS],
 }
-RECORDS |= {"reward": RECORDS["dpo"], "rft": RECORDS["grpo"], "distill": RECORDS["sft"]}
+RECORDS |= {"reward": RECORDS["dpo"], "rft": RECORDS["grpo"], "ppo": RECORDS["grpo"], "distill": RECORDS["sft"]}
 SMALL = {
     "max_steps": 2,
     "num_rounds": 1,
@@ -35,6 +35,7 @@ SMALL = {
     "min_reward": "none",
     "save_steps": 0,
     "eval_steps": 0,
+    "critic_warmup": 1,
     "dtype": "float32",
     "device": "cpu",
 }
