@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +39,7 @@ from fastalign.recipes.arguments import (
     UnpairedArguments,
 )
 
-REWARD_STEPS, DRAWS = 500, 4
+REWARD_STEPS, DRAWS = 400, 4
 REWARD = f"{Path(arithmetic.__file__)}:correct"
 Row = dict[str, Any]
 
@@ -152,9 +155,9 @@ def gkd(setting: Setting) -> Row:
     train = [{k: r[k] for k in ("prompt", "completion")} for r in everything if r["prompt"] not in held_out]
     random.Random(setting.seed).shuffle(train)
     data = _write(setting.root / "data" / "all.jsonl", train)
-    sft(setting.arguments("sft", "teacher", data, 256, optim=optimizer(1e-3, 600)))
+    sft(setting.arguments("sft", "teacher", data, 256, optim=optimizer(1e-3, 450)))
     student = write_student(setting)
-    args = setting.arguments("distill", "student", data, 256, optim=optimizer(2e-3, 900))
+    args = setting.arguments("distill", "student", data, 256, optim=optimizer(2e-3, 700))
     args = replace(args, model=replace(args.model, model_name_or_path=str(student)))
     own = DistillArguments(teacher_model_name_or_path=str(setting.root / "teacher"), lmbda=0.2)
     distill(replace(args, sampling=SamplingArguments(max_completion_length=8), distill=own))
@@ -185,7 +188,7 @@ def rankings(loss: str, num_completions: int) -> Callable[[Setting], Row]:
 
         name = f"{loss}-{num_completions}"
         files = [write_rankings(setting, part, name, num_completions) for part in ("train", "heldout")]
-        args = setting.arguments("reward", name, files[0], 256, optim=optimizer(1e-3, REWARD_STEPS))
+        args = setting.arguments("reward", name, files[0], 512 // num_completions, optim=optimizer(1e-3, REWARD_STEPS))
         summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=RewardArguments(loss=loss)))
         return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out pairs in order"}
 
@@ -215,7 +218,7 @@ def process(setting: Setting) -> Row:
     from fastalign.recipes.reward import run
 
     files = [write_steps(setting, part) for part in ("train", "heldout")]
-    args = setting.arguments("reward", "process", files[0], 256, optim=optimizer(1e-3, REWARD_STEPS))
+    args = setting.arguments("reward", "process", files[0], 256, optim=optimizer(1e-3, 2 * REWARD_STEPS))
     reward = RewardArguments(loss="process", step_separator="=")
     summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=reward))
     return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out steps judged rightly"}
@@ -291,16 +294,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args, rows = parser().parse_args(), []
-    for seed in args.seeds:
-        with tempfile.TemporaryDirectory(prefix="fastalign-learn-") as folder:
-            setting = prepare(Path(folder), seed)
-            for method in args.only:
-                began = time.perf_counter()
-                rows.append({"method": method, "seed": seed, **METHODS[method](setting), "seconds": time.perf_counter() - began})
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-                save(rows, args)  # after each method: what is measured outlives an interrupt
+    args = parser().parse_args()
+    rows = one_seed(args) if len(args.seeds) == 1 else side_by_side(args)
     print(table(rows))
+
+
+def one_seed(args: argparse.Namespace) -> list[Row]:
+    """Every method in turn; saved after each, so that what is measured outlives an interrupt."""
+    (seed,), rows = args.seeds, []
+    with tempfile.TemporaryDirectory(prefix="fastalign-learn-") as folder:
+        setting = prepare(Path(folder), seed)
+        for method in args.only:
+            began = time.perf_counter()
+            rows.append({"method": method, "seed": seed, **METHODS[method](setting), "seconds": time.perf_counter() - began})
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            save(rows, args)
+    return rows
+
+
+def side_by_side(args: argparse.Namespace) -> list[Row]:
+    """The seeds in processes of their own, which share the cores: small models gain little from a second thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(args.seeds)))}
+    with tempfile.TemporaryDirectory(prefix="fastalign-learn-") as folder:
+        parts = [Path(folder) / f"{seed}.json" for seed in args.seeds]
+        commands = [
+            [sys.executable, "-m", "bench.learn", "--only", *args.only, "--seeds", str(seed), "--json", str(part)]
+            for seed, part in zip(args.seeds, parts, strict=True)
+        ]
+        children = [subprocess.Popen(command, env=environment) for command in commands]
+        try:
+            failed = [seed for seed, child in zip(args.seeds, children, strict=True) if child.wait()]
+        finally:  # an interrupt reaches the children, too, and what they found until then is kept
+            rows = [row for part in parts if part.exists() for row in json.loads(part.read_text(encoding="utf-8"))["rows"]]
+            save(rows, args)
+    if failed:
+        raise SystemExit(f"seeds {failed} ended with an error; what was found until then is saved")
+    return rows
 
 
 def save(rows: list[Row], args: argparse.Namespace) -> None:
