@@ -186,6 +186,7 @@ COMMANDS: dict[str, str] = {
     "ppo": "online reinforcement learning with a critic: ppo, ppo_max, vc_ppo, vapo (--algorithm)",
     "grpo": "online reinforcement learning with rewards: grpo, dr_grpo, rloo, dapo, … (--algorithm)",
     "generate": "completions of prompts, with log-probs if asked for",
+    "eval": "pass@k and majority votes of a model on problems that a reward can judge, with intervals",
     "serve": "an OpenAI-compatible server over the live engine: completions, chat, streams, log-probs",
     "demo": "a small model learns arithmetic in minutes on a CPU: SFT, then GRPO",
     "algorithms": "the rows that --algorithm, --loss, --advantage and --aggregate name, command by command",

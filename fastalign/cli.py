@@ -91,6 +91,11 @@ def _start(command: str, values: dict[str, Any]) -> None:
 
         generate.run(args.model, args.data, args.sampling, args.generate)
         return
+    if command == "eval":
+        from .recipes import evaluate
+
+        evaluate.run(args)
+        return
     if command == "serve":
         from .recipes import serve
 
@@ -113,8 +118,8 @@ def check_required(args: Arguments) -> None:
     required = {"--model_name_or_path": bool(args.model.model_name_or_path)}
     if args.command != "serve":
         required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
-    if args.command in ("grpo", "ppo", "rft"):
-        required["--reward"] = bool(args.online.reward or args.rejection.reward)
+    if args.command in ("grpo", "ppo", "rft", "eval"):
+        required["--reward"] = bool(args.online.reward or args.rejection.reward or args.evaluate.reward)
     if args.command == "distill":
         required["--teacher_model_name_or_path"] = bool(args.distill.teacher_model_name_or_path)
     missing = [flag for flag, given in required.items() if not given]

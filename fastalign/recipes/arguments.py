@@ -191,6 +191,35 @@ class GenerateArguments:
 
 
 @dataclass
+class EvalArguments:
+    """The evaluation.
+
+    Args:
+        output_dir: gets samples.jsonl (one object a problem) and summary.json; a broken-off evaluation goes on there.
+        overwrite_output_dir: replace an evaluation that output_dir already holds.
+        num_samples: completions a problem.
+        k: of pass@k and maj@k (repeatable); empty: 1 and num_samples.
+        reward: says how right a completion is: math, gsm8k, module:function, path.py:function, a reward model (repeatable).
+        reward_weights: one weight a reward; empty: 1 each.
+        reward_timeout: seconds one sample's reward may take.
+        min_reward: a completion is right from this reward on.
+        vote: what the majority votes on: answer (the final one in the text, equal numbers are one) or text (the whole completion).
+        seed: sampling seed.
+    """
+
+    output_dir: str = "runs/eval"
+    overwrite_output_dir: bool = False
+    num_samples: int = 1
+    k: list[int] = field(default_factory=list)
+    reward: list[str] = field(default_factory=list)
+    reward_weights: list[float] = field(default_factory=list)
+    reward_timeout: float = 10.0
+    min_reward: float = 1.0
+    vote: Literal["answer", "text"] = "answer"
+    seed: int = 0
+
+
+@dataclass
 class DemoArguments:
     """The demonstration.
 
@@ -216,6 +245,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "grpo": (*TRAINING, SamplingArguments, OnlineArguments),
     "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
+    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
 }
@@ -240,6 +270,7 @@ class Arguments:
     online: OnlineArguments = field(default_factory=OnlineArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
+    evaluate: EvalArguments = field(default_factory=EvalArguments)
     serve: ServeArguments = field(default_factory=ServeArguments)
     supervised: SupervisedArguments = field(default_factory=SupervisedArguments)
     reference: ReferenceArguments = field(default_factory=ReferenceArguments)

@@ -12,7 +12,7 @@ class SamplingArguments:
 
     Args:
         max_completion_length: most tokens of a completion.
-        temperature: softmax temperature of sampling and of the trained log-probs; 0: greedy (generate only).
+        temperature: softmax temperature of sampling and of the trained log-probs; 0: greedy (generate and eval only).
         top_p: keep the smallest set of tokens with this probability; 1: off.
         top_k: keep the k most probable tokens; 0: off.
         min_p: keep tokens at least this fraction of the most probable one; 0: off.

@@ -1,0 +1,173 @@
+"""`fastalign eval`: samples of every problem, judged by rewards; pass@k and maj@k with intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data import Prompt, columns_of_prompts
+from ..evaluation.estimators import interval, maj_at_k, pass_at_k
+from ..generation import Engine
+from ..rewards import RewardSet, load_rewards
+from ..rewards.answers import after_thinking, as_number, final_answer, normalize
+from ..training.files import write_atomic
+from .arguments import Arguments, GenerateArguments
+from .generate import BATCHES_A_CHUNK, as_object, completed_prompts, not_done, read_prompts, sampling_params, writer
+from .model_rewards import with_reward_models
+from .setup import load
+
+SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "config.json", "summary.json"
+FREE = ("output_dir", "overwrite_output_dir", "max_num_seqs", "kv_cache_tokens", "device", "k", "vote")  # may change when it goes on
+
+
+def run(args: Arguments) -> dict[str, Any]:
+    """Evaluates, writes samples.jsonl and summary.json, prints the table and returns the summary; a broken-off run goes on.
+
+    Raises:
+        ValueError: arguments out of range, or an output_dir that holds another evaluation.
+    """
+    given = args.evaluate
+    wanted = sorted(set(given.k)) or sorted({1, given.num_samples})
+    if wanted[0] < 1 or wanted[-1] > given.num_samples:
+        raise ValueError(f"--k {' '.join(map(str, wanted))}: expected numbers between 1 and --num_samples {given.num_samples}")
+    if args.sampling.temperature == 0 and given.num_samples > 1:
+        raise ValueError(f"--num_samples {given.num_samples}: greedy samples are all the same; give --temperature, or one sample")
+    folder = Path(given.output_dir)
+    claim(folder, args)
+    done = completed_prompts(folder / SAMPLES)
+    loaded = load(args.model)
+    own = GenerateArguments(num_samples=given.num_samples, seed=given.seed)
+    prompts = read_prompts(args.data, own, loaded)
+    rewards = load_rewards(with_reward_models(given.reward, loaded), list(given.reward_weights) or None, timeout=given.reward_timeout)
+    with rewards:
+        rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
+        sample(args, own, loaded, rewards, list(not_done(prompts, done)))
+    found = summarize(problems(folder / SAMPLES, Counter(map(_key, prompts))), wanted, given.min_reward, vote_of(given.vote))
+    write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    return found
+
+
+def claim(folder: Path, args: Arguments) -> None:
+    """Makes the folder this evaluation's; one that was broken off is recognized by its settings.
+
+    Raises:
+        FileExistsError: it is another evaluation's.
+    """
+    settings = {name: value for name, value in args.flat().items() if name not in FREE}
+    path = folder / SETTINGS
+    if args.evaluate.overwrite_output_dir:
+        for name in (SAMPLES, SUMMARY, SETTINGS):
+            (folder / name).unlink(missing_ok=True)
+    elif (folder / SAMPLES).exists():
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        other = [name for name in settings if known.get(name) != settings[name]]
+        if other:
+            raise FileExistsError(
+                f"--output_dir {folder} holds an evaluation with other {', '.join(other)}; add --overwrite_output_dir, or name another"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(settings, indent=1) + "\n")
+
+
+def sample(args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet, prompts: list[Prompt]) -> None:
+    """Completes and judges every prompt, a line each, in chunks of a few full batches."""
+    sampling, weights = args.sampling, dict(rewards.weights)
+    params = sampling_params(sampling, own)
+    engine = Engine(loaded.model, loaded.tokenizer, kv_cache_tokens=sampling.kv_cache_tokens or None, max_num_seqs=sampling.max_num_seqs)
+    size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
+    path = str(Path(args.evaluate.output_dir) / SAMPLES)
+    with writer(path) as write, tqdm(total=len(prompts) * params.n, unit="sample", disable=None) as bar:
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            keys = [prompt.index for prompt in chunk]
+            outputs = engine.generate([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
+            owners = [prompt for prompt in chunk for _ in range(params.n)]
+            flat = [one for output in outputs for one in output.outputs]
+            scores = rewards.score(
+                [owner.prompt for owner in owners],
+                [one.text for one in flat],
+                [one.token_ids for one in flat],
+                dict(sorted(columns_of_prompts(owners).items())),
+            )
+            for p, (prompt, output) in enumerate(zip(chunk, outputs, strict=True)):
+                item = as_object(prompt, output.outputs, logprobs=False)
+                for i, completion in enumerate(item["completions"]):
+                    values = {name: row[p * params.n + i] for name, row in scores.items()}
+                    there = [weights[name] * value for name, value in values.items() if not math.isnan(value)]
+                    completion["reward"] = sum(there) if there else None
+                write(item)
+
+
+def _key(prompt: Prompt) -> str:
+    return json.dumps(prompt.prompt, sort_keys=True, ensure_ascii=False)
+
+
+def problems(path: Path, wanted: Counter[str]) -> list[list[dict[str, Any]]]:
+    """The completions of each of the data's problems."""
+    left, found = Counter(wanted), []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        key = json.dumps(item["prompt"], sort_keys=True, ensure_ascii=False)
+        if left[key] > 0:
+            left[key] -= 1
+            found.append(item["completions"])
+    return found
+
+
+def vote_of(name: str) -> Callable[[str], Hashable | None]:
+    """How a completion votes: by its final answer (equal numbers are one), or by its whole text."""
+    return partial(_answer) if name == "answer" else partial(_text)
+
+
+def _answer(text: str) -> Hashable | None:
+    stated = final_answer(after_thinking(text))
+    if stated is None:
+        return None
+    plain = normalize(stated)
+    number = as_number(plain)
+    return (plain.lower() or None) if number is None else number
+
+
+def _text(text: str) -> Hashable | None:
+    return text.strip() or None
+
+
+def summarize(
+    found: list[list[dict[str, Any]]], wanted: list[int], min_reward: float, vote: Callable[[str], Hashable | None]
+) -> dict[str, Any]:
+    """pass@k and maj@k as {"value", "low", "high"}, the mean reward, and counts. A sample without a reward counts as wrong."""
+    right = [[(c["reward"] is not None and c["reward"] >= min_reward) for c in completions] for completions in found]
+    answers = [[vote(c["text"]) for c in completions] for completions in found]
+    measures: dict[str, list[float]] = {}
+    for k in wanted:
+        measures[f"pass@{k}"] = [pass_at_k(len(own), sum(own), k) for own in right]
+        if k > 1:
+            measures[f"maj@{k}"] = [maj_at_k(votes, own, k) for votes, own in zip(answers, right, strict=True)]
+    rewards = [c["reward"] for completions in found for c in completions if c["reward"] is not None]
+    out: dict[str, Any] = {"num_problems": len(found), "num_samples": sum(map(len, found))}
+    out["num_without_reward"] = out["num_samples"] - len(rewards)
+    out["mean_reward"] = sum(rewards) / len(rewards) if rewards else None
+    out["finished"] = sum(c["finish_reason"] == "stop" for own in found for c in own) / max(1, out["num_samples"])
+    for name, values in measures.items():
+        low, high = interval(values)
+        out[name] = {"value": sum(values) / len(values) if values else None, "low": low, "high": high}
+    return out
+
+
+def table(found: dict[str, Any]) -> str:
+    """What is printed: one line a measure, with its 95 % interval over the problems."""
+    lines = [f"{found['num_problems']} problems, {found['num_samples']} samples, {found['finished']:.1%} of them ended by themselves"]
+    for name, value in found.items():
+        if isinstance(value, dict) and value["value"] is not None:
+            lines.append(f"{name:10} {value['value']:7.2%}   95 % {value['low']:.2%} to {value['high']:.2%}")
+    if found["num_without_reward"]:
+        lines.append(f"{found['num_without_reward']} samples have no reward and count as wrong")
+    return "\n".join(lines)
