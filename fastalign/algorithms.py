@@ -13,6 +13,7 @@ from typing import Any
 
 from .advantages import ADVANTAGES, TOKEN_ADVANTAGES
 from .losses.policy import AGGREGATES, KL, POLICY
+from .losses.preference import PREFERENCE
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ class ActorCritic(Algorithm):
     nll_coef: float = 0.0
 
 
+@dataclass(frozen=True)
+class OnlinePreference(Algorithm):
+    """A row that compares a group's best and worst completion; it has neither advantages nor a policy loss.
+
+    Attributes:
+        preference: a row of `losses.preference.PREFERENCE`, with its own arguments in `preference_options`.
+    """
+
+    preference: str = "dpo"
+    preference_options: Mapping[str, Any] = field(default_factory=dict)
+
+
 GRPO = Algorithm(kl_coef=0.04, loss_options={"epsilon": 0.2})
 DR_GRPO = replace(GRPO, advantage="dr_grpo", aggregate="budget", kl_coef=0.0)
 RLOO = replace(GRPO, advantage="rloo", aggregate="sequence", kl_coef=0.05)
@@ -102,6 +115,7 @@ VAPO = replace(
     advantage_options={"lam_critic": 1.0, "alpha": 0.05},
     nll_coef=0.1,
 )
+ONLINE_DPO = OnlinePreference(preference_options={"beta": 0.1})
 
 ALGORITHMS: dict[str, Algorithm] = {
     "grpo": GRPO,
@@ -118,6 +132,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "passk": PASSK,
     "raft": RAFT,
     "raft_pp": RAFT_PP,
+    "online_dpo": ONLINE_DPO,
 }
 ACTOR_CRITICS: dict[str, ActorCritic] = {"ppo": PPO, "ppo_max": PPO_MAX, "vc_ppo": VC_PPO, "vapo": VAPO}
 
@@ -151,12 +166,21 @@ def resolve(
     kl_coef: float | None = None,
     advantage_options: Mapping[str, Any] | None = None,
     loss_options: Mapping[str, Any] | None = None,
+    preference: str = "",
 ) -> Algorithm:
     """A row with parts replaced by other rows or by options, all checked.
 
-    Replacing the loss or the advantage drops the options that the row had for it.
+    Replacing the loss or the advantage drops the options that the row had for it. Of a row that compares completions, kl_coef is beta,
+    the loss options are those of the preference loss, and advantage, loss and aggregate are not read: naming one is an error.
     """
     base: Algorithm = row(ALGORITHMS | ACTOR_CRITICS, name, "algorithm")
+    if isinstance(base, OnlinePreference):
+        for flag, given in (("advantage", advantage or advantage_options), ("loss", loss), ("aggregate", aggregate)):
+            if given:
+                raise ValueError(f"--{flag}: {name} compares a group's best and worst completion, it has no {flag}; see --preference_loss")
+        return _compared(base, preference, kl_coef, loss_options or {})
+    if preference:
+        raise ValueError(f"--preference_loss: {name} compares no completions; give --algorithm online_dpo")
     own_loss = {} if loss and loss != base.loss else dict(base.loss_options)
     own_advantage = {} if advantage and advantage != base.advantage else dict(base.advantage_options)
     chosen = replace(
@@ -176,3 +200,15 @@ def resolve(
     if chosen.kl_coef < 0:
         raise ValueError(f"--beta must be >= 0, got {chosen.kl_coef}")
     return chosen
+
+
+def _compared(base: OnlinePreference, preference: str, beta: float | None, options: Mapping[str, Any]) -> OnlinePreference:
+    name = preference or base.preference
+    chosen = row(PREFERENCE, name, "preference_loss")
+    if chosen.couples_pairs or chosen.statistics is not None:
+        raise ValueError(f"--preference_loss {name}: it needs numbers of a whole batch of pairs; give one that judges pairs one by one")
+    own = dict(base.preference_options) if name == base.preference else {}
+    own |= {} if beta is None else {"beta": beta}
+    own |= options
+    check_options(chosen.function, own, "--loss")
+    return replace(base, preference=name, preference_options=own, kl_coef=0.0)

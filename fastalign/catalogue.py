@@ -42,6 +42,7 @@ ALGORITHMS: dict[str, Entry] = {
     "passk": Entry("Pass@k training: a group is rewarded for its subsets of k", "arXiv:2508.10751"),
     "raft": Entry("likelihood of the samples that are rewarded", "arXiv:2304.06767"),
     "raft_pp": Entry("RAFT with PPO's clipped ratio, for several passes over a rollout", "arXiv:2504.11343"),
+    "online_dpo": Entry("a preference loss of each group's best and worst completion (--preference_loss)", "arXiv:2402.04792"),
 }
 
 ADVANTAGES: dict[str, Entry] = {

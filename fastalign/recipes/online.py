@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from ..advantages import ADVANTAGES
-from ..algorithms import Algorithm, resolve
+from ..algorithms import Algorithm, OnlinePreference, resolve
 from ..data import DataOrder, Prompt, prompt_examples
 from ..generation import Engine, SamplingParams
+from ..losses.preference import PREFERENCE
 from ..models.backbone import causal_lm, head_of
 from ..models.linear import check_quantization
 from ..ops.policy import PolicyOptions
 from ..rewards import RewardSet, load_rewards
 from .arguments import Arguments, OnlineArguments
 from .model_rewards import with_reward_models
+from .online_preference import OnlinePreferenceTask
 from .online_task import OnlineTask
 from .reading import prompts_named_by
 from .reference import Reference
@@ -31,7 +33,10 @@ log = logging.getLogger("fastalign")
 def algorithm_of(args: Arguments) -> Algorithm:
     """The row that the flags name, with what they replace in it; its group must have advantages."""
     algorithm = resolved(args)
-    check_group_size(algorithm, args.online.num_generations)
+    if not isinstance(algorithm, OnlinePreference):
+        check_group_size(algorithm, args.online.num_generations)
+    elif args.online.num_generations < 2:
+        raise ValueError(f"--num_generations {args.online.num_generations}: a pair needs two completions of a prompt; give 2 or more")
     return algorithm
 
 
@@ -52,7 +57,11 @@ def resolved(args: Arguments) -> Algorithm:
         kl_coef=online.beta,
         advantage_options=args.advantage_options,
         loss_options=options,
+        preference=online.preference_loss,
     )
+    if isinstance(algorithm, OnlinePreference) and (online.entropy_coef or online.importance_correction != "auto"):
+        flag = "entropy_coef" if online.entropy_coef else "importance_correction"
+        raise ValueError(f"--{flag}: {online.algorithm} has no policy loss that reads it; leave it out")
     if online.entropy_coef is not None:
         algorithm = replace(algorithm, entropy_coef=online.entropy_coef)
     return replace(algorithm, correction_options=correction_of(online, algorithm.correction_options))
@@ -168,14 +177,17 @@ def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: 
 
 def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:
     """Reference, engine, rewards and updater around the loaded model."""
-    return OnlineTask(**parts_of(args, loaded, prompts, held_out, max_steps, algorithm_of(args)))
+    algorithm = algorithm_of(args)
+    kind = OnlinePreferenceTask if isinstance(algorithm, OnlinePreference) else OnlineTask
+    return kind(**parts_of(args, loaded, prompts, held_out, max_steps, algorithm))
 
 
 def parts_of(
     args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int, algorithm: Algorithm
 ) -> dict[str, Any]:
     """What every online task is made of."""
-    reference = Reference(loaded.model) if algorithm.kl_coef > 0 else None
+    compares = isinstance(algorithm, OnlinePreference) and PREFERENCE[algorithm.preference].reference
+    reference = Reference(loaded.model) if algorithm.kl_coef > 0 or compares else None
     quantization = quantization_of(args.online)
     if quantization and algorithm.correction_options.get("correction") == "none":
         log.warning("the rollouts are quantized, and --importance_correction none weighs their tokens as if they were the policy's own")

@@ -47,6 +47,7 @@ class OnlineArguments:
         reward_timeout: seconds one sample's reward may take.
         advantage: replaces the algorithm's advantage estimator by another row.
         loss: replaces the algorithm's policy loss by another row.
+        preference_loss: online_dpo's loss, a row of fastalign dpo --loss; its options are --beta and --loss.NAME; empty: dpo.
         aggregate: replaces the algorithm's aggregation: token, sequence or budget.
         entropy_coef: coefficient of the entropy bonus; unset: the algorithm's.
         rollout_quantization: int8: sample with 8-bit weights (CPU), train the weights as they are; none: sample with the weights.
@@ -66,6 +67,7 @@ class OnlineArguments:
     reward_timeout: float = 10.0
     advantage: str = ""
     loss: str = ""
+    preference_loss: str = ""
     aggregate: str = ""
     entropy_coef: float | None = None
     rollout_quantization: Literal["none", "int8"] = "none"
