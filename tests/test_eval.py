@@ -9,10 +9,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fastalign import cli
-from fastalign.evaluation import estimators, interval, maj_at_k, pass_at_k
+from fastalign.evaluation import best_at_k, estimators, interval, maj_at_k, pass_at_k
 from fastalign.recipes import arithmetic, evaluate
 from fastalign.recipes.arguments import Arguments, DataArguments, EvalArguments, ModelArguments, SamplingArguments
 
@@ -37,6 +37,24 @@ def test_maj_at_k_is_the_majority_over_subsets_and_ties_share():
     assert maj_at_k([None, None], [False, False], 2) == 0.0
 
 
+def test_best_at_k_and_weighted_votes_are_those_of_all_subsets():
+    draw = random.Random(3)
+    scores = [draw.choice([-1.0, 0.0, 0.5, 0.5, 2.0, math.nan]) for _ in range(7)]
+    right = [draw.random() < 0.5 for _ in range(7)]
+    answers, weights = [draw.choice(["1", "2", "3", None]) for _ in range(7)], [draw.random() for _ in range(7)]
+    level = [-math.inf if math.isnan(s) else s for s in scores]
+    for k in range(1, 8):
+        best, voted = [], []
+        for subset in combinations(range(7), k):
+            top = max(level[i] for i in subset)
+            best.append(statistics.mean(right[i] for i in subset if level[i] == top))
+            votes = {a: sum(weights[i] for i in subset if answers[i] == a) for a in {answers[i] for i in subset} - {None}}
+            winner = max(votes, key=votes.get) if votes else None
+            voted.append(bool(votes) and right[next(i for i in subset if answers[i] == winner)])
+        assert best_at_k(scores, right, k) == pytest.approx(statistics.mean(best), abs=1e-12)
+        assert maj_at_k(answers, right, k, weights) == pytest.approx(statistics.mean(voted), abs=1e-12)
+
+
 def test_maj_at_k_of_many_subsets_is_close_and_repeats(monkeypatch):
     answers = [str(i % 4) for i in range(16)]
     right = [a == "1" for a in answers]
@@ -47,7 +65,9 @@ def test_maj_at_k_of_many_subsets_is_close_and_repeats(monkeypatch):
     assert abs(drawn - exact) < 0.06
 
 
-@pytest.mark.parametrize("function", [lambda k: pass_at_k(4, 1, k), lambda k: maj_at_k(["1"] * 4, [True] * 4, k)])
+@pytest.mark.parametrize(
+    "function", [lambda k: pass_at_k(4, 1, k), lambda k: best_at_k([0.0] * 4, [True] * 4, k), lambda k: maj_at_k(["1"] * 4, [True] * 4, k)]
+)
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_is_checked(function, k):
     with pytest.raises(ValueError, match=f"k must be between 1 and the 4 samples, got {k}"):
@@ -124,6 +144,22 @@ def test_a_broken_off_evaluation_goes_on_to_the_same_result(task, tmp_path):
     assert evaluate.run(arguments(task, tmp_path / "part")) == whole
     again = evaluate.run(arguments(task, tmp_path / "part", evaluate={"k": [2]}))  # other k: nothing is sampled anew
     assert set(again) - set(whole) == {"pass@2", "maj@2"}
+
+
+def test_a_reward_model_ranks_the_samples(task, tmp_path):
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_pretrained(task / "model", num_labels=1).save_pretrained(tmp_path / "rm")
+    arithmetic.build_tokenizer().save_pretrained(tmp_path / "rm")
+    summary = evaluate.run(arguments(task, tmp_path / "out", evaluate={"ranker": str(tmp_path / "rm"), "k": [1, 2, 4]}))
+    rows = lines_of(tmp_path / "out")
+    ranks = [[c["rank"] for c in row["completions"]] for row in rows]
+    right = [[c["reward"] == 1.0 for c in row["completions"]] for row in rows]
+    assert len({rank for row in ranks for rank in row}) > 4
+    assert {"best@2", "best@4", "wmaj@2", "wmaj@4"} <= set(summary)
+    expected = statistics.mean(own[max(range(4), key=scores.__getitem__)] for own, scores in zip(right, ranks, strict=True))
+    assert summary["best@4"]["value"] == pytest.approx(expected, abs=0.13)  # a tie of equal samples shares
+    with pytest.raises(FileExistsError, match="other ranker"):
+        evaluate.run(arguments(task, tmp_path / "out"))
 
 
 def test_eval_refuses_another_evaluations_folder(task, tmp_path):

@@ -203,6 +203,7 @@ class EvalArguments:
         reward_weights: one weight a reward; empty: 1 each.
         reward_timeout: seconds one sample's reward may take.
         min_reward: a completion is right from this reward on.
+        ranker: a reward model that ranks the completions: best@k, and votes weighed by its probability; empty: none.
         vote: what the majority votes on: answer (the final one in the text, equal numbers are one) or text (the whole completion).
         seed: sampling seed.
     """
@@ -215,6 +216,7 @@ class EvalArguments:
     reward_weights: list[float] = field(default_factory=list)
     reward_timeout: float = 10.0
     min_reward: float = 1.0
+    ranker: str = ""
     vote: Literal["answer", "text"] = "answer"
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""`fastalign eval`: samples of every problem, judged by rewards; pass@k and maj@k with intervals."""
+"""`fastalign eval`: samples of every problem, judged by rewards and ranked; pass@k, maj@k and best@k with intervals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data import Prompt, columns_of_prompts
-from ..evaluation.estimators import interval, maj_at_k, pass_at_k
+from ..evaluation.estimators import best_at_k, interval, maj_at_k, pass_at_k
 from ..generation import Engine
+from ..judges import RewardModel
 from ..rewards import RewardSet, load_rewards
 from ..rewards.answers import after_thinking, as_number, final_answer, normalize
 from ..training.files import write_atomic
@@ -46,9 +47,10 @@ def run(args: Arguments) -> dict[str, Any]:
     own = GenerateArguments(num_samples=given.num_samples, seed=given.seed)
     prompts = read_prompts(args.data, own, loaded)
     rewards = load_rewards(with_reward_models(given.reward, loaded), list(given.reward_weights) or None, timeout=given.reward_timeout)
+    ranker = RewardModel.load(given.ranker, loaded.tokenizer, device=loaded.device) if given.ranker else None
     with rewards:
         rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
-        sample(args, own, loaded, rewards, list(not_done(prompts, done)))
+        sample(args, own, loaded, rewards, ranker, list(not_done(prompts, done)))
     found = summarize(problems(folder / SAMPLES, Counter(map(_key, prompts))), wanted, given.min_reward, vote_of(given.vote))
     write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
     print(table(found))
@@ -77,8 +79,10 @@ def claim(folder: Path, args: Arguments) -> None:
     write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 
-def sample(args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet, prompts: list[Prompt]) -> None:
-    """Completes and judges every prompt, a line each, in chunks of a few full batches."""
+def sample(
+    args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet, ranker: RewardModel | None, prompts: list[Prompt]
+) -> None:
+    """Completes, judges and ranks every prompt, a line each, in chunks of a few full batches."""
     sampling, weights = args.sampling, dict(rewards.weights)
     params = sampling_params(sampling, own)
     engine = Engine(loaded.model, loaded.tokenizer, kv_cache_tokens=sampling.kv_cache_tokens or None, max_num_seqs=sampling.max_num_seqs)
@@ -97,12 +101,17 @@ def sample(args: Arguments, own: GenerateArguments, loaded: Any, rewards: Reward
                 [one.token_ids for one in flat],
                 dict(sorted(columns_of_prompts(owners).items())),
             )
+            ranks = None
+            if ranker is not None:
+                ranks = ranker([owner.prompt for owner in owners], [one.text for one in flat], [one.token_ids for one in flat])
             for p, (prompt, output) in enumerate(zip(chunk, outputs, strict=True)):
                 item = as_object(prompt, output.outputs, logprobs=False)
                 for i, completion in enumerate(item["completions"]):
                     values = {name: row[p * params.n + i] for name, row in scores.items()}
                     there = [weights[name] * value for name, value in values.items() if not math.isnan(value)]
                     completion["reward"] = sum(there) if there else None
+                    if ranks is not None:
+                        completion["rank"] = ranks[p * params.n + i]
                 write(item)
 
 
@@ -143,14 +152,23 @@ def _text(text: str) -> Hashable | None:
 def summarize(
     found: list[list[dict[str, Any]]], wanted: list[int], min_reward: float, vote: Callable[[str], Hashable | None]
 ) -> dict[str, Any]:
-    """pass@k and maj@k as {"value", "low", "high"}, the mean reward, and counts. A sample without a reward counts as wrong."""
+    """pass@k, maj@k and, of ranked samples, best@k and wmaj@k as {"value", "low", "high"}; the mean reward, and counts.
+
+    A sample without a reward counts as wrong; one without a rank is ranked last and has no vote where votes are weighed.
+    """
     right = [[(c["reward"] is not None and c["reward"] >= min_reward) for c in completions] for completions in found]
     answers = [[vote(c["text"]) for c in completions] for completions in found]
     measures: dict[str, list[float]] = {}
+    ranked = bool(found) and all("rank" in c for completions in found for c in completions)
+    ranks = [[math.nan if c.get("rank") is None else c["rank"] for c in completions] for completions in found]
     for k in wanted:
         measures[f"pass@{k}"] = [pass_at_k(len(own), sum(own), k) for own in right]
         if k > 1:
             measures[f"maj@{k}"] = [maj_at_k(votes, own, k) for votes, own in zip(answers, right, strict=True)]
+        if ranked and k > 1:
+            every = list(zip(answers, right, ranks, strict=True))
+            measures[f"best@{k}"] = [best_at_k(scores, own, k) for _, own, scores in every]
+            measures[f"wmaj@{k}"] = [maj_at_k(votes, own, k, [_probability(s) for s in scores]) for votes, own, scores in every]
     rewards = [c["reward"] for completions in found for c in completions if c["reward"] is not None]
     out: dict[str, Any] = {"num_problems": len(found), "num_samples": sum(map(len, found))}
     out["num_without_reward"] = out["num_samples"] - len(rewards)
@@ -160,6 +178,13 @@ def summarize(
         low, high = interval(values)
         out[name] = {"value": sum(values) / len(values) if values else None, "low": low, "high": high}
     return out
+
+
+def _probability(score: float) -> float:
+    """σ(score), a vote's weight; 0 of NaN."""
+    if math.isnan(score):
+        return 0.0
+    return 1 / (1 + math.exp(-score)) if score > -700 else 0.0
 
 
 def table(found: dict[str, Any]) -> str:
