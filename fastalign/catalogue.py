@@ -189,6 +189,7 @@ COMMANDS: dict[str, str] = {
     "generate": "completions of prompts, with log-probs if asked for",
     "eval": "pass@k and majority votes of a model on problems that a reward can judge, with intervals",
     "serve": "an OpenAI-compatible server over the live engine: completions, chat, streams, log-probs",
+    "run": "a pipeline of these commands from a YAML file, each from the model before; goes on where it stopped",
     "demo": "a small model learns arithmetic in minutes on a CPU: SFT, then GRPO",
     "algorithms": "the rows that --algorithm, --loss, --advantage and --aggregate name, command by command",
     "env": "what is in use: versions, devices, the backend of every operation",

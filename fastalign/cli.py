@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__, catalogue
 from .catalogue import nearest
@@ -59,6 +59,8 @@ def _run(argv: list[str]) -> int:
         print(f"fastalign {__version__}")
     elif command not in catalogue.COMMANDS:
         raise ValueError(nearest(command, catalogue.COMMANDS, prefix="command "))
+    elif command == "run":
+        _run_pipeline(rest)
     elif command in COMMANDS and not {"-h", "--help"} & set(rest):
         _start(command, parse(command, rest))
     elif command in COMMANDS:
@@ -70,6 +72,27 @@ def _run(argv: list[str]) -> int:
     else:
         print(_tables() if command == "algorithms" else f"fastalign {command}: {catalogue.COMMANDS[command]}")
     return 0
+
+
+def _run_pipeline(argv: list[str]) -> None:
+    """fastalign run FILE.yaml [--restart STAGE] [--dry_run]."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"fastalign run: {message}; see fastalign run -h")
+
+    p = Parser(prog="fastalign run", description=f"{catalogue.COMMANDS['run']}; docs/pipelines.md says how a file is written.")
+    p.add_argument("pipeline", metavar="FILE.yaml", type=Path, help="the stages")
+    p.add_argument("--restart", metavar="STAGE", default="", help="run this stage and all that follow anew")
+    p.add_argument("--dry_run", action="store_true", help="check everything and print what would run")
+    if {"-h", "--help"} & set(argv):
+        print(p.format_help(), end="")
+        return
+    given = p.parse_args(argv)
+    from .recipes import pipeline
+
+    pipeline.run(given.pipeline, _start, restart=given.restart, dry_run=given.dry_run)
 
 
 def _start(command: str, values: dict[str, Any]) -> None:

@@ -214,25 +214,43 @@ def _literal(text: str) -> Any:
 
 
 def _read_config(command: str, path: Path) -> dict[str, Any]:
-    import yaml  # deferred: only --config needs it
+    return checked(command, read_yaml(path, "--config"), f"--config {path}")
+
+
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """A YAML file of key: value lines.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is something else.
+    """
+    import yaml  # deferred: only --config and pipelines need it
 
     if not path.is_file():
-        raise FileNotFoundError(f"--config: there is no file {path}")
+        raise FileNotFoundError(f"{what}: there is no file {path}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        raise ValueError(f"{what} {path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path}: expected flag: value lines, got {type(loaded).__name__}")
+        raise ValueError(f"{what} {path}: expected flag: value lines, got {type(loaded).__name__}")
+    return loaded
+
+
+def checked(command: str, given: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Values by flag name, from a file's.
+
+    Raises:
+        ValueError: an unknown key (the nearest are named), a value of the wrong type, an unknown choice.
+    """
     kinds, values = flag_types(command), {}
-    for key, value in loaded.items():
+    for key, value in given.items():
         name = str(key).replace("-", "_")
         if _is_row_option(command, name):
             values[name] = _literal(value) if isinstance(value, str) else value
         elif name in kinds:
-            values[name] = convert(name, kinds[name], value, f"--config {path}: {key}", command)
+            values[name] = convert(name, kinds[name], value, f"{where}: {key}", command)
         else:
-            raise ValueError(f"--config {path}: {nearest(name, kinds, prefix='key ')}")
+            raise ValueError(f"{where}: {nearest(name, kinds, prefix='key ')}")
     return values
 
 
