@@ -279,7 +279,8 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_yticks(places, [f"{row['method']}, seed {row['seed']}" for row in rows])
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="held-out accuracy; of reward models: pairs in order")
-    axes.legend(loc="lower right")
+    axes.margins(y=0.01)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 
