@@ -303,7 +303,7 @@ def test_a_logits_processor_that_raises_ends_its_request_alone(model):
 
     engine = Engine(model)
     prompt, fine = prompts_of(5)[0], SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
-    bad = engine.add_request(prompt, SamplingParams(n=2, max_tokens=9, logits_processors=[broken]))
+    bad = engine.add_request(prompt, SamplingParams(n=2, max_tokens=9, logits_processors=[broken], seed=2, ignore_eos=True))
     good = engine.add_request(prompt, fine)
     drain(engine)
     out = bad.output().outputs[0]
@@ -312,7 +312,7 @@ def test_a_logits_processor_that_raises_ends_its_request_alone(model):
     assert len(out.token_ids) == 3
     same(good.output(), alone(model, prompt, fine, good.id))
     with pytest.raises(RequestFailedError, match=r"request 1: a logits processor raised KeyError"):
-        engine.generate([prompt, prompt], [fine, SamplingParams(max_tokens=9, logits_processors=[broken])])
+        engine.generate([prompt, prompt], [fine, SamplingParams(max_tokens=9, logits_processors=[broken], seed=1, ignore_eos=True)])
     with pytest.raises(RequestFailedError, match="must return logits of shape"):
         engine.generate([prompt], SamplingParams(logits_processors=[lambda ids, scores: scores[0]]))
     assert engine.num_used_blocks == 0
