@@ -39,7 +39,18 @@ from fastalign.recipes.arguments import (
     UnpairedArguments,
 )
 
-REWARD_STEPS, DRAWS = 400, 4
+REWARD_STEPS = 400  # of reward models
+DRAWS = 4  # how often each training problem gets other wrong answers
+PAGE = """# What each offline method learns
+
+<!-- written by make learn -->
+
+On the demo's additions, from its cold start: held-out accuracy, in percent of 400 problems; of reward models the share of pairs (steps) in
+order.
+
+![before and after, method by method](learning.png)
+
+"""
 REWARD = f"{Path(arithmetic.__file__)}:correct"
 Row = dict[str, Any]
 
@@ -337,7 +348,7 @@ def save(rows: list[Row], args: argparse.Namespace) -> None:
     """The rows in order of their method, wherever they were asked for."""
     rows = sorted(rows, key=lambda row: (list(METHODS).index(row["method"]), row["seed"]))
     if args.table:
-        args.table.write_text(table(rows) + "\n", encoding="utf-8")
+        args.table.write_text(PAGE + table(rows) + "\n", encoding="utf-8")
     if args.plot:
         plot(rows, args.plot)
     if args.json:

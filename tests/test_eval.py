@@ -9,7 +9,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from tiny_models import write_arithmetic_model
+from transformers import AutoModelForSequenceClassification
 
 from fastalign import cli
 from fastalign.evaluation import best_at_k, estimators, interval, maj_at_k, pass_at_k
@@ -88,12 +89,7 @@ def test_interval_covers_the_mean_as_the_normal_one_does():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
-    tokenizer = arithmetic.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    write_arithmetic_model(root / "model", num_hidden_layers=1)
     (problems,) = arithmetic.problems(0)
     arithmetic.write_jsonl(root / "problems.jsonl", problems[:12], ("prompt", "answer"))
     (root / "judge.py").write_text(
@@ -162,6 +158,21 @@ def test_a_reward_model_ranks_the_samples(task, tmp_path):
         evaluate.run(arguments(task, tmp_path / "out"))
 
 
+def test_a_corrected_answer_is_judged_anew(task, tmp_path):
+    rows = [{"prompt": f"{a}+1=", "answer": str(a), "completions": "theirs"} for a in range(20, 26)]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = arguments(task, tmp_path / "out", data={"dataset_name": str(path)}, evaluate={"reward": ["math"]})
+    evaluate.run(args)
+    kept = lines_of(tmp_path / "out")[1:]
+    rows[0]["answer"] = "21"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate.run(args)["num_problems"] == 6
+    found = lines_of(tmp_path / "out")
+    assert found[1:6] == kept
+    assert [row["answer"] for row in found if row["prompt"] == "20+1="] == ["20", "21"]
+
+
 def test_eval_refuses_another_evaluations_folder(task, tmp_path):
     evaluate.run(arguments(task, tmp_path))
     with pytest.raises(FileExistsError, match="holds an evaluation with other seed; add --overwrite_output_dir"):
@@ -188,7 +199,7 @@ def test_eval_says_what_is_wrong(task, tmp_path, changes, message):
 
 
 def test_equal_numbers_are_one_vote():
-    vote = evaluate.vote_of("answer")
+    vote = evaluate.VOTES["answer"]
     assert vote("so it is 1,000") == vote(r"<think>7</think> \boxed{1000.0}")
     assert vote("no number") is None
     assert vote(r"\boxed{x+1}") == vote(r"the answer is $x + 1$.")

@@ -1,13 +1,14 @@
 """Online DPO: the pair of a group, the loss in fp64 on transformers' own attention, invariance, runs, resume, errors."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from preference_runs import rows_of
+from tiny_models import write_arithmetic_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastalign.recipes import arithmetic, online
 from fastalign.recipes.arguments import (
@@ -45,14 +46,8 @@ def test_the_pair_is_the_first_best_and_the_first_worst_with_a_reward():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("online-preference")
-    tokenizer = arithmetic.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.1, **sizes, **special)
-    for name in ("model", "other"):
-        LlamaForCausalLM(config).save_pretrained(root / name)
-    tokenizer.save_pretrained(root / "model")
+    for name, seed in (("model", 0), ("other", 1)):
+        write_arithmetic_model(root / name, seed=seed)
     (train,) = arithmetic.problems(0)
     arithmetic.write_jsonl(root / "train.jsonl", train[:24], ("prompt", "answer"))
     (root / "reward.py").write_text(
@@ -74,12 +69,6 @@ def arguments(task, output, **changes) -> Arguments:
         online=OnlineArguments(algorithm="online_dpo", num_generations=4, reward=[f"{task / 'reward.py'}:digits"]),
     )
     return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
-
-
-def rows_of(output):
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    volatile = ("timing_s/", "tokens_per_second", "step_time", "peak_memory_mb")
-    return [{k: v for k, v in row.items() if not k.startswith(volatile)} for row in rows]
 
 
 def built(args):

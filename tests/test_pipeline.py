@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import write_arithmetic_model
 
 from fastalign import cli
 from fastalign.recipes import arithmetic, pipeline
@@ -18,12 +17,7 @@ SMALL = {"max_steps": 2, "per_device_train_batch_size": 4, "max_completion_lengt
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
-    tokenizer = arithmetic.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    write_arithmetic_model(root / "model", num_hidden_layers=1)
     (problems,) = arithmetic.problems(0)
     arithmetic.write_jsonl(root / "data.jsonl", problems[:16], ("prompt", "completion", "answer"))
     (root / "reward.py").write_text("def digits(completions, **k):\n    return [float(sum(c.isdigit() for c in t)) for t in completions]\n")

@@ -1,13 +1,14 @@
 """PPO and its kin: token advantages and the critic's loss in fp64, invariance to micro-batches, runs, resume, errors."""
 
 import itertools
-import json
 import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from preference_runs import rows_of
+from tiny_models import write_arithmetic_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fastalign.advantages import generalized
@@ -95,13 +96,7 @@ def test_running_moments_are_those_of_all_that_was_seen():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("ppo")
-    tokenizer = arithmetic.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.1, **sizes, **special))
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    write_arithmetic_model(root / "model")
     (train,) = arithmetic.problems(0)
     arithmetic.write_jsonl(root / "train.jsonl", train[:24], ("prompt", "answer"))
     (root / "reward.py").write_text(
@@ -142,12 +137,6 @@ def judged(job, rollout, max_tokens=10_000):
         chunk.values = job.critic.values(chunk)
     job._judge(rollout, chunks)
     return chunks
-
-
-def rows_of(output):
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    volatile = ("timing_s/", "tokens_per_second", "step_time", "peak_memory_mb")
-    return [{k: v for k, v in row.items() if not k.startswith(volatile)} for row in rows]
 
 
 @pytest.mark.parametrize("algorithm", ACTOR_CRITICS)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import write_arithmetic_model
 
 from fastalign.models.adapters import AdapterOptions, attach_adapter, merged, reference_disabled
 from fastalign.models.backbone import hidden_states
@@ -31,15 +31,7 @@ PACKED = pack(group([3, 5, 7, 9], [[4, 6], [8, 10, 11]]))
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("qlora")
-    tokenizer = arithmetic.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, initializer_range=0.15, **sizes, **special)
-    )
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    write_arithmetic_model(root / "model", hidden_size=64, initializer_range=0.15)
     demonstrations, train = arithmetic.problems(0, demonstrations=24)
     arithmetic.write_jsonl(root / "sft.jsonl", demonstrations, ("prompt", "completion"))
     arithmetic.write_jsonl(root / "grpo.jsonl", train[:24], ("prompt", "answer"))

@@ -11,6 +11,7 @@ from fastalign.models.backbone import head_of, hidden_states
 from fastalign.ops.backend import native
 from fastalign.ops.linear_logp import linear_logp
 from fastalign.packing import pack
+from fastalign.recipes import arithmetic
 
 VOCAB = 131
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
@@ -38,6 +39,17 @@ def gemma2(**changes):
     torch.manual_seed(2)
     special = {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 10.0, "sliding_window": 9, "head_dim": 16}
     return Gemma2ForCausalLM(Gemma2Config(**(SMALL | special | changes), query_pre_attn_scalar=16))
+
+
+def write_arithmetic_model(folder, *, num_hidden_layers=2, hidden_size=32, initializer_range=0.1, seed=0):
+    """A tiny Llama and the demo's tokenizer, saved into a folder for recipes to load."""
+    tokenizer = arithmetic.build_tokenizer()
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": num_hidden_layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": initializer_range}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 FAMILIES = {"llama": llama, "qwen2": qwen2, "gemma2": gemma2}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from .candidates import CandidateEncoder, Judged, Sequences, judged, label_of, limits_of, shared_tree
+from .examples import Limits
 from .pairs import margin_of
 from .places import read_place
 from .records import DataError, Record
@@ -67,20 +69,13 @@ def outcome_examples(
     pad_token_id: int | None = None,
 ) -> list[Judged]:
     """Records of `completion` and `label` (right or wrong), with an optional `prompt`. Arguments as `ranking_examples`."""
-    encoder = CandidateEncoder(tokenizer, system_prompt)
     _check_columns(records, "outcomes", ("completion", "label"))
 
-    def make(record: Record, sequences: Sequences) -> Judged:
-        tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
-        return Judged(tree, places, (label_of(record, "label", record.require("label")),))
+    def labels(record: Record) -> tuple[float, ...]:
+        return (label_of(record, "label", record.require("label")),)
 
-    return judged(
-        records,
-        lambda chunk: encoder.encode(chunk, lambda record: [record.require("completion")]),
-        make,
-        limits=limits_of(max_length, vocab_size),
-        on_bad_record=on_bad_record,
-    )
+    limits = limits_of(max_length, vocab_size)
+    return _single(records, CandidateEncoder(tokenizer, system_prompt), labels, pad_token_id, limits, on_bad_record)
 
 
 def attribute_examples(
@@ -100,25 +95,36 @@ def attribute_examples(
         attributes: the columns, each there in some record. One that a record lacks, or has as null, is not learned from it; a record
             without any is a bad one.
     """
-    encoder = CandidateEncoder(tokenizer, system_prompt)
     _check_columns(records, "graded answers", ("completion",))
     for name in attributes:
         _check_columns(records, "graded answers", (name,))
 
+    def grades(record: Record) -> tuple[float, ...]:
+        found = tuple(_grade(record, name) for name in attributes)
+        if all(math.isnan(grade) for grade in found):
+            raise record.bad("no grade", f"expected a number in one of the columns {', '.join(attributes)}, got none")
+        return found
+
+    limits = limits_of(max_length, vocab_size)
+    return _single(records, CandidateEncoder(tokenizer, system_prompt), grades, pad_token_id, limits, on_bad_record)
+
+
+def _single(
+    records: Sequence[Record],
+    encoder: CandidateEncoder,
+    labels: Callable[[Record], tuple[float, ...]],
+    pad_token_id: int | None,
+    limits: Limits,
+    on_bad_record: str,
+) -> list[Judged]:
+    """Records of one `completion`, with the labels that `labels` reads."""
+
     def make(record: Record, sequences: Sequences) -> Judged:
         tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
-        grades = tuple(_grade(record, name) for name in attributes)
-        if all(math.isnan(grade) for grade in grades):
-            raise record.bad("no grade", f"expected a number in one of the columns {', '.join(attributes)}, got none")
-        return Judged(tree, places, grades)
+        return Judged(tree, places, labels(record))
 
-    return judged(
-        records,
-        lambda chunk: encoder.encode(chunk, lambda record: [record.require("completion")]),
-        make,
-        limits=limits_of(max_length, vocab_size),
-        on_bad_record=on_bad_record,
-    )
+    encode = partial(encoder.encode, read=lambda record: [record.require("completion")])
+    return judged(records, encode, make, limits=limits, on_bad_record=on_bad_record)
 
 
 def _grade(record: Record, name: str) -> float:

@@ -6,7 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from itertools import combinations, islice
+from itertools import combinations
 
 EXACT_SUBSETS = 2000  # of more subsets, so many are drawn
 
@@ -92,5 +92,4 @@ def interval(values: Sequence[float], *, level: float = 0.95, resamples: int = 2
     draw = random.Random(seed)
     means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(resamples))
     tail = (1 - level) / 2
-    low = next(islice(means, int(tail * resamples), None))
-    return low, means[min(resamples - 1, math.ceil((1 - tail) * resamples) - 1)]
+    return means[int(tail * resamples)], means[min(resamples - 1, math.ceil((1 - tail) * resamples) - 1)]

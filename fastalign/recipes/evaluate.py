@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..data import Prompt, columns_of_prompts
+from ..data import Prompt
 from ..evaluation.estimators import best_at_k, interval, maj_at_k, pass_at_k
 from ..generation import Engine
 from ..judges import RewardModel
@@ -20,12 +19,22 @@ from ..rewards import RewardSet, load_rewards
 from ..rewards.answers import after_thinking, as_number, final_answer, normalize
 from ..training.files import write_atomic
 from .arguments import Arguments, GenerateArguments
-from .generate import BATCHES_A_CHUNK, as_object, completed_prompts, not_done, read_prompts, sampling_params, writer
+from .generate import BATCHES_A_CHUNK, as_record, completed_prompts, key_of, not_done, read_prompts, sampling_params, writer
 from .model_rewards import with_reward_models
+from .scored_rollouts import score
 from .setup import load
 
 SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "config.json", "summary.json"
-FREE = ("output_dir", "overwrite_output_dir", "max_num_seqs", "kv_cache_tokens", "device", "k", "vote")  # may change when it goes on
+FREE = (
+    "output_dir",
+    "overwrite_output_dir",
+    "max_num_seqs",
+    "kv_cache_tokens",
+    "device",
+    "k",
+    "vote",
+    "min_reward",
+)  # may change when it goes on
 
 
 def run(args: Arguments) -> dict[str, Any]:
@@ -42,7 +51,7 @@ def run(args: Arguments) -> dict[str, Any]:
         raise ValueError(f"--num_samples {given.num_samples}: greedy samples are all the same; give --temperature, or one sample")
     folder = Path(given.output_dir)
     claim(folder, args)
-    done = completed_prompts(folder / SAMPLES)
+    done = completed_prompts(folder / SAMPLES, whole_key)
     loaded = load(args.model)
     own = GenerateArguments(num_samples=given.num_samples, seed=given.seed)
     prompts = read_prompts(args.data, own, loaded)
@@ -50,8 +59,8 @@ def run(args: Arguments) -> dict[str, Any]:
     ranker = RewardModel.load(given.ranker, loaded.tokenizer, device=loaded.device) if given.ranker else None
     with rewards:
         rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
-        sample(args, own, loaded, rewards, ranker, list(not_done(prompts, done)))
-    found = summarize(problems(folder / SAMPLES, Counter(map(_key, prompts))), wanted, given.min_reward, vote_of(given.vote))
+        sample(args, own, loaded, rewards, ranker, list(not_done(prompts, done, whole_key)))
+    found = summarize(problems(folder / SAMPLES, prompts), wanted, given.min_reward, VOTES[given.vote])
     write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
     print(table(found))
     return found
@@ -92,48 +101,36 @@ def sample(
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]
-            outputs = engine.generate([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
-            owners = [prompt for prompt in chunk for _ in range(params.n)]
-            flat = [one for output in outputs for one in output.outputs]
-            scores = rewards.score(
-                [owner.prompt for owner in owners],
-                [one.text for one in flat],
-                [one.token_ids for one in flat],
-                dict(sorted(columns_of_prompts(owners).items())),
-            )
-            ranks = None
-            if ranker is not None:
-                ranks = ranker([owner.prompt for owner in owners], [one.text for one in flat], [one.token_ids for one in flat])
-            for p, (prompt, output) in enumerate(zip(chunk, outputs, strict=True)):
-                item = as_object(prompt, output.outputs, logprobs=False)
-                for i, completion in enumerate(item["completions"]):
-                    values = {name: row[p * params.n + i] for name, row in scores.items()}
-                    there = [weights[name] * value for name, value in values.items() if not math.isnan(value)]
-                    completion["reward"] = sum(there) if there else None
-                    if ranks is not None:
-                        completion["rank"] = ranks[p * params.n + i]
-                write(item)
+            rollout = engine.rollout([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
+            score(rewards, chunk, rollout)
+            for prompt, samples in zip(chunk, rollout.samples, strict=True):
+                texts, totals = [one.text for one in samples], [one.reward(weights) for one in samples]
+                completions: list[dict[str, Any]] = [
+                    {"text": one.text, "finish_reason": one.finish_reason, "reward": None if math.isnan(total) else total}
+                    for one, total in zip(samples, totals, strict=True)
+                ]
+                if ranker is not None:
+                    ranks = ranker([prompt.prompt] * params.n, texts, [one.ids for one in samples])
+                    for completion, rank in zip(completions, ranks, strict=True):
+                        completion["rank"] = rank
+                write({**as_record(prompt), "completions": completions})
 
 
-def _key(prompt: Prompt) -> str:
-    return json.dumps(prompt.prompt, sort_keys=True, ensure_ascii=False)
+def whole_key(item: Mapping[str, Any]) -> str:
+    """Prompt and columns: a problem whose answer was corrected is another problem."""
+    return key_of({name: value for name, value in item.items() if name != "completions"})
 
 
-def problems(path: Path, wanted: Counter[str]) -> list[list[dict[str, Any]]]:
+def problems(path: Path, prompts: list[Prompt]) -> list[list[dict[str, Any]]]:
     """The completions of each of the data's problems."""
-    left, found = Counter(wanted), []
+    left, found = Counter(whole_key(as_record(prompt)) for prompt in prompts), []
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
-        key = json.dumps(item["prompt"], sort_keys=True, ensure_ascii=False)
+        key = whole_key(item)
         if left[key] > 0:
             left[key] -= 1
             found.append(item["completions"])
     return found
-
-
-def vote_of(name: str) -> Callable[[str], Hashable | None]:
-    """How a completion votes: by its final answer (equal numbers are one), or by its whole text."""
-    return partial(_answer) if name == "answer" else partial(_text)
 
 
 def _answer(text: str) -> Hashable | None:
@@ -147,6 +144,10 @@ def _answer(text: str) -> Hashable | None:
 
 def _text(text: str) -> Hashable | None:
     return text.strip() or None
+
+
+# how a completion votes: by its final answer (equal numbers are one), or by its whole text
+VOTES: dict[str, Callable[[str], Hashable | None]] = {"answer": _answer, "text": _text}
 
 
 def summarize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .arguments import DataArguments, GenerateArguments, ModelArguments, Samplin
 from .reading import prompts_named_by
 from .setup import Loaded, load
 
+Key = Callable[[Mapping[str, Any]], str]  # an object of the output file → what it is recognized by
 BATCHES_A_CHUNK = 4  # prompts are completed, and written, in chunks of this many full batches
 
 
@@ -80,23 +81,28 @@ def read_prompts(data: DataArguments, generate: GenerateArguments, loaded: Loade
     )
 
 
-def key_of(prompt: Any) -> str:
-    """What a prompt is recognized by in the output file."""
-    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+def key_of(value: Any) -> str:
+    """What a prompt, or a whole record, is recognized by in the output file."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def not_done(prompts: list[Prompt], done: Counter[str]) -> Iterator[Prompt]:
-    """The prompts that the output file has not got; of equal prompts, as many as are missing."""
+def key_of_prompt(item: Mapping[str, Any]) -> str:
+    """The prompt's own key: other columns may change."""
+    return key_of(item["prompt"])
+
+
+def not_done(prompts: list[Prompt], done: Counter[str], key: Key = key_of_prompt) -> Iterator[Prompt]:
+    """The prompts that the output file has not got; of equal ones, as many as are missing."""
     left = Counter(done)
     for prompt in prompts:
-        key = key_of(prompt.prompt)
-        if left[key] > 0:
-            left[key] -= 1
+        found = key(as_record(prompt))
+        if left[found] > 0:
+            left[found] -= 1
         else:
             yield prompt
 
 
-def completed_prompts(path: Path) -> Counter[str]:
+def completed_prompts(path: Path, key: Key = key_of_prompt) -> Counter[str]:
     """How often each prompt is in the output file. A last line that was not written whole is cut off.
 
     Raises:
@@ -109,7 +115,7 @@ def completed_prompts(path: Path) -> Counter[str]:
     whole = content[: content.rfind(b"\n") + 1]
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            done[key_of(json.loads(line)["prompt"])] += 1
+            done[key(json.loads(line))] += 1
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"--output_file {path}: line {number} is no object with a prompt, as fastalign generate writes;"
@@ -138,6 +144,11 @@ def writer(output_file: str) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield write
 
 
+def as_record(prompt: Prompt) -> dict[str, Any]:
+    """The prompt and the record's other columns; `completions` is the output's own."""
+    return {**prompt.columns, "prompt": prompt.prompt}
+
+
 def as_object(prompt: Prompt, outputs: list[CompletionOutput], logprobs: bool) -> dict[str, Any]:
     """{"prompt", the record's other columns, "completions": [{"text", "finish_reason", …}]}."""
     completions = []
@@ -147,4 +158,4 @@ def as_object(prompt: Prompt, outputs: list[CompletionOutput], logprobs: bool) -
             item |= {"token_ids": output.token_ids, "logprobs": output.logprobs, "raw_logprobs": output.raw_logprobs}
             item |= {"kept_mass": output.kept_mass} if output.kept_mass is not None else {}
         completions.append(item)
-    return {**prompt.columns, "prompt": prompt.prompt, "completions": completions}
+    return {**as_record(prompt), "completions": completions}
