@@ -73,6 +73,35 @@ class ActorCritic(Algorithm):
 
 
 @dataclass(frozen=True)
+class StepSupervised(Algorithm):
+    """A row with a reward at the end of every step, and no critic: each token has an advantage of its own.
+
+    Attributes:
+        dense: a row of `DENSE_ADVANTAGES`, over steps, with its own arguments in `dense_options`.
+        outcome_coef: weight of the outcome's group advantage (`advantage`), which is added to every token's; 0: steps alone.
+    """
+
+    dense: str = "process"
+    outcome_coef: float = 0.0
+    dense_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImplicitReward(StepSupervised):
+    """A row whose steps are tokens and whose rewards are a model's that learns beside the policy from outcomes alone.
+
+    Attributes:
+        prm_beta: a token's reward is prm_beta log(π_prm / π_ref), nats.
+        prm_threshold: an outcome over this is right, for the model's cross-entropy.
+    """
+
+    dense: str = "prime"
+    outcome_coef: float = 1.0
+    prm_beta: float = 0.05
+    prm_threshold: float = 0.5
+
+
+@dataclass(frozen=True)
 class OnlinePreference(Algorithm):
     """A row that compares a group's best and worst completion; it has neither advantages nor a policy loss.
 
@@ -115,6 +144,9 @@ VAPO = replace(
     advantage_options={"lam_critic": 1.0, "alpha": 0.05},
     nll_coef=0.1,
 )
+REFT = replace(PPO, kl_coef=0.01)  # the paper's for programs as reasoning; 0.05 for prose, which is PPO's row
+PROCESS_GRPO = StepSupervised(kl_coef=0.04, loss_options={"epsilon": 0.2})
+PRIME = ImplicitReward(advantage="rloo", aggregate="token", dynamic_sampling=True, loss_options={"epsilon": 0.2})
 ONLINE_DPO = OnlinePreference(preference_options={"beta": 0.1})
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -132,9 +164,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     "passk": PASSK,
     "raft": RAFT,
     "raft_pp": RAFT_PP,
+    "process_grpo": PROCESS_GRPO,
+    "prime": PRIME,
     "online_dpo": ONLINE_DPO,
 }
-ACTOR_CRITICS: dict[str, ActorCritic] = {"ppo": PPO, "ppo_max": PPO_MAX, "vc_ppo": VC_PPO, "vapo": VAPO}
+ACTOR_CRITICS: dict[str, ActorCritic] = {"ppo": PPO, "ppo_max": PPO_MAX, "vc_ppo": VC_PPO, "vapo": VAPO, "reft": REFT}
 
 
 def row(table: Mapping[str, Any], name: str, what: str) -> Any:

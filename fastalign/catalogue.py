@@ -1,6 +1,6 @@
 """The names of the tables' rows, their papers and help, without torch: what -h and error messages need.
 
-The rows themselves are beside their equations (algorithms.py, advantages.py, losses/); a test keeps both in agreement.
+The rows themselves are beside their equations (algorithms.py, advantages/, losses/); a test keeps both in agreement.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ ALGORITHMS: dict[str, Entry] = {
     "passk": Entry("Pass@k training: a group is rewarded for its subsets of k", "arXiv:2508.10751"),
     "raft": Entry("likelihood of the samples that are rewarded", "arXiv:2304.06767"),
     "raft_pp": Entry("RAFT with PPO's clipped ratio, for several passes over a rollout", "arXiv:2504.11343"),
+    "process_grpo": Entry("GRPO with a reward at the end of every step (--step_reward)", "arXiv:2402.03300"),
+    "prime": Entry("RLOO of outcomes and of implicit token rewards, whose model learns beside the policy", "arXiv:2502.01456"),
     "online_dpo": Entry("a preference loss of each group's best and worst completion (--preference_loss)", "arXiv:2402.04792"),
 }
 
@@ -63,10 +65,16 @@ ACTOR_CRITICS: dict[str, Entry] = {
     "ppo_max": Entry("PPO with normalized and cut scores and a critic that is trained first", "arXiv:2307.04964"),
     "vc_ppo": Entry("PPO with a critic that is trained first, on undiscounted returns", "arXiv:2503.01491"),
     "vapo": Entry("VC-PPO with lambda by length, clip-higher, NLL of right samples, no KL", "arXiv:2504.05118"),
+    "reft": Entry("PPO behind an SFT warm-up, rewarded for the answer (--reward math:partial=0.1)", "arXiv:2401.08967"),
 }
 
 TOKEN_ADVANTAGES: dict[str, Entry] = {
     "gae": Entry("generalized advantage estimation of token rewards", "arXiv:1506.02438", ("gamma", "lam", "lam_critic", "alpha")),
+}
+
+DENSE_ADVANTAGES: dict[str, Entry] = {
+    "process": Entry("step rewards z-scored over all steps of the group, summed to go", "arXiv:2402.03300", ("eps",)),
+    "prime": Entry("implicit token rewards less the mean of the group's others, summed to go", "arXiv:2502.01456", ("gamma",)),
 }
 
 POLICY_LOSSES: dict[str, Entry] = {

@@ -22,6 +22,7 @@ class Sample:
         scored: one flag a token; False for tokens that an environment wrote. None: all scored.
         text: the completion as text, without the stop string.
         rewards: by name; NaN where the reward is missing.
+        step_ends, step_rewards: the last token of each step and the step's reward, where steps are judged; NaN where one is missing.
     """
 
     ids: list[int]
@@ -33,6 +34,8 @@ class Sample:
     scored: list[bool] | None = None
     text: str = ""
     rewards: dict[str, float] = field(default_factory=dict)
+    step_ends: list[int] = field(default_factory=list)
+    step_rewards: list[float] = field(default_factory=list)
 
     def reward(self, weights: dict[str, float]) -> float:
         """The weighted sum of the rewards that exist; NaN when none does."""

@@ -251,7 +251,7 @@ def test_cli_algorithms_prints_every_row(capsys):
 
 def test_catalogue_agrees_with_the_tables():
     from fastalign import algorithms
-    from fastalign.advantages import ADVANTAGES, TOKEN_ADVANTAGES
+    from fastalign.advantages import ADVANTAGES, DENSE_ADVANTAGES, TOKEN_ADVANTAGES
     from fastalign.losses.policy import AGGREGATES, POLICY
     from fastalign.losses.preference import PREFERENCE
     from fastalign.losses.unpaired import UNPAIRED
@@ -260,12 +260,14 @@ def test_catalogue_agrees_with_the_tables():
     assert set(catalogue.ACTOR_CRITICS) == set(algorithms.ACTOR_CRITICS)
     assert set(catalogue.ADVANTAGES) == set(ADVANTAGES)
     assert set(catalogue.TOKEN_ADVANTAGES) == set(TOKEN_ADVANTAGES)
+    assert set(catalogue.DENSE_ADVANTAGES) == set(DENSE_ADVANTAGES)
     assert set(catalogue.POLICY_LOSSES) == set(POLICY)
     assert set(catalogue.PREFERENCE_LOSSES) == set(PREFERENCE)
     assert set(catalogue.UNPAIRED_LOSSES) == set(UNPAIRED)
     assert set(catalogue.AGGREGATES) == set(AGGREGATES)
     functions = [(ADVANTAGES[name], entry) for name, entry in catalogue.ADVANTAGES.items()]
     functions += [(TOKEN_ADVANTAGES[name], entry) for name, entry in catalogue.TOKEN_ADVANTAGES.items()]
+    functions += [(DENSE_ADVANTAGES[name], entry) for name, entry in catalogue.DENSE_ADVANTAGES.items()]
     functions += [(POLICY[name].function, entry) for name, entry in catalogue.POLICY_LOSSES.items()]
     functions += [(PREFERENCE[name].function, entry) for name, entry in catalogue.PREFERENCE_LOSSES.items()]
     functions += [(UNPAIRED[name].function, entry) for name, entry in catalogue.UNPAIRED_LOSSES.items()]

@@ -139,10 +139,9 @@ def test_grpo_sampler_and_trainer_agree_and_metrics_are_named_as_documented(task
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "grpo"])
 def test_every_row_of_the_table_trains(task, tmp_path, algorithm):
-    args = arguments(
-        task, tmp_path, "grpo", online={"algorithm": algorithm, "num_iterations": 2}, optim={"max_steps": 2}, data={"eval_dataset_name": ""}
-    )
-    online.run(args)
+    steps = {"step_reward": f"{task / 'reward.py'}:parity"} if algorithm == "process_grpo" else {}
+    changes = {"online": {"algorithm": algorithm, "num_iterations": 2}, "optim": {"max_steps": 2}, "data": {"eval_dataset_name": ""}}
+    online.run(arguments(task, tmp_path, "grpo", **changes, process=steps))
     rows = rows_of(tmp_path)
     assert len(rows) == 2
     assert all(row["grad_norm"] is not None for row in rows)

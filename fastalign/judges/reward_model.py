@@ -95,6 +95,30 @@ class RewardModel:
             found.append(self._fitting(encode(prompt, known[key], text, ids)))
         return self._scores(prompts, found)
 
+    def by_steps(self, prompts: Sequence[str | Conversation], steps: Sequence[Sequence[str]]) -> list[list[float] | None]:
+        """The probability σ(score) of every step, of a model of steps; None for a solution that is too long or has no step.
+
+        Args:
+            prompts: [B]; steps: the text of each solution's steps, a separator at a step's end left or taken off.
+
+        Raises:
+            ValueError: this is no model of steps.
+        """
+        if self.steps is None:
+            raise ValueError("expected a process reward model (fastalign reward --loss process): this one scores whole answers")
+        trees, places, members = [], [], []
+        for i, (prompt, own) in enumerate(zip(prompts, steps, strict=True)):
+            texts = [step.removesuffix(str(self.separator)) for step in own]
+            each = self._fitting(self.steps.solution(self._prompt(prompt), texts)) if texts else None
+            if each is not None:
+                trees.append(Segment(each[0]))
+                places.append(tuple((0, end) for end in each[1]))
+                members.append(i)
+        found: list[list[float] | None] = [None] * len(steps)
+        for i, scores in zip(members, score_trees(self.model, trees, places, max_tokens=self.max_tokens), strict=True):
+            found[i] = torch.sigmoid(scores.double()).tolist()
+        return found
+
     def _scores(self, prompts: Sequence[Any], found: Sequence[tuple[list[int], list[int]] | None]) -> list[float | None]:
         """Rewards of (ids, places): the completions of one prompt are one tree, those by steps are one each."""
         groups: dict[str, list[int]] = {}

@@ -20,6 +20,11 @@ def correct(prompts: list[str], completions: list[str], answer: list[str], **col
     return [float(completion.strip() == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
+def begun_well(prompts: list[str], completions: list[str], answer: list[str], **columns: object) -> list[float]:
+    """The reward of a step: 1 when the sum begins with what is written so far, else 0."""
+    return [float(expected.startswith(completion.strip())) for completion, expected in zip(completions, answer, strict=True)]
+
+
 def problems(seed: int, **sizes: int) -> tuple[list[Problem], ...]:
     """Disjoint sets of problems: one of each size given, in order, and last everything that is left."""
     every = [(a, b) for a in range(100) for b in range(100)]

@@ -31,10 +31,15 @@ def with_reward_models(specifications: Sequence[str], policy: Loaded) -> list[Sp
     Raises:
         ValueError: a folder that is no reward model, or one that does not load.
     """
-    return [_reward(specification, policy) if _names_model(specification) else specification for specification in specifications]
+    return [_reward(specification, policy) if names_model(specification) else specification for specification in specifications]
 
 
-def _names_model(specification: str) -> bool:
+def names_model(specification: str) -> bool:
+    """Whether --reward names a reward model, by its folder or Hub name.
+
+    Raises:
+        ValueError: a folder that is none.
+    """
     if not Path(specification).is_dir():
         return bool(_HUB_NAME.fullmatch(specification)) and not specification.endswith(".py")
     if not is_reward_model(specification):

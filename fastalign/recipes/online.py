@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..advantages import ADVANTAGES
-from ..algorithms import Algorithm, OnlinePreference, resolve
+from ..algorithms import Algorithm, ImplicitReward, OnlinePreference, StepSupervised, resolve
 from ..data import DataOrder, Prompt, prompt_examples
 from ..generation import Engine, SamplingParams
 from ..losses.preference import PREFERENCE
@@ -22,9 +22,12 @@ from .arguments import Arguments, OnlineArguments
 from .model_rewards import with_reward_models
 from .online_preference import OnlinePreferenceTask
 from .online_task import OnlineTask
+from .prime_task import PrimeTask
+from .process_rewards import PRM, implicit_model, step_judge, with_process_options
 from .reading import prompts_named_by
 from .reference import Reference
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
+from .step_task import StepTask
 from .training import Job, execute
 
 log = logging.getLogger("fastalign")
@@ -32,7 +35,7 @@ log = logging.getLogger("fastalign")
 
 def algorithm_of(args: Arguments) -> Algorithm:
     """The row that the flags name, with what they replace in it; its group must have advantages."""
-    algorithm = resolved(args)
+    algorithm = with_process_options(resolved(args), args)
     if not isinstance(algorithm, OnlinePreference):
         check_group_size(algorithm, args.online.num_generations)
     elif args.online.num_generations < 2:
@@ -176,10 +179,19 @@ def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: 
 
 
 def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:
-    """Reference, engine, rewards and updater around the loaded model."""
+    """Reference, engine, rewards and updater around the loaded model, and what the kind of row needs beside them."""
     algorithm = algorithm_of(args)
-    kind = OnlinePreferenceTask if isinstance(algorithm, OnlinePreference) else OnlineTask
-    return kind(**parts_of(args, loaded, prompts, held_out, max_steps, algorithm))
+    parts = parts_of(args, loaded, prompts, held_out, max_steps, algorithm)
+    if isinstance(algorithm, OnlinePreference):
+        return OnlinePreferenceTask(**parts)
+    if isinstance(algorithm, ImplicitReward):
+        task = PrimeTask(prm=implicit_model(args, loaded, algorithm, max_steps), **parts)
+        task.companions[PRM] = (task.prm.updater, loaded.tokenizer)
+        return task
+    if isinstance(algorithm, StepSupervised):
+        judge, separator = step_judge(args, loaded)
+        return StepTask(step_reward=judge, separator=separator, **parts)
+    return OnlineTask(**parts)
 
 
 def parts_of(
@@ -225,8 +237,10 @@ def evaluate(args: Arguments) -> dict[str, float]:
     loaded = load(args.model)
     held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples)
     task = build_task(args, loaded, held_out, held_out, 1)
-    with task.rewards:
+    try:
         return task.evaluate()
+    finally:
+        task.close()
 
 
 def require_reward(args: Arguments) -> None:
@@ -259,6 +273,7 @@ def run(args: Arguments) -> dict[str, Any]:
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task = build_task(args, loaded, prompts, held_out, max_steps)
     try:
-        return execute(Job(f"Online learning: {args.online.algorithm or args.command}", args, loaded, task, max_steps, resume))
+        title = f"Online learning: {args.online.algorithm or args.command}"
+        return execute(Job(title, args, loaded, task, max_steps, resume, task.companions))
     finally:
-        task.rewards.close()
+        task.close()

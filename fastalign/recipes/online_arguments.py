@@ -77,6 +77,27 @@ class OnlineArguments:
 
 
 @dataclass
+class ProcessArguments:
+    """Rewards on the way to the outcome.
+
+    Args:
+        step_reward: process_grpo's: a process reward model, or module:function or path.py:function of completions cut after each step.
+        step_separator: text that ends a step of a completion; a process reward model brings its own; "": every token is a step.
+        outcome_coef: weight of the outcome's advantage beside that of steps or tokens; unset: the algorithm's.
+        prm_model_name_or_path: prime's: where the model of implicit rewards begins; empty: the policy's own weights.
+        prm_learning_rate: of that model; unset: the policy's.
+        prm_beta: a token's implicit reward is this times its log-ratio to where that model began; unset: the algorithm's.
+    """
+
+    step_reward: str = ""
+    step_separator: str = "\\n"
+    outcome_coef: float | None = None
+    prm_model_name_or_path: str = ""
+    prm_learning_rate: float | None = None
+    prm_beta: float | None = None
+
+
+@dataclass
 class PPOArguments:
     """The critic, and what of an actor-critic method it serves.
 

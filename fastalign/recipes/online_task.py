@@ -8,6 +8,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
 
 from ..advantages import READS
 from ..algorithms import Algorithm
@@ -54,6 +57,11 @@ class OnlineTask:
         self.num_requests = 0  # counts groups over the whole run: the random key of each, so that a resumed run repeats
         self.timing: dict[str, float] = defaultdict(float)
         self.reward_weights = dict(rewards.weights)
+        self.companions: dict[str, tuple[Updater, Any]] = {}  # models that learn beside the policy, with their tokenizers
+
+    def close(self) -> None:
+        """Ends the rewards' processes."""
+        self.rewards.close()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -65,15 +73,22 @@ class OnlineTask:
         self.timing.clear()
         rollout = self.collect()
         self.engine.release_cache()  # the update has the memory
-        advantages = group_advantages(rollout, self.algorithm, self.reward_weights)
-        chunks = build_chunks(rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens)
+        chunks, told = self.judge(rollout)
         if self.reference is not None:
             with self.timed("reference"):
                 for chunk in chunks:
                     chunk.ref_logp = self.reference.score(chunk.packed, temperature=self.params.temperature)
         with self.timed("update"):
             updates = [self.update(chunks, first=i == 0) for i in range(self.num_iterations)]
-        return self.metrics(rollout, chunks, updates)
+        return self.metrics(rollout, chunks, updates) | told
+
+    def judge(self, rollout: Rollout) -> tuple[list[PolicyChunk], dict[str, float]]:
+        """The rollout's micro-batches with their advantages, and metrics of the judgement."""
+        return self.chunks_of(rollout, group_advantages(rollout, self.algorithm, self.reward_weights)), {}
+
+    def chunks_of(self, rollout: Rollout, advantages: Tensor) -> list[PolicyChunk]:
+        """Micro-batches of the samples whose advantage [B] can give a gradient."""
+        return build_chunks(rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens)
 
     def update(self, chunks: list[PolicyChunk], *, first: bool) -> Update:
         """One optimizer step on the whole batch. The first forward gives the old log-probs of later iterations."""

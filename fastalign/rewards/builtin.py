@@ -58,8 +58,8 @@ def golds_of(columns: dict[str, Any], count: int) -> list[str | None]:
     return golds
 
 
-def math_answer(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-    r"""1 where the final answer equals the reference, else 0.
+def math_answer(completions: Sequence[Completion], *, partial: float = 0.0, **columns: Any) -> list[float | None]:
+    r"""1 where the final answer equals the reference, else 0; `partial` where it is a number all the same (ReFT, arXiv:2401.08967: 0.1).
 
     The answer is what follows the last </think>: \boxed{…}, else `#### …`, else "the answer is …", else the last number.
     The reference comes from `GOLD_COLUMNS`; of a worked solution its \boxed{…}, #### or "the answer is …" counts. Two answers are equal
@@ -71,7 +71,12 @@ def math_answer(completions: Sequence[Completion], **columns: Any) -> list[float
             scores.append(None)
             continue
         answer = answers.final_answer(answers.after_thinking(text_of(completion)))
-        scores.append(0.0 if answer is None else float(_same(gold, answer)))
+        if answer is None:
+            scores.append(0.0)
+        elif _same(gold, answer):
+            scores.append(1.0)
+        else:
+            scores.append(partial if answers.as_number(answers.normalize(answer)) is not None else 0.0)
     return scores
 
 

@@ -1,6 +1,6 @@
-"""Advantages: rewards in; of groups one advantage a sequence out, with a critic one a token (`TOKEN_ADVANTAGES`).
+"""Advantages of groups: rewards in, one advantage a sequence out.
 
-Every group estimator takes rewards `[P, G]`, or flat `[B]` with `cu_groups` `[P+1]` where groups are ragged (filtered, aborted or
+Every estimator takes rewards `[P, G]`, or flat `[B]` with `cu_groups` `[P+1]` where groups are ragged (filtered, aborted or
 branched samples). A missing reward is NaN: it is skipped by every mean and its own advantage is 0; a group of one has
 advantage 0 under every estimator with a group baseline. The result has the shape of `rewards`, fp32.
 """
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from .ops.scan import discounted_returns, gae
 
 
 @dataclass(frozen=True)
@@ -178,38 +176,6 @@ def _pass_at_k(count: int, number: int, k: int) -> tuple[float, float]:
     return (1 - passed) / deviation, (1 - passed - fails) / deviation
 
 
-def generalized(
-    rewards: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    lam_critic: float | None = None,
-    alpha: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """GAE (arXiv:1506.02438) of token rewards, with what VC-PPO and VAPO change in it.
-
-    Args:
-        rewards, values: [N] packed sequences, one reward and one value a token: the value of the state in which the token was chosen.
-        cu_seqlens: [B+1] int32 offsets.
-        gamma: discount a token.
-        lam: lambda of the advantages.
-        lam_critic: lambda of the returns that the critic learns (decoupled GAE, arXiv:2503.01491); None: lam.
-        alpha: of a sequence of l tokens, lambda of the advantages is 1 - 1 / (alpha l), at least 0 (arXiv:2504.05118, Eq. 8); 0: lam.
-
-    Returns:
-        advantages [N] and returns [N].
-    """
-    lams: float | Tensor = lam
-    if alpha:
-        lams = (1 - 1 / (alpha * cu_seqlens.diff().clamp(min=1).double())).clamp(min=0.0)
-    advantages, returns = gae(rewards, values, cu_seqlens, gamma=gamma, lam=lams)
-    if alpha or lam_critic is not None:
-        _, returns = gae(rewards, values, cu_seqlens, gamma=gamma, lam=lam if lam_critic is None else lam_critic)
-    return advantages, returns
-
-
 def _whiten(values: Tensor, present: Tensor, eps: float) -> Tensor:
     count = present.sum()
     mean = (values * present).sum() / count.clamp(min=1)
@@ -232,7 +198,4 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "maxrl": maxrl,
     "passk": passk,
 }
-TOKEN_ADVANTAGES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"gae": generalized}  # rows of methods with a critic
 READS: dict[str, str] = {"opo": "lengths", "remax": "greedy"}  # what a row is given beside the rewards, an argument of its own
-
-__all__ = ["ADVANTAGES", "READS", "TOKEN_ADVANTAGES", "generalized", "discounted_returns", "gae", *ADVANTAGES]

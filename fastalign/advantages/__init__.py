@@ -1,0 +1,40 @@
+"""Advantages: of groups one a sequence (`ADVANTAGES`), of tokens and steps one each (`TOKEN_ADVANTAGES`, `DENSE_ADVANTAGES`)."""
+
+from ..ops.scan import discounted_returns, gae
+from .groups import (
+    ADVANTAGES,
+    READS,
+    dr_grpo,
+    grpo,
+    maxrl,
+    opo,
+    passk,
+    reinforce,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    remax,
+    rloo,
+)
+from .tokens import DENSE_ADVANTAGES, TOKEN_ADVANTAGES, generalized, prime, process
+
+__all__ = [
+    "ADVANTAGES",
+    "DENSE_ADVANTAGES",
+    "READS",
+    "TOKEN_ADVANTAGES",
+    "discounted_returns",
+    "dr_grpo",
+    "gae",
+    "generalized",
+    "grpo",
+    "maxrl",
+    "opo",
+    "passk",
+    "prime",
+    "process",
+    "reinforce",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "remax",
+    "rloo",
+]
