@@ -44,6 +44,11 @@ class Algorithm:
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     correction_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether there has to be a reference."""
+        return self.kl_coef > 0
+
 
 @dataclass(frozen=True)
 class ActorCritic(Algorithm):
@@ -112,6 +117,40 @@ class OnlinePreference(Algorithm):
     preference: str = "dpo"
     preference_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def reads_reference(self) -> bool:
+        return PREFERENCE[self.preference].reference
+
+
+@dataclass(frozen=True)
+class Exploring(OnlinePreference):
+    """A row whose pairs are a completion of the policy's and one of the reference's, which it is driven away from.
+
+    Attributes:
+        exploration_coef: what the log-prob of the reference's completion adds to the loss (XPO's alpha).
+    """
+
+    exploration_coef: float = 1e-5
+
+    @property
+    def reads_reference(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class MixturePlay(Algorithm):
+    """A row whose advantage is how often a completion is preferred to those of an opponent: policy and reference, geometrically mixed.
+
+    Attributes:
+        mixture_coef: the reference's share of the opponent, in the exponent.
+    """
+
+    mixture_coef: float = 0.125
+
+    @property
+    def reads_reference(self) -> bool:
+        return True
+
 
 GRPO = Algorithm(kl_coef=0.04, loss_options={"epsilon": 0.2})
 DR_GRPO = replace(GRPO, advantage="dr_grpo", aggregate="budget", kl_coef=0.0)
@@ -148,6 +187,8 @@ REFT = replace(PPO, kl_coef=0.01)  # the paper's for programs as reasoning; 0.05
 PROCESS_GRPO = StepSupervised(kl_coef=0.04, loss_options={"epsilon": 0.2})
 PRIME = ImplicitReward(advantage="rloo", aggregate="token", dynamic_sampling=True, loss_options={"epsilon": 0.2})
 ONLINE_DPO = OnlinePreference(preference_options={"beta": 0.1})
+XPO = Exploring(preference_options={"beta": 0.1})
+NASH_MD = MixturePlay(advantage="reinforce", loss="reinforce", aggregate="budget", kl_coef=0.008)
 
 ALGORITHMS: dict[str, Algorithm] = {
     "grpo": GRPO,
@@ -167,6 +208,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "process_grpo": PROCESS_GRPO,
     "prime": PRIME,
     "online_dpo": ONLINE_DPO,
+    "xpo": XPO,
+    "nash_md": NASH_MD,
 }
 ACTOR_CRITICS: dict[str, ActorCritic] = {"ppo": PPO, "ppo_max": PPO_MAX, "vc_ppo": VC_PPO, "vapo": VAPO, "reft": REFT}
 
@@ -213,6 +256,8 @@ def resolve(
             if given:
                 raise ValueError(f"--{flag}: {name} compares a group's best and worst completion, it has no {flag}; see --preference_loss")
         return _compared(base, preference, kl_coef, loss_options or {})
+    if isinstance(base, MixturePlay) and (advantage or advantage_options):
+        raise ValueError(f"--advantage: {name}'s is how often a completion is preferred to the mixture's; leave it out")
     if preference:
         raise ValueError(f"--preference_loss: {name} compares no completions; give --algorithm online_dpo")
     own_loss = {} if loss and loss != base.loss else dict(base.loss_options)

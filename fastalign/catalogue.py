@@ -45,6 +45,8 @@ ALGORITHMS: dict[str, Entry] = {
     "process_grpo": Entry("GRPO with a reward at the end of every step (--step_reward)", "arXiv:2402.03300"),
     "prime": Entry("RLOO of outcomes and of implicit token rewards, whose model learns beside the policy", "arXiv:2502.01456"),
     "online_dpo": Entry("a preference loss of each group's best and worst completion (--preference_loss)", "arXiv:2402.04792"),
+    "xpo": Entry("online DPO against the reference's completions, which it is driven away from", "arXiv:2405.21046"),
+    "nash_md": Entry("how often it is preferred to a mixture of policy and reference, less the KL", "arXiv:2312.00886"),
 }
 
 ADVANTAGES: dict[str, Entry] = {

@@ -52,12 +52,14 @@ class Rollout:
         samples: the completions of each prompt.
         columns: every other column of the prompts' records, for the rewards.
         greedy: the most probable completion of each prompt, where the advantage reads its reward; else empty.
+        opponents: another policy's completions of each prompt, where the algorithm compares with them; else empty.
     """
 
     prompts: list[list[int]]
     samples: list[list[Sample]]
     columns: list[dict] = field(default_factory=list)
     greedy: list[Sample] = field(default_factory=list)
+    opponents: list[list[Sample]] = field(default_factory=list)
 
     @property
     def flat(self) -> list[Sample]:

@@ -79,9 +79,7 @@ def built(args):
 
 
 def pairs_of(job):
-    rollout = job.collect()
-    found = [(p, best_and_worst(s, job.reward_weights)) for p, s in zip(rollout.prompts, rollout.samples, strict=True)]
-    return [(prompt, pair) for prompt, pair in found if pair is not None]
+    return job.find_pairs(job.collect())
 
 
 def logp_of(folder, prompt, ids) -> float:
@@ -105,13 +103,14 @@ def test_the_loss_is_dpo_of_best_and_worst_whatever_the_micro_batches(task, tmp_
     for budget in (10_000, 1):
         job.max_tokens = budget
         batches = job.batches(pairs)
-        result = job.updater.accumulate([job.objective.micro_batch(b, len(pairs), {}) for b in batches])
+        result = job.updater.accumulate([job.micro_batch(b, pairs) for b in batches])
         found.append((len(batches), result.loss, torch.cat([b.flatten().double() for b in job.updater.gradients.buffers])))
     (one, loss, gradient), (many, loss_, gradient_) = found
     assert (one, many) == (1, len(pairs))
     expected = 0.0
-    for prompt, (best, worst) in pairs:
-        ratio = [logp_of(task / "model", prompt, s.ids) - logp_of(task / "other", prompt, s.ids) for s in (best, worst)]
+    for pair in pairs:
+        ids = pair.best.ids, pair.worst.ids
+        ratio = [logp_of(task / "model", pair.prompt, own) - logp_of(task / "other", pair.prompt, own) for own in ids]
         expected += math.log1p(math.exp(-0.3 * (ratio[0] - ratio[1]))) / len(pairs)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert loss_ == pytest.approx(loss, rel=1e-6)

@@ -294,9 +294,9 @@ def test_a_process_reward_model_judges_steps(task, tmp_path):
     ("changes", "message"),
     [
         ({"process": {"step_reward": ""}}, "--step_reward is required"),
-        ({"online": {"algorithm": "grpo"}}, "--step_reward: the algorithm has no rewards on the way that read it"),
-        ({"process": {"prm_beta": 0.1}}, "--prm_beta: the algorithm has no rewards on the way"),
-        ({**PRIME, "process": {}}, "--step_reward: the algorithm"),
+        ({"online": {"algorithm": "grpo"}}, "--step_reward: the algorithm does not read it; process_grpo does"),
+        ({"process": {"prm_beta": 0.1}}, "--prm_beta: the algorithm does not read it; prime does"),
+        ({**PRIME, "process": {}}, "--step_reward: the algorithm does not"),
         ({"process": {"step_reward": "nowhere.py:f"}}, "no such file"),
     ],
 )

@@ -14,7 +14,7 @@ from .offline_arguments import (
     SupervisedArguments,
     UnpairedArguments,
 )
-from .online_arguments import OnlineArguments, PPOArguments, ProcessArguments, SamplingArguments
+from .online_arguments import OnlineArguments, OpponentArguments, PPOArguments, ProcessArguments, SamplingArguments
 from .serve_arguments import ServeArguments
 
 
@@ -244,7 +244,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "kto": (*TRAINING, UnpairedArguments, ReferenceArguments),
     "rft": (*TRAINING, SamplingArguments, RejectionArguments),
     "distill": (*TRAINING, SamplingArguments, DistillArguments),
-    "grpo": (*TRAINING, SamplingArguments, OnlineArguments, ProcessArguments),
+    "grpo": (*TRAINING, SamplingArguments, OnlineArguments, ProcessArguments, OpponentArguments),
     "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
     "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments),
@@ -271,6 +271,7 @@ class Arguments:
     sampling: SamplingArguments = field(default_factory=SamplingArguments)
     online: OnlineArguments = field(default_factory=OnlineArguments)
     process: ProcessArguments = field(default_factory=ProcessArguments)
+    opponent: OpponentArguments = field(default_factory=OpponentArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
     evaluate: EvalArguments = field(default_factory=EvalArguments)

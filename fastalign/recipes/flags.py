@@ -30,9 +30,9 @@ _NOT_NEGATIVE = {
     *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2", "importance_correction_low", "importance_correction_high"),
     *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
     *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda", "prompts_per_round"),
-    *("critic_warmup", "value_clip", "kl_target", "reward_clip", "nll_coef", "outcome_coef"),
+    *("critic_warmup", "value_clip", "kl_target", "reward_clip", "nll_coef", "outcome_coef", "exploration_coef", "mixture_coef"),
 }
-_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda"}
+_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda", "mixture_coef"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 

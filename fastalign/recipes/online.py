@@ -10,24 +10,20 @@ from typing import Any
 import torch
 
 from ..advantages import ADVANTAGES
-from ..algorithms import Algorithm, ImplicitReward, OnlinePreference, StepSupervised, resolve
+from ..algorithms import Algorithm, OnlinePreference, resolve
 from ..data import DataOrder, Prompt, prompt_examples
 from ..generation import Engine, SamplingParams
-from ..losses.preference import PREFERENCE
 from ..models.backbone import causal_lm, head_of
 from ..models.linear import check_quantization
 from ..ops.policy import PolicyOptions
 from ..rewards import RewardSet, load_rewards
 from .arguments import Arguments, OnlineArguments
 from .model_rewards import with_reward_models
-from .online_preference import OnlinePreferenceTask
+from .online_kinds import task_of, with_own_options
 from .online_task import OnlineTask
-from .prime_task import PrimeTask
-from .process_rewards import PRM, implicit_model, step_judge, with_process_options
 from .reading import prompts_named_by
 from .reference import Reference
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
-from .step_task import StepTask
 from .training import Job, execute
 
 log = logging.getLogger("fastalign")
@@ -35,7 +31,7 @@ log = logging.getLogger("fastalign")
 
 def algorithm_of(args: Arguments) -> Algorithm:
     """The row that the flags name, with what they replace in it; its group must have advantages."""
-    algorithm = with_process_options(resolved(args), args)
+    algorithm = with_own_options(resolved(args), args)
     if not isinstance(algorithm, OnlinePreference):
         check_group_size(algorithm, args.online.num_generations)
     elif args.online.num_generations < 2:
@@ -181,25 +177,14 @@ def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: 
 def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:
     """Reference, engine, rewards and updater around the loaded model, and what the kind of row needs beside them."""
     algorithm = algorithm_of(args)
-    parts = parts_of(args, loaded, prompts, held_out, max_steps, algorithm)
-    if isinstance(algorithm, OnlinePreference):
-        return OnlinePreferenceTask(**parts)
-    if isinstance(algorithm, ImplicitReward):
-        task = PrimeTask(prm=implicit_model(args, loaded, algorithm, max_steps), **parts)
-        task.companions[PRM] = (task.prm.updater, loaded.tokenizer)
-        return task
-    if isinstance(algorithm, StepSupervised):
-        judge, separator = step_judge(args, loaded)
-        return StepTask(step_reward=judge, separator=separator, **parts)
-    return OnlineTask(**parts)
+    return task_of(algorithm, args, loaded, parts_of(args, loaded, prompts, held_out, max_steps, algorithm), max_steps)
 
 
 def parts_of(
     args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int, algorithm: Algorithm
 ) -> dict[str, Any]:
     """What every online task is made of."""
-    compares = isinstance(algorithm, OnlinePreference) and PREFERENCE[algorithm.preference].reference
-    reference = Reference(loaded.model) if algorithm.kl_coef > 0 or compares else None
+    reference = Reference(loaded.model) if algorithm.reads_reference else None
     quantization = quantization_of(args.online)
     if quantization and algorithm.correction_options.get("correction") == "none":
         log.warning("the rollouts are quantized, and --importance_correction none weighs their tokens as if they were the policy's own")

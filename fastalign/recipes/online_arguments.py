@@ -98,6 +98,19 @@ class ProcessArguments:
 
 
 @dataclass
+class OpponentArguments:
+    """Another policy to compare with.
+
+    Args:
+        exploration_coef: xpo's: what the log-prob of the reference's completion adds to the loss; unset: the algorithm's.
+        mixture_coef: nash_md's: the reference's share of the opponent, 0 to 1, in the exponent; unset: the algorithm's.
+    """
+
+    exploration_coef: float | None = None
+    mixture_coef: float | None = None
+
+
+@dataclass
 class PPOArguments:
     """The critic, and what of an actor-critic method it serves.
 

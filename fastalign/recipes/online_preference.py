@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from ..algorithms import OnlinePreference
 from ..losses.checks import pair_plan
 from ..packing import group, pack, split_by_tokens
-from ..rollout import Sample
+from ..rollout import Rollout, Sample
+from ..training.step import MicroBatch
 from .online_task import OnlineTask, log
 from .pair_objective import PairBatch, PairObjective, Term
 from .rollout_metrics import group_metrics, reward_metrics
@@ -38,6 +40,16 @@ def best_and_worst(samples: list[Sample], weights: dict[str, float]) -> tuple[Sa
     return (best[1], worst[1]) if best[0] > worst[0] else None
 
 
+@dataclass(frozen=True)
+class FoundPair:
+    """Two completions of a prompt that are compared; of_reference: which of them the reference wrote, 0 or 1, where one did."""
+
+    prompt: list[int]
+    best: Sample
+    worst: Sample
+    of_reference: int = -1
+
+
 class OnlinePreferenceTask(OnlineTask):
     """One step: sample groups, score, update on a pair a group. Groups whose rewards are all equal say nothing and are left out."""
 
@@ -51,8 +63,7 @@ class OnlinePreferenceTask(OnlineTask):
         self.timing.clear()
         rollout = self.collect()
         self.engine.release_cache()  # the update has the memory
-        found = [best_and_worst(samples, self.reward_weights) for samples in rollout.samples]
-        pairs = [(prompt, pair) for prompt, pair in zip(rollout.prompts, found, strict=True) if pair is not None]
+        pairs = self.find_pairs(rollout)
         if not pairs:
             log.warning("step %d: no group has two different rewards, nothing is learned from it", index + 1)
         with self.timed("reference"):
@@ -60,7 +71,7 @@ class OnlinePreferenceTask(OnlineTask):
         lr = self.updater.schedule.get_last_lr()[0]
         with self.timed("update"):
             for _ in range(self.num_iterations):
-                result = self.updater.update([self.objective.micro_batch(b, len(pairs), {}) for b in batches], commit=self.commit)
+                result = self.updater.update([self.micro_batch(b, pairs) for b in batches], commit=self.commit)
         sums, count = result.sums, max(len(pairs), 1)
         out = {
             "loss": result.loss if pairs else math.nan,
@@ -76,9 +87,21 @@ class OnlinePreferenceTask(OnlineTask):
         out |= reward_metrics(rollout.flat, self.reward_weights) | group_metrics(rollout, self.reward_weights)
         return out | {f"timing_s/{name}": value for name, value in self.timing.items()}
 
-    def batches(self, pairs: list[tuple[list[int], tuple[Sample, Sample]]]) -> list[PairBatch]:
+    def find_pairs(self, rollout: Rollout) -> list[FoundPair]:
+        """What is compared: each group's best and worst completion."""
+        found = [best_and_worst(samples, self.reward_weights) for samples in rollout.samples]
+        return [FoundPair(prompt, *pair) for prompt, pair in zip(rollout.prompts, found, strict=True) if pair is not None]
+
+    def micro_batch(self, batch: PairBatch, pairs: list[FoundPair]) -> MicroBatch:
+        """The batch's share of the mean over all pairs."""
+        return self.objective.micro_batch(batch, len(pairs), {})
+
+    def batches(self, pairs: list[FoundPair]) -> list[PairBatch]:
         """The pairs, chosen first, as packed micro-batches with the reference's log-probs."""
-        trees = [group(prompt, [s.ids for s in pair], [s.scored or [True] * len(s.ids) for s in pair]) for prompt, pair in pairs]
+        trees = []
+        for pair in pairs:
+            both = pair.best, pair.worst
+            trees.append(group(pair.prompt, [s.ids for s in both], [s.scored or [True] * len(s.ids) for s in both]))
         found = []
         for members in split_by_tokens(trees, self.max_tokens) if trees else []:
             packed = pack([trees[i] for i in members])

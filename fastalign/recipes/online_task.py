@@ -77,7 +77,8 @@ class OnlineTask:
         if self.reference is not None:
             with self.timed("reference"):
                 for chunk in chunks:
-                    chunk.ref_logp = self.reference.score(chunk.packed, temperature=self.params.temperature)
+                    if chunk.ref_logp is None:
+                        chunk.ref_logp = self.reference.score(chunk.packed, temperature=self.params.temperature)
         with self.timed("update"):
             updates = [self.update(chunks, first=i == 0) for i in range(self.num_iterations)]
         return self.metrics(rollout, chunks, updates) | told
@@ -121,6 +122,7 @@ class OnlineTask:
                     kept.samples.append(samples)
                     kept.columns.append(columns)
                     kept.greedy += rollout.greedy[p : p + 1]
+                    kept.opponents += rollout.opponents[p : p + 1]
             if len(kept.prompts) == self.num_prompts:
                 return kept
         log.warning("dynamic sampling: %d of %d groups had mixed rewards after %d rounds", len(kept.prompts), self.num_prompts, MAX_REFILLS)

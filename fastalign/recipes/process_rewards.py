@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..algorithms import Algorithm, ImplicitReward, StepSupervised
+from ..algorithms import ImplicitReward
 from ..judges import RewardModel
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm
@@ -18,31 +18,6 @@ from .setup import Loaded, build_updater
 from .step_task import FunctionReward, ModelReward, StepReward
 
 PRM = "prm"  # the folder in output_dir and in checkpoints
-
-
-def with_process_options(algorithm: Algorithm, args: Arguments) -> Algorithm:
-    """The row with what the flags replace in it.
-
-    Raises:
-        ValueError: a flag that the row does not read, or one that it needs.
-    """
-    given = {name: value for name, value in vars(args.process).items() if value != vars(type(args.process)())[name]}
-    implicit = isinstance(algorithm, ImplicitReward)
-    reads: tuple[str, ...] = ("outcome_coef", "prm_model_name_or_path", "prm_learning_rate", "prm_beta") if implicit else ()
-    if isinstance(algorithm, StepSupervised) and not implicit:
-        reads = ("step_reward", "step_separator", "outcome_coef")
-        if not args.process.step_reward:
-            raise ValueError(
-                "--step_reward is required: a process reward model's folder, module:function or path.py:function of completions cut"
-                " after each step"
-            )
-    for name in given:
-        if name not in reads:
-            raise ValueError(f"--{name}: the algorithm has no rewards on the way that read it; see process_grpo and prime")
-    if not isinstance(algorithm, StepSupervised):
-        return algorithm
-    changes = {name: given[name] for name in ("outcome_coef", "prm_beta") if name in given}
-    return replace(algorithm, **changes)
 
 
 def step_judge(args: Arguments, loaded: Loaded) -> tuple[StepReward, str]:
