@@ -71,12 +71,22 @@ void pack_into(const Tensor& b, const Tensor& packed) {
   FA_CALL(gemm_pack, g, packed.data);
 }
 
+// total fp32 += alpha * part bf16, both contiguous and of one shape.
+void add_widened(const Tensor& total, const Tensor& part, float alpha) {
+  total.check("add_widened: total", DType::f32, part.shape).contiguous("add_widened: total");
+  part.check("add_widened: part", DType::bf16, part.shape).contiguous("add_widened: part");
+  if (total.cuda || part.cuda) throw std::invalid_argument("add_widened: expected tensors on the CPU, got one on a GPU");
+  py::gil_scoped_release release;
+  FA_CALL(add_widened, total.ptr<float>(), part.ptr<uint16_t>(), part.numel(), alpha);
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
   m.def("gemm", &gemm_into, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"), py::arg("alpha"), py::arg("add"));
   m.def("gemm_packed", &gemm_packed, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"));
   m.def("gemm_pack", &pack_into, py::arg("b"), py::arg("packed"));
+  m.def("add_widened", &add_widened, py::arg("total"), py::arg("part"), py::arg("alpha"));
   m.def("gemm_panel", [] { return FA_CALL(gemm_panel); }, "Columns of a panel of a packed operand, with the instruction set in use.");
 }
 

@@ -59,6 +59,20 @@ def test_gemm_packed_has_the_dense_bits_whatever_the_threads(isa, dtype):
         gemm_native.multiply_packed(module, x, packed, 999, b)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (130, 129), (3, 9000)])
+def test_a_bf16_part_is_added_to_fp32_sums_once_rounded(isa, shape):
+    module, total = load_native()[0], torch.randn(shape)
+    part = (3 * torch.randn(shape)).bfloat16()
+    before = total.clone()
+    module.add_widened(total, part, -0.25)
+    exact = before.double() - 0.25 * part.double()
+    torch.testing.assert_close(total.double(), exact, rtol=2**-23, atol=0)
+    for wrong in (part.float(), part.t() if min(shape) > 1 else part[:, :0]):
+        if wrong.shape != part.shape or wrong.dtype != part.dtype:
+            with pytest.raises(ValueError, match="add_widened: "):
+                module.add_widened(total, wrong, 1.0)
+
+
 def test_gemm_of_nothing(isa):
     module = load_native()[0]
     assert not times(module, torch.randn(3, 0), torch.randn(0, 4)).any()

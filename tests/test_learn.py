@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import learn
+from bench import learn, learn_offline, learn_online, learn_setting
 from fastalign.recipes import demo
 
 
@@ -23,8 +23,8 @@ def setting(tmp_path_factory):
         path = Path(files[name])
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
     sft.run(demo.cold_start(root, files, 0, quick=True))
-    found = learn.Setting(root, files, 0)
-    files |= learn.write_pairs(found, max_pairs=30)
+    found = learn_setting.Setting(root, files, 0)
+    files |= learn_setting.write_pairs(found, max_pairs=30)
     return found
 
 
@@ -37,9 +37,11 @@ def always(completions, **_):
     "method", [name if name in ("dpo", "reward-process") else pytest.param(name, marks=pytest.mark.slow) for name in learn.METHODS]
 )
 def test_learn_method_gives_its_figures(setting, monkeypatch, method):
-    monkeypatch.setattr(learn, "REWARD", f"{__file__}:always")
-    plan = learn.optimizer
-    monkeypatch.setattr(learn, "optimizer", lambda learning_rate, steps: plan(learning_rate, 4))
+    plan = learn_setting.optimizer
+    for rows in (learn_offline, learn_online):
+        monkeypatch.setattr(rows, "REWARD", f"{__file__}:always")
+        monkeypatch.setattr(rows, "optimizer", lambda learning_rate, steps: plan(learning_rate, 12 if steps == learn_online.STEPS else 4))
+    monkeypatch.setattr(learn_online, "COMPLETIONS", 16)
     row = learn.METHODS[method](setting)
     assert 0 <= row["before"] <= 1
     assert 0 <= row["after"] <= 1
@@ -54,3 +56,6 @@ def test_learn_saves_rows_in_order(tmp_path):
     assert [line.split()[1] for line in paths["table"].read_text().splitlines() if line.startswith("| ")][1:] == ["dpo", "kto"]
     assert len(json.loads(paths["json"].read_text())["rows"]) == 2
     assert paths["plot"].stat().st_size > 1000
+    learn.save([row | {"method": "ipo"}, row | {"method": "kto", "after": 0.8}], args)
+    kept = json.loads(paths["json"].read_text())["rows"]
+    assert [(found["method"], found["after"]) for found in kept] == [("dpo", 0.9), ("ipo", 0.9), ("kto", 0.8)]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from fastalign.ops import gemm, head_gradient, reference
 from fastalign.ops.backend import load_native, use_backend
+from fastalign.ops.linear_chunks import RowGrads, Rows, dlogits_
 from fastalign.ops.linear_cross_entropy import linear_cross_entropy
+from fastalign.ops.linear_head import Head
 from fastalign.ops.linear_logp import linear_logp
 from fastalign.ops.linear_loss import linear_loss
 from fastalign.ops.logits import grad_rows_, logp_rows
@@ -354,3 +356,18 @@ def test_head_gradient_on_cuda_adds_blocks_of_fp32_sums(monkeypatch):
 @pytest.mark.gpu
 def test_cuda_head_gradient_is_summed_in_fp32():
     check_fp32_sums(head_gradient.add_product_, "cuda")
+
+
+@pytest.mark.parametrize("vocab", [100, 98, 96, 31, 1001])
+def test_wide_logits_leave_nothing_behind_their_gradient_that_a_tile_could_read(vocab, backend):
+    """A gradient row lies in the first half of its fp32 logits; torch's AMX product reads past such rows, where halves may be NaN."""
+    _, weight, targets = inputs(26, 32, vocab, torch.bfloat16)
+    head = Head(weight.detach(), None, 1.0, None, True)
+    logits = torch.full((26, vocab), -1.0)
+    logits.view(torch.int32)[:, 1:].bitwise_or_(0x7FC0)  # their low halves are NaN as bf16
+    assert logits.view(torch.bfloat16).isnan().any()
+    lse = logits.logsumexp(1)
+    half = dlogits_(head, logits, targets, Rows(lse, lse, None, lse), RowGrads(torch.ones(26)))
+    behind = logits.view(torch.bfloat16)[:, vocab:]
+    assert not behind[:, : -vocab % 32].any()
+    assert not (half @ weight).isnan().any()

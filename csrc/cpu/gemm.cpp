@@ -261,6 +261,19 @@ void gemm_pack(const Gemm& g, void* packed) {
   g.bf16 ? pack_all(g, static_cast<uint16_t*>(packed)) : pack_all(g, static_cast<float*>(packed));
 }
 
+// One read of the part, one read and one write of the total: torch widens the part into memory of its own first.
+void add_widened(float* total, const uint16_t* part, int64_t size, float alpha) {
+  constexpr int64_t kBlock = 8192;
+#pragma omp parallel for schedule(static)
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t end = begin + kBlock < size ? begin + kBlock : size;
+    float* __restrict sum = total;
+    const uint16_t* __restrict from = part;
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) sum[i] += alpha * to_float(from[i]);
+  }
+}
+
 void gemm(const Gemm& g) {
   const int threads = omp_get_max_threads();
   g.bf16 ? run<uint16_t>(g, threads) : run<float>(g, threads);

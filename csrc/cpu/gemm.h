@@ -23,4 +23,6 @@ struct Gemm {
 
 FA_DECLARE(void gemm(const Gemm& product);
            // b → [ceil(n / gemm_panel())][k][gemm_panel()], zeros beside
-           void gemm_pack(const Gemm& product, void* packed); int64_t gemm_panel();)
+           void gemm_pack(const Gemm& product, void* packed); int64_t gemm_panel();
+           // total += alpha * part (bf16), `size` numbers of each
+           void add_widened(float* total, const uint16_t* part, int64_t size, float alpha);)

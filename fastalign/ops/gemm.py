@@ -226,6 +226,15 @@ def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bo
     return True
 
 
+def add_widened_(total: Tensor, part: Tensor, alpha: float) -> None:
+    """total += alpha · part, fp32 += bf16 on the CPU, both contiguous; torch would write a fp32 copy of the part and read it back."""
+    module = load_native()[0]
+    if module is None or part.dtype != torch.bfloat16 or total.device.type != "cpu" or backend_for("gemm", "cpu") != "native":
+        total.add_(part, alpha=alpha)
+    else:
+        module.add_widened(total, part, alpha)
+
+
 def _native_bf16(a: Tensor, b: Tensor) -> ModuleType | None:
     """The native module, if these operands are for its bf16 products."""
     plain = a.dtype == b.dtype == torch.bfloat16 and a.device.type == b.device.type == "cpu"

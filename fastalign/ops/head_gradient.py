@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fastalign.ops.gemm import add_natively
+from fastalign.ops.gemm import add_natively, add_widened_
 from fastalign.ops.linear_head import MIN_GEMM_ROWS, give, take
 
 BLOCK_BYTES = 4 << 20  # a block of a 16-bit product that stays in cache until it is added
@@ -35,7 +35,7 @@ def add_product_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float
         if first:
             torch.mul(part, alpha, out=total[v : v + block])
         else:
-            total[v : v + block].add_(part, alpha=alpha)
+            add_widened_(total[v : v + block], part, alpha)
 
 
 def _add_on_cuda_(total: Tensor, dlogits: Tensor, hidden: Tensor, *, alpha: float, first: bool) -> None:
