@@ -22,6 +22,7 @@ class Sample:
         scored: one flag a token; False for tokens that an environment wrote. None: all scored.
         text: the completion as text, without the stop string.
         rewards: by name; NaN where the reward is missing.
+        total: what the rewards come to, where they are not simply added; None: their weighted sum.
         step_ends, step_rewards: the last token of each step and the step's reward, where steps are judged; NaN where one is missing.
     """
 
@@ -34,11 +35,14 @@ class Sample:
     scored: list[bool] | None = None
     text: str = ""
     rewards: dict[str, float] = field(default_factory=dict)
+    total: float | None = None
     step_ends: list[int] = field(default_factory=list)
     step_rewards: list[float] = field(default_factory=list)
 
     def reward(self, weights: dict[str, float]) -> float:
-        """The weighted sum of the rewards that exist; NaN when none does."""
+        """The total, or the weighted sum of the rewards that exist; NaN when none does."""
+        if self.total is not None:
+            return self.total
         found = [weights[name] * value for name, value in self.rewards.items() if not math.isnan(value)]
         return sum(found) if found else math.nan
 

@@ -163,7 +163,7 @@ def rewards_of(args: Arguments, algorithm: Algorithm, loaded: Loaded) -> RewardS
         limit = args.sampling.max_completion_length
         specifications.append(f"overlong:max_length={limit},buffer={max(1, round(algorithm.overlong_buffer * limit))}")
         weights = [*weights, 1.0] if weights else weights
-    return load_rewards(specifications, weights or None, timeout=args.online.reward_timeout)
+    return load_rewards(specifications, weights or None, args.online.reward_timeout, combination=args.online.reward_combination)
 
 
 def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: list[Prompt]) -> None:

@@ -44,6 +44,7 @@ class OnlineArguments:
         epsilon_high: clip range above 1; unset: the algorithm's, or epsilon.
         reward: a built-in (math, gsm8k, format, length), module:function, path.py:function, a reward model's folder (repeatable).
         reward_weights: one weight a reward; empty: 1 each.
+        reward_combination: sum: weighted; gate: the first times the sum of the others; normalize: each over its group first, then the sum.
         reward_timeout: seconds one sample's reward may take.
         advantage: replaces the algorithm's advantage estimator by another row.
         loss: replaces the algorithm's policy loss by another row.
@@ -64,6 +65,7 @@ class OnlineArguments:
     epsilon_high: float | None = None
     reward: list[str] = field(default_factory=list)
     reward_weights: list[float] = field(default_factory=list)
+    reward_combination: Literal["sum", "gate", "normalize"] = "sum"
     reward_timeout: float = 10.0
     advantage: str = ""
     loss: str = ""

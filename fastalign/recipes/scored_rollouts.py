@@ -7,6 +7,7 @@ from typing import Any
 from ..data import Prompt, columns_of_prompts
 from ..generation import Engine, SamplingParams
 from ..rewards import RewardSet
+from ..rewards.combinations import COMBINATIONS
 from ..rollout import Rollout
 from .rollout_metrics import reward_metrics
 
@@ -26,6 +27,11 @@ def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout) -> None:
     for name, values in scores.items():
         for sample, value in zip(samples, values, strict=True):
             sample.rewards[name] = value
+    if rewards.combination != "sum":
+        combine = COMBINATIONS[rewards.combination]
+        for group in rollout.samples:
+            for sample, total in zip(group, combine([s.rewards for s in group], rewards.weights), strict=True):
+                sample.total = total
 
 
 def greedy_params(params: SamplingParams) -> SamplingParams:

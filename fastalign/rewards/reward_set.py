@@ -57,10 +57,11 @@ class RewardSet:
         rewards: with unique names.
         weights: one a reward.
         timeout: seconds that one sample may take in one reward.
+        combination: how a sample's rewards become one number, a row of `COMBINATIONS`.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], timeout: float = 10.0) -> None:
-        self._rewards = list(rewards)
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], timeout: float = 10.0, combination: str = "sum") -> None:
+        self._rewards, self.combination = list(rewards), combination
         self.weights: dict[str, float] = {r.name: float(w) for r, w in zip(rewards, weights, strict=True)}
         self.timeout = timeout
 

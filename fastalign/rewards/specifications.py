@@ -18,6 +18,7 @@ from typing import Any
 from . import worker
 from .builtin import BUILTIN, Builtin, has_math_verify
 from .callers import Caller, InProcess, InThread, InWorkers, LoadFailed
+from .combinations import COMBINATIONS
 from .isolation import IsolatedReward
 from .reward_set import Reward, RewardSet
 
@@ -26,7 +27,9 @@ logger = logging.getLogger("fastalign")
 Specification = str | Callable[..., Any] | Reward
 
 
-def load_rewards(specifications: Sequence[Specification], weights: Sequence[float] | None = None, timeout: float = 10.0) -> RewardSet:
+def load_rewards(
+    specifications: Sequence[Specification], weights: Sequence[float] | None = None, timeout: float = 10.0, *, combination: str = "sum"
+) -> RewardSet:
     """The rewards of a run.
 
     Args:
@@ -35,6 +38,8 @@ def load_rewards(specifications: Sequence[Specification], weights: Sequence[floa
             import run in a worker process; lambdas, closures and functions of __main__ run in a thread, which cannot be killed.
         weights: one a reward; None or empty: 1 each.
         timeout: seconds that one sample may take in one reward.
+        combination: how a sample's rewards become one number: "sum", "gate" (the first times the sum of the others) or "normalize" (each
+            over its group first).
 
     Raises:
         ValueError: for an unknown name (with the nearest), a function that cannot be loaded, or a wrong number of weights.
@@ -46,6 +51,10 @@ def load_rewards(specifications: Sequence[Specification], weights: Sequence[floa
         raise ValueError(f"expected one weight a reward, {len(specifications)}, got {len(weights)}: {weights}")
     if not all(math.isfinite(w) for w in weights) or not timeout > 0:
         raise ValueError(f"expected finite reward weights and a timeout > 0 s, got {weights} and {timeout}")
+    if combination not in COMBINATIONS:
+        raise ValueError(f"reward combination: expected one of {', '.join(COMBINATIONS)}; got {combination!r}")
+    if combination == "gate" and len(specifications) < 2:
+        raise ValueError("reward combination 'gate': the first reward is the gate of the others, got one reward; name another, or 'sum'")
     rewards: list[Reward] = []
     try:
         for specification in specifications:
@@ -56,7 +65,7 @@ def load_rewards(specifications: Sequence[Specification], weights: Sequence[floa
         for reward in rewards:
             reward.isolated.caller.close()
         raise
-    return RewardSet(rewards, weights, timeout)
+    return RewardSet(rewards, weights, timeout, combination)
 
 
 def _wait(reward: Reward, specification: Specification) -> None:
