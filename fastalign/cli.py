@@ -101,6 +101,7 @@ def _start(command: str, values: dict[str, Any]) -> None:
 
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("fastalign").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of kernels that nobody asked for; peft imports it
     if command == "demo":
         options = DemoArguments(**values)
         from .recipes import demo
