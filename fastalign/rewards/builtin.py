@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from . import answers
-
-Completion = str | list[dict[str, Any]]
+from .code import code, command
+from .completions import Completion, text_of
+from .unit_tests import COLUMNS as TEST_COLUMNS
 
 GOLD_COLUMNS = ("answer", "solution", "gold", "ground_truth", "target", "completion")
 """Where `math` and `gsm8k` look for the reference, in this order; a missing or null one leaves the sample out."""
@@ -37,13 +38,6 @@ class Builtin:
     isolated: bool = False
     any_column: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
-
-
-def text_of(completion: Completion) -> str:
-    """A completion as text: itself, or the contents of its assistant messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(m.get("content") or "") for m in completion if m.get("role", "assistant") == "assistant")
 
 
 def golds_of(columns: dict[str, Any], count: int) -> list[str | None]:
@@ -205,4 +199,6 @@ BUILTIN: dict[str, Builtin] = {
     "regex": Builtin(regex, isolated=True),
     "length": Builtin(target_length),
     "overlong": Builtin(overlong),
+    "code": Builtin(code, any_column=TEST_COLUMNS),
+    "command": Builtin(command),
 }

@@ -24,7 +24,7 @@ from .sandbox import ConfinementUnavailable, Limits, Outcome, Running
 
 __all__ = ["ConfinementUnavailable", "Limits", "Outcome", "Running", "confinement", "run_command", "run_python", "start_python"]
 
-_PROBE = Path(__file__).with_name("jail") / "probe.py"
+_JAIL = Path(__file__).with_name("jail")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
 _REMEDY = (
     "Programs are run only where they can be confined: on Linux 5.13 or newer, as a user who may make user namespaces (a container "
@@ -44,15 +44,20 @@ def run_python(source: str, *, stdin: str = "", limits: Limits | None = None) ->
     Raises:
         ConfinementUnavailable: nothing was run, because it cannot be confined here.
     """
-    with start_python(source, limits=limits) as running:
+    launch = (_JAIL / "program.py").read_text(encoding="utf-8")
+    with start_python(launch, *package_paths(), files={"program.py": source}, limits=limits) as running:
         running.send(stdin.encode("utf-8", "surrogatepass"), last=True)
         return running.finish()
 
 
-def start_python(source: str, *, limits: Limits | None = None) -> Running:
-    """Starts what `run_python` runs, for a caller that talks with it through its stdin and stdout."""
-    command = [sys.executable, "-I", "-B", "program.py"]
-    return Running(command, confinement(), files={"program.py": source}, readable=interpreter_paths(), limits=limits)
+def start_python(script: str, *arguments: str, files: Mapping[str, str] | None = None, limits: Limits | None = None) -> Running:
+    """Starts a script of ours with this interpreter, confined, to talk with it. Its packages are those of the standard library.
+
+    Raises:
+        ConfinementUnavailable: nothing was run, because it cannot be confined here.
+    """
+    command = [sys.executable, "-I", "-B", "-S", "-c", script, *arguments]
+    return Running(command, confinement(), files=files, readable=interpreter_paths(), limits=limits)
 
 
 def run_command(
@@ -80,6 +85,11 @@ def run_command(
     with Running([program, *command[1:]], confinement(), files=files, readable=paths, limits=limits) as running:
         running.send(stdin.encode("utf-8", "surrogatepass"), last=True)
         return running.finish()
+
+
+def package_paths() -> list[str]:
+    """Where this interpreter's packages are."""
+    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
 
 @lru_cache(maxsize=1)
@@ -133,8 +143,8 @@ def probe(way: str) -> list[str]:
             "pid": os.getpid(), "port": listener.getsockname()[1], "secret": str(secret), "outside": str(folder / "outside"),
             "environment": hashlib.sha256(environment).hexdigest(),
         }  # fmt: skip
-        command = [sys.executable, "-I", "-B", "-S", "probe.py"]
-        running = Running(command, way, files={"probe.py": _PROBE.read_text()}, readable=interpreter_paths(), limits=Limits(seconds=60.0))
+        command = [sys.executable, "-I", "-B", "-S", "-c", (_JAIL / "probe.py").read_text(encoding="utf-8")]
+        running = Running(command, way, readable=interpreter_paths(), limits=Limits(seconds=60.0))
         stack.enter_context(running)
         running.send(json.dumps(facts).encode(), last=True)
         outcome = running.finish()

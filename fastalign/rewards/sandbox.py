@@ -153,6 +153,11 @@ class Running:
         buffer[:] = rest
         return line
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the program started, or that it took."""
+        return (self._ended or time.monotonic()) - self._began
+
     def finish(self) -> Outcome:
         """Waits for its end or for a limit, ends what is left of it, and says what became of it.
 
@@ -160,7 +165,6 @@ class Running:
             ConfinementUnavailable: the program could not be started.
         """
         self._pump(lambda: set(self._selector.get_map()) <= {self._stdin}, self._deadline)
-        self._ended = self._ended or time.monotonic()
         self.close()
         if self._fate.startswith("error "):
             raise ConfinementUnavailable(self._fate.removeprefix("error "))
@@ -168,7 +172,7 @@ class Running:
         code = int(number) if kind == "exit" else -int(number) if kind == "signal" else None
         exceeded = self._exceeded or (kind if kind in ("memory", "disk") else "")
         texts = [bytes(self._output[file][: self.limits.output_bytes]).decode(errors="replace") for file in (self._out, self._err)]
-        return Outcome(texts[0], texts[1], None if exceeded else code, exceeded, self._ended - self._began)
+        return Outcome(texts[0], texts[1], None if exceeded else code, exceeded, self.elapsed)
 
     def _pump(self, done: Callable[[], bool], deadline: float) -> None:
         """Moves bytes until `done`, the deadline or too much output; the two last end the program."""
@@ -231,6 +235,7 @@ class Running:
 
     def _stop(self) -> None:
         """Asks for the end of everything, and waits for it."""
+        self._ended = self._ended or time.monotonic()
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -263,7 +268,7 @@ class Running:
 def _setup(
     command: Sequence[str], way: str, folder: str, files: Mapping[str, str], readable: Sequence[str], limits: Limits
 ) -> dict[str, object]:
-    work = folder if way == "uid" else "/tmp"
+    work = folder if way == "uid" else "/sandbox"
     return {
         "command": list(command), "way": way, "folder": folder, "readable": list(readable),
         "environment": {**_ENVIRONMENT, "HOME": work, "TMPDIR": work},

@@ -1,4 +1,4 @@
-"""A root folder of the sandbox's own: what may be read is bound read-only, /tmp is a small file system in memory, nothing else exists."""
+"""A root folder of the sandbox's own: what may be read is bound read-only, a work folder in memory, nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import kernel
 
-WORK = "/tmp"
+WORK = "/sandbox"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 _SAFE = kernel.MS_NOSUID | kernel.MS_NODEV
@@ -38,6 +38,8 @@ def build(folder: str, readable: list[str], disk_bytes: int, owner: tuple[int, i
     with contextlib.suppress(OSError):  # refused where the host's /proc is masked; only programs that look themselves up miss it
         kernel.mount("proc", folder + "/proc", "proc", _SAFE | kernel.MS_RDONLY | kernel.MS_NOEXEC)
     os.makedirs(folder + WORK, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # what must be read may lie in /tmp
+        os.symlink(WORK, folder + "/tmp")
     options = f"size={disk_bytes},nr_inodes=16384,mode=700,uid={owner[0]},gid={owner[1]}"
     kernel.mount("tmpfs", folder + WORK, "tmpfs", _SAFE, options)
     kernel.mount("", folder, "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _SAFE)
