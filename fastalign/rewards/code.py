@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import marshal
 import math
 import os
 import re
@@ -135,11 +136,11 @@ def _examine(running: Running, test: Test) -> bool | None:
     if isinstance(test, Whole):
         most = max(_LEAST_OUTPUT, 2 * len(test.stdout.encode("utf-8", "surrogatepass")))
         reply = _ask(running, {"input": test.stdin, "output_bytes": most})
-        return None if reply is None else reply.get("status") == 0 and _lines(str(reply.get("output"))) == _lines(test.stdout)
+        return None if reply is None else reply.get("status") == 0 and _lines(_decoded(reply.get("output"))) == _lines(test.stdout)
     for number, step in enumerate(test):
-        reply = _take(running, step, fresh=number == 0)
-        if reply is not True:
-            return reply
+        taken = _take(running, step, fresh=number == 0)
+        if not taken:
+            return taken
     return True
 
 
@@ -153,15 +154,22 @@ def _take(running: Running, step: Run | Value, fresh: bool) -> bool | None:
 
 
 def _ask(running: Running, request: dict[str, Any], token: str = "") -> dict[str, Any] | None:
-    for message in (json.dumps(request), token):
+    for message in (marshal.dumps(request), token.encode()):
         if message:
-            running.send(f"{len(message)} {message}".encode())
+            running.send(b"%d %b" % (len(message), message))
     line = running.receive_line()
     try:
         reply = None if line is None else json.loads(line)
     except (ValueError, RecursionError):
         return {}
     return reply if reply is None or isinstance(reply, dict) else {}
+
+
+def _decoded(output: Any) -> str:
+    try:
+        return bytes.fromhex(output).decode(errors="replace")
+    except (ValueError, TypeError):
+        return ""
 
 
 def _lines(text: str) -> list[str]:

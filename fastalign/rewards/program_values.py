@@ -33,7 +33,7 @@ def _matches(expected: Any, answer: Any) -> bool:
 
 
 def _scalar(answer: Any) -> Any:
-    if answer is None or isinstance(answer, bool | str):
+    if answer is None or isinstance(answer, bool):
         return answer
     ((kind, text),) = answer.items()
     if kind == "int":
@@ -42,6 +42,8 @@ def _scalar(answer: Any) -> Any:
         return float.fromhex(text)
     if kind == "complex":
         return complex(*map(float.fromhex, text))
+    if kind == "str":
+        return bytes.fromhex(text).decode("utf-8", "surrogatepass")
     if kind == "bytes":
         return bytes.fromhex(text)
     raise ValueError(f"expected a scalar, got {kind}")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 COLUMNS = ("tests", "test_list", "test", "inputs", "input_output")
 """Where the tests of a record are, in this order."""
 
-_BUILDERS = {"set": set, "frozenset": frozenset, "tuple": tuple, "list": list, "sorted": sorted, "dict": dict}
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    "set": set,
+    "frozenset": frozenset,
+    "tuple": tuple,
+    "list": list,
+    "sorted": sorted,
+    "dict": dict,
+}
 
 
 @dataclass(frozen=True)

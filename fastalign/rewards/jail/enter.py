@@ -11,12 +11,10 @@ this process, to which its orphans fall, ends whatever that user still runs.
 
 from __future__ import annotations
 
-import contextlib
 import marshal
 import os
 import resource
 import select
-import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -69,7 +67,7 @@ def become(setup: dict, uid: int | None, work: str) -> None:
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     kernel.drop_capabilities()
-    kernel.die_with_parent(signal.SIGKILL)
+    kernel.die_with_parent(watch.SIGKILL)
     os.umask(0o077)
     for name, text in setup["files"].items():
         with open(name, "wb") as file:
@@ -81,16 +79,12 @@ def become(setup: dict, uid: int | None, work: str) -> None:
     if seccomp.available():
         seccomp.restrict()
     os.dup2(setup["stdin"], 0)
-    for number in range(1, signal.NSIG):
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    kernel.default_signals()
     os.execve(setup["command"][0], setup["command"], setup["environment"])
 
 
 def start(setup: dict, uid: int | None, work: str) -> int:
     """Forks the program; its failure before it runs goes to the status descriptor."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     report(setup, "started")
     child = os.fork()
     if child == 0:
@@ -108,7 +102,7 @@ def report(setup: dict, line: str) -> None:
 
 def first(setup: dict, uid: int | None, alive: int) -> None:
     """Process 1: makes the other namespaces and the root, runs the program, and ends with it."""
-    kernel.die_with_parent(signal.SIGKILL)
+    kernel.die_with_parent(watch.SIGKILL)
     if select.select([alive], [], [], 0)[0]:  # the parent was gone before it was asked to take this process along
         os._exit(1)
     kernel.unshare(kernel.NEW_NS | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS, "mount, network, ipc, uts namespaces")
@@ -136,16 +130,14 @@ def in_namespaces(setup: dict) -> None:
         os.close(parent)
         os.close(0)
         os.open(os.devnull, os.O_RDONLY)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        kernel.default_signals()
         try:
             first(setup, uid, alive)
         except BaseException as error:
             report(setup, f"error {error}")
         os._exit(0)
-    ended = os.pidfd_open(child)
-    select.select([0, ended], [], [])
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(ended, signal.SIGKILL)
+    select.select([0, os.pidfd_open(child)], [], [])
+    os.kill(child, watch.SIGKILL)  # it may have ended, but nobody has waited for it yet
     os.waitpid(child, 0)  # returns when the whole process namespace is gone
 
 

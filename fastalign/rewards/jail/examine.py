@@ -1,69 +1,78 @@
-"""Puts a program to its tests, inside the sandbox: requests on what was stdin, each its length, a space and JSON; replies on what was
-stdout, each a line of JSON.
+"""Puts a program to its tests, inside the sandbox: requests on what was stdin, each its length, a space and a marshalled
+dictionary; replies on what was stdout, each a line of JSON.
 
 {"program": text, "packages": [folder], "imported": bool}: what to test, first. Imported: it is executed here at once, as a module
-that is not __main__; the reply is {"ready": true}, or {"failed": why}.
+that is not __main__; the reply is {"ready": true}, or {"failed": true}.
 {"value": expression, "fresh": bool}: its value, as `encode` writes it, in {"value": …}. No expectation ever comes in here.
 {"run": statements, "fresh": bool}: followed by a token, framed likewise, which is read only when the statements have ended and is sent back
 in {"token": …}: a program that ends the process early, or answers in this one's place, does not have it. `fresh` begins a new
 test: its names do not see the last one's.
-{"input": text, "output_bytes": n}: the program runs as __main__ in a process of its own; {"output": text, "status": n}.
+{"input": text, "output_bytes": n}: the program runs as __main__ in a process of its own; {"output": hex, "status": n}.
 """
 
 from __future__ import annotations
 
 import builtins
-import contextlib
-import json
+import fcntl
+import marshal
 import os
-import random
 import select
-import signal
 import sys
-import types
-from typing import Any
+
+TYPE_CHECKING = False  # typing takes longer to import than all of the above
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import CodeType
+    from typing import Any
 
 _DEEPEST = 50
-_SCALARS: dict[type, Any] = {
-    bool: lambda v: v, str: lambda v: v, int: lambda v: {"int": hex(v)}, float: lambda v: {"float": float.hex(v)},
-    bytes: lambda v: {"bytes": v.hex()}, complex: lambda v: {"complex": [v.real.hex(), v.imag.hex()]},
-}  # fmt: skip
+_SIGKILL = 9
+_SCALARS: dict[type, Callable[[Any], str]] = {
+    bool: lambda v: "true" if v else "false",
+    str: lambda v: _named("str", v.encode("utf-8", "surrogatepass").hex()),
+    int: lambda v: _named("int", hex(v)),
+    float: lambda v: _named("float", v.hex()),
+    bytes: lambda v: _named("bytes", v.hex()),
+    complex: lambda v: f'{{"complex": ["{v.real.hex()}", "{v.imag.hex()}"]}}',
+}
 _CONTAINERS = {list: "list", tuple: "tuple", set: "set", frozenset: "set"}
 
 
-def encode(value: Any, depth: int = 0) -> Any:
+def encode(value: Any, depth: int = 0) -> str:
     """A value of Python's own types as JSON that names its type; of a subclass, as the type it extends.
 
     Raises:
         TypeError: for anything else.
     """
-    if value is None or depth > _DEEPEST:
-        return None if value is None else _refuse(value)
+    if value is None:
+        return "null"
     if not isinstance(value, (*_SCALARS, *_CONTAINERS, dict)) and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a number of numpy or torch
     for kind, write in _SCALARS.items():
         if isinstance(value, kind):
-            return write(kind.__new__(kind, value) if kind is not bool and type(value) is not kind else value)
-    for kind, name in _CONTAINERS.items():
-        if isinstance(value, kind):
-            return {name: [encode(item, depth + 1) for item in kind.__iter__(value)]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in dict.items(value)]}
-    return _refuse(value)
-
-
-def _refuse(value: Any) -> Any:
+            return write(value if type(value) is kind else kind.__new__(kind, value))
+    if depth < _DEEPEST:
+        for kind, name in _CONTAINERS.items():
+            if isinstance(value, kind):
+                return f'{{"{name}": [{", ".join(encode(item, depth + 1) for item in kind.__iter__(value))}]}}'
+        if isinstance(value, dict):
+            pairs = (f"[{encode(k, depth + 1)}, {encode(v, depth + 1)}]" for k, v in dict.items(value))
+            return f'{{"dict": [{", ".join(pairs)}]}}'
     raise TypeError(f"{type(value).__name__} is not compared")
+
+
+def _named(name: str, text: str) -> str:
+    return f'{{"{name}": "{text}"}}'
 
 
 class Channel:
     """The two pipes, moved to descriptors that a program does not guess; read no further than a message."""
 
     def __init__(self) -> None:
-        import fcntl
-
-        places = random.SystemRandom().sample(range(30, 200), 2)
-        self._requests, self._replies = (fcntl.fcntl(old, fcntl.F_DUPFD_CLOEXEC, new) for old, new in zip((0, 1), places, strict=True))
+        places = [30 + byte for byte in os.urandom(2)]
+        self._requests, self._replies = (
+            fcntl.fcntl(old, fcntl.F_DUPFD_CLOEXEC, new % 200) for old, new in zip((0, 1), places, strict=True)
+        )
         empty = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(empty, standard)
@@ -80,10 +89,10 @@ class Channel:
 
     def request(self) -> dict[str, Any] | None:
         message = self.message()
-        return json.loads(message) if message else None
+        return marshal.loads(message) if message else None
 
-    def reply(self, message: dict[str, Any]) -> None:
-        body = json.dumps(message).encode() + b"\n"
+    def reply(self, message: str) -> None:
+        body = message.encode() + b"\n"
         while body:
             body = body[os.write(self._replies, body) :]
 
@@ -91,28 +100,28 @@ class Channel:
 class Imported:
     """A program whose functions are called."""
 
-    def __init__(self, code: types.CodeType) -> None:
-        self._module = types.ModuleType("solution")
+    def __init__(self, code: CodeType) -> None:
+        self._module = type(sys)("solution")
         sys.modules["solution"] = self._module  # tests that import it find it, and so does what looks a class up by its module
         exec(code, self._module.__dict__)
         self._scope: dict[str, Any] = {}
 
-    def answer(self, request: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    def answer(self, request: dict[str, Any], channel: Channel) -> str:
         if request["fresh"]:
             self._scope = dict(self._module.__dict__)
         try:
             if "value" in request:
-                return {"value": encode(eval(compile(request["value"], "<test>", "eval"), self._scope))}
+                return f'{{"value": {encode(eval(compile(request["value"], "<test>", "eval"), self._scope))}}}'
             exec(compile(request["run"], "<test>", "exec"), self._scope)
-        except BaseException as error:  # SystemExit too
+        except BaseException:  # SystemExit too
             if "run" in request:
                 channel.message()
-            return {"failed": type(error).__name__}
-        return {"token": channel.message().decode()}
+            return '{"failed": true}'
+        return _named("token", channel.message().decode())
 
 
-def _as_main(code: types.CodeType) -> int:
-    main = types.ModuleType("__main__")
+def _as_main(code: CodeType) -> int:
+    main = type(sys)("__main__")
     sys.modules["__main__"] = main
     status = 0
     try:
@@ -121,14 +130,16 @@ def _as_main(code: types.CodeType) -> int:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         status = 1
-    with contextlib.suppress(BaseException):
+    try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         sys.stdout.flush()
+    except BaseException:
+        status = status or 1
     return status & 255
 
 
-def run_whole(code: types.CodeType, text: str, most: int) -> dict[str, Any]:
+def run_whole(code: CodeType, text: str, most: int) -> str:
     """One run of the program with `text` as its stdin; nothing it started outlives it."""
     stdin, (out, theirs) = os.memfd_create("stdin"), os.pipe()
     with open(os.dup(stdin), "wb") as file:
@@ -140,7 +151,8 @@ def run_whole(code: types.CodeType, text: str, most: int) -> dict[str, Any]:
         os.dup2(stdin, 0)
         os.dup2(theirs, 1)
         os.closerange(3, 256)
-        sys.stdin, sys.stdout = open(0, encoding="utf-8", errors="replace"), open(1, "w", encoding="utf-8")
+        sys.stdin = os.fdopen(0, encoding="utf-8", errors="replace")
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace")
         os._exit(_as_main(code))
     os.close(theirs)
     os.close(stdin)
@@ -151,13 +163,15 @@ def run_whole(code: types.CodeType, text: str, most: int) -> dict[str, Any]:
             break
         output += part
     if len(output) > most:
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, _SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(-1, signal.SIGKILL)  # in here that is everything but this process and the first
+    try:  # noqa: SIM105  (contextlib takes longer to import than the rest)
+        os.kill(-1, _SIGKILL)  # in here that is everything but this process and the first
+    except (ProcessLookupError, PermissionError):
+        pass
     os.close(out)
     os.close(ended)
-    return {"output": output[:most].decode(errors="replace"), "status": status}
+    return f'{{"output": "{output[:most].hex()}", "status": {status}}}'
 
 
 def main() -> None:
@@ -172,10 +186,10 @@ def main() -> None:
     try:
         code = compile(setup["program"], "solution.py", "exec", dont_inherit=True)
         imported = Imported(code) if setup["imported"] else None
-    except BaseException as error:
-        channel.reply({"failed": type(error).__name__})
+    except BaseException:
+        channel.reply('{"failed": true}')
         return
-    channel.reply({"ready": True})
+    channel.reply('{"ready": true}')
     while (request := channel.request()) is not None:
         if imported is not None:
             channel.reply(imported.answer(request, channel))

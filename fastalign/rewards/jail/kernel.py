@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import sys
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -35,14 +34,19 @@ def check(result: int, what: str) -> int:
     return result
 
 
+def words(size: int, *values: int) -> bytes:
+    """Unsigned integers of `size` bytes each, as the kernel's structures hold them."""
+    return b"".join(value.to_bytes(size, sys.byteorder) for value in values)
+
+
 def syscall(number: int, what: str, *arguments: object) -> int:
     """One raw system call; integers are passed as 64-bit words."""
     return check(libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments)), what)
 
 
 def prctl(option: int, what: str, *values: int) -> int:
-    words = [ctypes.c_ulong(v) for v in (*values, 0, 0, 0, 0)][:4]
-    return check(libc.prctl(ctypes.c_int(option), *words), what)
+    arguments = [ctypes.c_ulong(v) for v in (*values, 0, 0, 0, 0)][:4]
+    return check(libc.prctl(ctypes.c_int(option), *arguments), what)
 
 
 def die_with_parent(signal: int) -> None:
@@ -59,8 +63,14 @@ def forbid_privileges() -> None:
 
 
 def drop_capabilities() -> None:
-    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    header = words(4, _CAPABILITY_VERSION_3, 0)
     syscall(_CAPSET[machine()], "capset", ctypes.c_char_p(header), ctypes.c_char_p(bytes(24)))
+
+
+def default_signals() -> None:
+    """What this process ignores, its program would ignore too."""
+    for number in range(1, 65):
+        libc.signal(ctypes.c_int(number), ctypes.c_void_p(0))
 
 
 def unshare(flags: int, what: str) -> None:
@@ -68,8 +78,8 @@ def unshare(flags: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    words = [ctypes.c_char_p(text.encode()) for text in (source, target, kind)]
-    check(libc.mount(*words, ctypes.c_ulong(flags), ctypes.c_char_p(data.encode())), f"mount {kind or 'bind'} on {target}")
+    places = [ctypes.c_char_p(text.encode()) for text in (source, target, kind)]
+    check(libc.mount(*places, ctypes.c_ulong(flags), ctypes.c_char_p(data.encode())), f"mount {kind or 'bind'} on {target}")
 
 
 def unmount(target: str) -> None:
@@ -78,7 +88,7 @@ def unmount(target: str) -> None:
 
 def read_only(target: str, attributes: int) -> None:
     """mount_setattr over the whole tree of mounts at `target` (Linux 5.12): MS_RDONLY, MS_NOSUID and MS_NODEV of `attributes`."""
-    change = struct.pack("QQQQ", attributes, 0, 0, 0)
+    change = words(8, attributes, 0, 0, 0)
     arguments = (_AT_FDCWD, ctypes.c_char_p(target.encode()), _AT_RECURSIVE, ctypes.c_char_p(change), len(change))
     syscall(_MOUNT_SETATTR, f"mount_setattr {target}", *arguments)
 

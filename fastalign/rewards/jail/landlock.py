@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-import struct
 
 import kernel
 
@@ -40,7 +39,7 @@ def restrict(readable: list[str], writable: list[str], devices: list[str]) -> No
     if not abi:
         raise OSError("Landlock is not available")
     every = (1 << _RIGHTS_BY_ABI.get(abi, 16)) - 1
-    attributes = struct.pack("QQQ", every, 3 if abi >= _NET_SINCE else 0, 3 if abi >= _SCOPE_SINCE else 0)
+    attributes = kernel.words(8, every, 3 if abi >= _NET_SINCE else 0, 3 if abi >= _SCOPE_SINCE else 0)
     size = 24 if abi >= _SCOPE_SINCE else 16 if abi >= _NET_SINCE else 8
     ruleset = kernel.syscall(_CREATE_RULESET, "landlock_create_ruleset", ctypes.c_char_p(attributes), size, 0)
     try:
@@ -60,7 +59,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
         if not stat.S_ISDIR(os.fstat(file).st_mode):
             rights &= _FILE_RIGHTS
-        rule = struct.pack("=Qi", rights, file)
+        rule = kernel.words(8, rights) + kernel.words(4, file)
         kernel.syscall(_ADD_RULE, f"landlock_add_rule {path}", ruleset, 1, ctypes.c_char_p(rule), 0)
     finally:
         os.close(file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import struct
 
 import kernel
 
@@ -69,8 +68,8 @@ def restrict() -> None:
     Raises:
         OSError: where the kernel refuses filters.
     """
-    code = b"".join(struct.pack("HBBI", *line) for line in program(kernel.machine()))
+    code = b"".join(kernel.words(2, c) + kernel.words(1, yes, no) + kernel.words(4, k) for c, yes, no, k in program(kernel.machine()))
     body = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(body))
+    header = kernel.words(8, len(code) // 8, ctypes.addressof(body))  # a 16-bit length with its padding, and the place
     holder = ctypes.create_string_buffer(header, len(header))
     kernel.prctl(_PR_SET_SECCOMP, "seccomp filter", _MODE_FILTER, ctypes.addressof(holder))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
 
 import kernel
 
 _PERIOD_SECONDS = 0.05
 _ROUNDS = 1000
+SIGKILL = 9
 
 
 def until_end(child: int, uid: int | None, memory_bytes: int, control: int | None = None, folder: str = "", disk_bytes: int = 0) -> str:
     """What became of `child`: "exit N", "signal N", "memory", "disk", or "stopped" when `control` closes first.
 
-    SIGCHLD must be blocked. Limits are looked at 20 times a second.
+    Limits are looked at 20 times a second.
 
     Args:
         child: its process id.
@@ -26,14 +25,14 @@ def until_end(child: int, uid: int | None, memory_bytes: int, control: int | Non
         folder: where `disk_bytes` may lie; empty: not watched.
         disk_bytes: the most that files of the folder may hold together.
     """
+    awaited = [os.pidfd_open(child)] + ([] if control is None else [control])
     while True:
-        signal.sigtimedwait({signal.SIGCHLD}, _PERIOD_SECONDS)
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == child:
-                    code = os.waitstatus_to_exitcode(ended[1])
-                    return f"exit {code}" if code >= 0 else f"signal {-code}"
-        if control is not None and select.select([control], [], [], 0)[0]:
+        ready = select.select(awaited, [], [], _PERIOD_SECONDS)[0]
+        while (ended := reap())[0] > 0:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+                return f"exit {code}" if code >= 0 else f"signal {-code}"
+        if control in ready:
             return "stopped"
         if resident_bytes(uid) > memory_bytes:
             return "memory"
@@ -41,18 +40,30 @@ def until_end(child: int, uid: int | None, memory_bytes: int, control: int | Non
             return "disk"
 
 
+def reap() -> tuple[int, int]:
+    """Process id and status of a child that has ended; (0, 0) where none has, (-1, 0) where there is no child."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return -1, 0
+
+
 def resident_bytes(uid: int | None) -> int:
     """The private memory of a user's processes; with None of all but this one."""
-    total, own = 0, str(os.getpid())
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc"):
-            if not name.isdigit() or name == own:
-                continue
-            with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/status", "rb") as file:
-                found = {line.split()[0]: line.split()[1] for line in file if line.startswith((b"Uid:", b"RssAnon:"))}
-                if uid is None or int(found[b"Uid:"]) == uid:
-                    total += int(found.get(b"RssAnon:", 0)) * 1024
-    return total
+    try:
+        names = set(filter(str.isdigit, os.listdir("/proc"))) - {str(os.getpid())}
+    except OSError:  # no /proc could be mounted
+        return 0
+    return sum(_private_bytes(name, uid) for name in names)
+
+
+def _private_bytes(name: str, uid: int | None) -> int:
+    try:
+        with open(f"/proc/{name}/status", "rb") as file:
+            found = {line.split()[0]: int(line.split()[1]) for line in file if line.startswith((b"Uid:", b"RssAnon:"))}
+    except OSError:  # it has just ended
+        return 0
+    return found.get(b"RssAnon:", 0) * 1024 if uid in (None, found.get(b"Uid:")) else 0
 
 
 def disk_use(folder: str) -> int:
@@ -60,8 +71,10 @@ def disk_use(folder: str) -> int:
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):
+            try:
                 total += os.lstat(os.path.join(place, name)).st_blocks * 512
+            except OSError:  # it has just been removed
+                continue
     return total
 
 
@@ -78,22 +91,19 @@ def kill_user(uid: int, spare: int) -> None:
                 os.setresgid(uid, uid, uid)
                 os.setresuid(spare, uid, spare)
                 kernel.drop_capabilities()
-                try:
-                    os.kill(1, 0)  # whoever may signal pid 1 holds more than it should
-                except PermissionError:
-                    os.kill(-1, signal.SIGKILL)
-            except BaseException:
-                pass
-            os._exit(0)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
-        if not _any_child():
+                _kill_all()
+            finally:
+                os._exit(0)
+        os.waitpid(sender, 0)
+        while (ended := reap())[0] > 0:
+            pass
+        if ended[0] < 0:
             return
+        select.select([], [], [], 0.002)
 
 
-def _any_child() -> bool:
+def _kill_all() -> None:
     try:
-        return select.select([], [], [], 0.002) is not None and os.waitpid(-1, os.WNOHANG)[0] >= 0
-    except ChildProcessError:
-        return False
+        os.kill(1, 0)  # whoever may signal process 1 holds more than it should
+    except PermissionError:
+        os.kill(-1, SIGKILL)
