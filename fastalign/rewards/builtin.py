@@ -40,6 +40,17 @@ class Builtin:
     preload: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class WithParameters:
+    """A reward with its parameters; a column of the data that is called as one of them does not take its place."""
+
+    function: Callable[..., list[float | None]]
+    parameters: dict[str, Any]
+
+    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        return self.function(completions, **{**columns, **self.parameters})
+
+
 def golds_of(columns: dict[str, Any], count: int) -> list[str | None]:
     """The reference answer of each sample, from the first of `GOLD_COLUMNS` that has a value; None where there is none."""
     golds: list[str | None] = []

@@ -22,7 +22,7 @@ from .answers import after_thinking
 from .completions import Completion, text_of
 from .confinement import Limits, Outcome, Running, confinement, package_paths, run_command, start_python
 from .program_values import matches
-from .unit_tests import Run, Test, Value, Whole, tests_of
+from .unit_tests import Run, Test, Value, Whole, read_tests
 
 logger = logging.getLogger("fastalign")
 
@@ -50,7 +50,7 @@ def code(
     """The fraction of the record's tests that the program passes; with all=1 it is 1 where all pass, else 0.
 
     The program is the last ```python block (else the last without a language) after the last </think>; block=any takes the whole
-    text where there is none, otherwise such a completion scores 0. Where the tests are: `unit_tests.tests_of`. A record without
+    text where there is none, otherwise such a completion scores 0. Where the tests are: `unit_tests.read_tests`. A record without
     tests has no reward. Programs run confined, `workers` at a time (0: one a core), each within `timeout` seconds for all its tests.
     """
     if block not in ("python", "any"):
@@ -74,7 +74,7 @@ def code(
 
 def _tests(columns: dict[str, Any], i: int) -> list[Test]:
     try:
-        return tests_of({name: values[i] for name, values in columns.items()})
+        return read_tests({name: values[i] for name, values in columns.items()})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("reward 'code': the tests of sample %d cannot be read, so it has no reward: %s", i, error)
         return []

@@ -47,7 +47,7 @@ class Whole:
 Test = list[Run | Value] | Whole
 
 
-def tests_of(record: dict[str, Any]) -> list[Test]:
+def read_tests(record: dict[str, Any]) -> list[Test]:
     """The tests of a record; empty where it has none.
 
     `tests`, `test_list` or `test`: Python with asserts, a list of texts one test each. `inputs` and `outputs`, or the two in a JSON

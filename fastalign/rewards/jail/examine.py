@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import CodeType
     from typing import Any
 
+_compile, _eval, _exec = compile, eval, exec  # a program may put others in their place
 _DEEPEST = 50
 _SIGKILL = 9
 _SCALARS: dict[type, Callable[[Any], str]] = {
@@ -102,8 +103,9 @@ class Imported:
 
     def __init__(self, code: CodeType) -> None:
         self._module = type(sys)("solution")
-        sys.modules["solution"] = self._module  # tests that import it find it, and so does what looks a class up by its module
-        exec(code, self._module.__dict__)
+        # tests that import it find it, and so does what looks a class up by its module
+        sys.modules["solution"] = sys.modules["__main__"] = self._module
+        _exec(code, self._module.__dict__)
         self._scope: dict[str, Any] = {}
 
     def answer(self, request: dict[str, Any], channel: Channel) -> str:
@@ -111,8 +113,8 @@ class Imported:
             self._scope = dict(self._module.__dict__)
         try:
             if "value" in request:
-                return f'{{"value": {encode(eval(compile(request["value"], "<test>", "eval"), self._scope))}}}'
-            exec(compile(request["run"], "<test>", "exec"), self._scope)
+                return f'{{"value": {encode(_eval(_compile(request["value"], "<test>", "eval"), self._scope))}}}'
+            _exec(_compile(request["run"], "<test>", "exec"), self._scope)
         except BaseException:  # SystemExit too
             if "run" in request:
                 channel.message()
@@ -125,7 +127,7 @@ def _as_main(code: CodeType) -> int:
     sys.modules["__main__"] = main
     status = 0
     try:
-        exec(code, main.__dict__)
+        _exec(code, main.__dict__)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
@@ -184,7 +186,7 @@ def main() -> None:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
     sys.argv = ["solution.py"]
     try:
-        code = compile(setup["program"], "solution.py", "exec", dont_inherit=True)
+        code = _compile(setup["program"], "solution.py", "exec", dont_inherit=True)
         imported = Imported(code) if setup["imported"] else None
     except BaseException:
         channel.reply('{"failed": true}')
