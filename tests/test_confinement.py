@@ -301,7 +301,7 @@ os.kill(0, signal.SIGKILL)
     assert run("print('next')").stdout == "next\n"
 
 
-def test_confinement_ends_with_the_process_that_asked_for_it(way):
+def test_confinement_ends_with_the_process_that_asked_for_it(way, tmp_path):
     """A parent that is killed takes the program along, and what the program left behind."""
     mark = f"daemon-{os.urandom(8).hex()}"
     program = "import os, time\n" + daemon_of(mark) + "time.sleep(300)"
@@ -309,7 +309,8 @@ def test_confinement_ends_with_the_process_that_asked_for_it(way):
         f"from fastalign.rewards import confinement\nconfinement.confinement = lambda: {way!r}\n"
         f"confinement.run_python({program!r}, limits=confinement.Limits(seconds=300.0))\n"
     )
-    parent = subprocess.Popen([sys.executable, "-"], stdin=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    where = {**os.environ, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-"], stdin=subprocess.PIPE, cwd=Path(__file__).parent.parent, env=where)
     assert parent.stdin is not None
     parent.stdin.write(script.encode())  # not an argument: its command line must not hold the mark
     parent.stdin.close()
@@ -318,7 +319,7 @@ def test_confinement_ends_with_the_process_that_asked_for_it(way):
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not processes_with(mark))
+    wait_until(lambda: not processes_with(mark) and not list(tmp_path.iterdir()))
 
 
 def wait_until(condition) -> None:

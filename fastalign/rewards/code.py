@@ -29,7 +29,7 @@ logger = logging.getLogger("fastalign")
 _EXAMINE = Path(__file__).with_name("jail") / "examine.py"
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
-_REPLY_BYTES = 16 << 20
+_REPLY_BYTES = 8 << 20
 _LEAST_OUTPUT = 1 << 16  # bytes of stdout that a run may write at the least before it is wrong
 
 

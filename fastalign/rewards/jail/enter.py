@@ -177,6 +177,19 @@ def main() -> None:
             in_namespaces(setup)
     except BaseException as error:
         report(setup, f"error {error}")
+    finally:
+        remove(setup["folder"])
+
+
+def remove(folder: str) -> None:
+    """Takes the folder away, whose processes have ended; who started this may have been killed."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(place, name))
+        for name in folders:
+            path = os.path.join(place, name)
+            os.unlink(path) if os.path.islink(path) else os.rmdir(path)
+    os.rmdir(folder)
 
 
 if __name__ == "__main__":

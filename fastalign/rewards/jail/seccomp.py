@@ -21,14 +21,14 @@ _OWN = {
         "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "quotactl": 179,
         "kexec_load": 246, "kexec_file_load": 320, "init_module": 175, "finit_module": 313, "delete_module": 176, "reboot": 169,
         "swapon": 167, "open_by_handle_at": 304, "process_vm_readv": 310, "process_vm_writev": 311, "shmget": 29, "semget": 64,
-        "msgget": 68, "mq_open": 240,
+        "msgget": 68, "mq_open": 240, "syslog": 103,
     },
     "aarch64": {
         "socket": 198, "ptrace": 117, "mount": 40, "umount2": 39, "pivot_root": 41, "chroot": 51, "unshare": 97, "setns": 268,
         "bpf": 280, "perf_event_open": 241, "userfaultfd": 282, "keyctl": 219, "add_key": 217, "request_key": 218, "quotactl": 60,
         "kexec_load": 104, "kexec_file_load": 294, "init_module": 105, "finit_module": 273, "delete_module": 106, "reboot": 142,
         "swapon": 224, "open_by_handle_at": 265, "process_vm_readv": 270, "process_vm_writev": 271, "shmget": 194, "semget": 190,
-        "msgget": 186, "mq_open": 180,
+        "msgget": 186, "mq_open": 180, "syslog": 116,
     },
 }  # fmt: skip
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
