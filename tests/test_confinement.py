@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.rewards import confinement
+from fastalign.rewards import confinement, nursery
 from fastalign.rewards.confinement import ConfinementUnavailable, Limits, Outcome, probe, run_command, run_python
 
 CONFINEMENT = confinement.confinement  # the tests of one way put that way in its place
@@ -345,12 +345,35 @@ def test_confinement_runs_many_at_once(way):
 
 def test_confinement_leaks_neither_descriptors_nor_processes(way):
     run("pass")
-    before = len(os.listdir("/proc/self/fd"))
+    before, running = len(os.listdir("/proc/self/fd")), len(processes_with("enter.py"))
     for _ in range(3):
         run("print(1)")
         run("while True: pass", Limits(seconds=0.2))
     assert len(os.listdir("/proc/self/fd")) == before
-    assert processes_with("enter.py") == []
+    assert len(processes_with("enter.py")) == running
+
+
+def test_confinement_survives_the_end_of_its_nursery(way):
+    run("pass")
+    nursery._nursery._process.kill()
+    nursery._nursery._process.wait()
+    assert run("print('next')").stdout == "next\n"
+
+
+def test_confinement_works_in_a_forked_process(way):
+    run("pass")
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(send, run("print('forked')").stdout.encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    assert os.read(receive, 100) == b"forked\n"
+    os.waitpid(child, 0)
+    os.close(receive)
+    assert run("print('next')").stdout == "next\n"
 
 
 def test_confinement_passes_no_descriptor_on(way, tmp_path):

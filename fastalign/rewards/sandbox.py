@@ -7,15 +7,14 @@ import marshal
 import os
 import selectors
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-_ENTER = Path(__file__).with_name("jail") / "enter.py"
+from . import nursery
+
 _START_SECONDS = 60.0  # building a sandbox takes a twentieth of a second; on a machine that swaps, much longer
 _STOP_SECONDS = 10.0
 _CHUNK = 1 << 16
@@ -93,7 +92,8 @@ class Running:
     ) -> None:  # fmt: skip
         self.limits = limits or Limits()
         self._began = self._deadline = self._ended = 0.0
-        self._status, self._fate, self._exceeded = b"", "", ""
+        self._fate, self._exceeded = "", ""
+        self._pid = 0
         self._waiting = bytearray()  # for its stdin
         self._folder = tempfile.mkdtemp(prefix="fastalign-sandbox-")
         self._output: dict[int, bytearray] = {}
@@ -109,32 +109,28 @@ class Running:
             raise
 
     def _start(self, setup: dict[str, object]) -> None:
-        (theirs_in, self._stdin), (status, theirs_status) = os.pipe(), os.pipe()
-        setup = {**setup, "stdin": theirs_in, "status": theirs_status}
-        command = [sys.executable, "-I", "-S", str(_ENTER)]
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=_ENVIRONMENT,
-                pass_fds=(theirs_in, theirs_status), start_new_session=True, cwd="/",
-            )  # fmt: skip
-        finally:
-            os.close(theirs_in)
-            os.close(theirs_status)
-            self._pipes = [self._stdin, status]
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._status_file, self._out, self._err = status, self._process.stdout.fileno(), self._process.stderr.fileno()
-        for file in (self._out, self._err, status):
+        control, stdin, stdout, stderr, status = pipes = [os.pipe() for _ in range(5)]
+        self._pipes = [end for pipe in pipes for end in pipe]
+        self._control, self._stdin = control[1], stdin[1]
+        self._out, self._err, self._status = stdout[0], stderr[0], status[0]
+        nursery.enter([control[0], stdin[0], stdout[1], stderr[1], status[1]])
+        for file in (control[0], stdin[0], stdout[1], stderr[1], status[1]):
+            self._close(file)
+        for file in (self._out, self._err, self._status):
             self._output[file] = bytearray()
             os.set_blocking(file, False)
             self._selector.register(file, selectors.EVENT_READ)
         os.set_blocking(self._stdin, False)
         body = marshal.dumps(setup)
-        with contextlib.suppress(BrokenPipeError):
-            message = memoryview(len(body).to_bytes(8, "little") + body)
+        message = memoryview(len(body).to_bytes(8, "little") + body)
+        with contextlib.suppress(BrokenPipeError):  # the status tells
             while message:
-                message = message[self._process.stdin.write(message) or 0 :]
+                message = message[os.write(self._control, message) :]
+
+    def _close(self, file: int) -> None:
+        if file in self._pipes:
+            self._pipes.remove(file)
+            os.close(file)
 
     def send(self, text: bytes, last: bool = False) -> None:
         """Writes to its stdin, as fast as it reads; `last` closes it thereafter."""
@@ -165,13 +161,13 @@ class Running:
             ConfinementUnavailable: the program could not be started.
         """
         self._pump(lambda: set(self._selector.get_map()) <= {self._stdin}, self._deadline)
+        texts = [bytes(self._output[file][: self.limits.output_bytes]).decode(errors="replace") for file in (self._out, self._err)]
         self.close()
         if self._fate.startswith("error "):
             raise ConfinementUnavailable(self._fate.removeprefix("error "))
         kind, _, number = self._fate.partition(" ")
         code = int(number) if kind == "exit" else -int(number) if kind == "signal" else None
         exceeded = self._exceeded or (kind if kind in ("memory", "disk") else "")
-        texts = [bytes(self._output[file][: self.limits.output_bytes]).decode(errors="replace") for file in (self._out, self._err)]
         return Outcome(texts[0], texts[1], None if exceeded else code, exceeded, self.elapsed)
 
     def _pump(self, done: Callable[[], bool], deadline: float) -> None:
@@ -211,50 +207,57 @@ class Running:
         if not part:
             self._selector.unregister(file)
         self._output[file] += part
-        if file == self._status_file:
+        if file == self._status:
             self._learn()
         elif len(self._output[file]) > self.limits.output_bytes:
             self._exceeded = "output"
 
     def _learn(self) -> None:
-        for line in self._output[self._status_file].decode(errors="replace").splitlines():
-            if line == "started" and not self._began:
-                self._began = time.monotonic()
+        for line in self._output[self._status].decode(errors="replace").splitlines():
+            if line.startswith("pid "):
+                self._pid = int(line.removeprefix("pid "))
+            elif line == "started":
+                self._began = self._began or time.monotonic()
                 self._deadline = self._began + self.limits.seconds
-            elif line != "started" and not self._fate:
+            elif not self._fate:
                 self._fate, self._ended = line, time.monotonic()
-        if self._status_file not in self._selector.get_map() and not self._fate:
+        if self._status not in self._selector.get_map() and not self._fate:
             self._fate, self._ended = "error its outer process died", time.monotonic()
 
     def _close_stdin(self) -> None:
-        if self._stdin in self._pipes:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(self._stdin)
-            self._pipes.remove(self._stdin)
-            os.close(self._stdin)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self._stdin)
+        self._close(self._stdin)
 
     def _stop(self) -> None:
-        """Asks for the end of everything, and waits for it."""
+        """Asks for the end of everything, and waits for it: the status ends with the last process that holds it."""
         self._ended = self._ended or time.monotonic()
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # takes process 1 of the sandbox along, and that one the rest
-            self._process.wait()
+            os.write(self._control, b"x")  # a forked copy of this process may hold the pipe open
+        self._close(self._control)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._status in self._selector.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                if self._pid:  # takes process 1 of the sandbox along, and that one the rest
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(self._pid, signal.SIGKILL)
+                return
+            for file in {key.fd for key, _ in self._selector.select(left)} - {self._stdin}:
+                self._discard(file)
+
+    def _discard(self, file: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(file, _CHUNK) or file != self._status:
+                self._selector.unregister(file)
 
     def close(self) -> None:
         """Ends the program, if it still runs, with all it started, and removes its folder."""
-        if hasattr(self, "_process"):
+        if self._output:
             self._stop()
-            for pipe in (self._process.stdout, self._process.stderr):
-                if pipe is not None:
-                    pipe.close()
-        for file in self._pipes:
-            os.close(file)
-        self._pipes = []
+        for file in list(self._pipes):
+            self._close(file)
+        self._output = {}
         self._selector.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

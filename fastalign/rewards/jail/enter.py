@@ -1,12 +1,13 @@
-"""Builds a sandbox around one program and waits for it. Runs as a script of its own, isolated and without site packages.
+"""Forks a process for each sandbox, which builds it around one program and waits for that.
 
-The setup comes on stdin, marshalled; the end of that stream, which a dead parent brings about too, ends the sandbox. stdout and
-stderr are the program's. The status descriptor gets "started", then what became of it as `watch.until_end` words it, one line each;
-or "error …" when the sandbox could not be built, and nothing was run.
+Runs as a script of its own, isolated and without site packages. stdin is a socket: each message brings the descriptors of one sandbox,
+`DESCRIPTORS`, in that order. The setup comes on control, marshalled; the end of that stream, which a dead parent brings about too,
+ends the sandbox. stdout and stderr are the program's. The status gets "pid N", "started", then what became of the program as
+`watch.until_end` words it, one line each; or "error …" when the sandbox could not be built, and nothing was run.
 
-Three processes: this one stays outside; "first" is process 1 of the new process namespace, whose end takes every other one along;
-the program is its child. As root without the right to make namespaces there is no first: the program gets a user of its own, and
-this process, to which its orphans fall, ends whatever that user still runs.
+Three processes: the fork of this one stays outside; "first" is process 1 of the new process namespace, whose end takes every other one
+along; the program is its child. As root without the right to make namespaces there is no first: the program gets a user of its own,
+and the one outside, to which its orphans fall, ends whatever that user still runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import marshal
 import os
 import resource
 import select
+import socket
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -25,6 +27,7 @@ import root
 import seccomp
 import watch
 
+DESCRIPTORS = ("control", "stdin", "stdout", "stderr", "status")
 _INSIDE = 1000  # the user in a user namespace
 _FIRST_USER, _SPARE_USER = 1_200_000_000, 1_300_000_000
 _PR_SET_CHILD_SUBREAPER = 36
@@ -158,18 +161,28 @@ def with_own_user(setup: dict) -> None:
     report(setup, outcome)
 
 
-def main() -> None:
-    stream = os.fdopen(os.dup(0), "rb", buffering=0)
-    size = int.from_bytes(stream.read(8), "little")
-    body = b""
-    while len(body) < size:
-        part = stream.read(size - len(body))
-        if not part:
-            return
-        body += part
-    setup = marshal.loads(body)
-    for file in (setup["stdin"], setup["status"]):
-        os.set_inheritable(file, False)
+def read_setup() -> dict:
+    """What to do, from control.
+
+    Raises:
+        EOFError: its sender has ended.
+    """
+    with open(os.dup(0), "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return marshal.loads(stream.read(size))
+
+
+def attend(files: list[int]) -> None:
+    """One sandbox, from its setup to its end."""
+    named = dict(zip(DESCRIPTORS, files, strict=True))
+    os.setsid()
+    kernel.default_signals()
+    kernel.ignore_signal(kernel.SIGPIPE)  # nobody may be left to read the status
+    for place, name in enumerate(("control", "stdout", "stderr")):
+        os.dup2(named[name], place)
+        os.close(named[name])
+    setup = {**read_setup(), "stdin": named["stdin"], "status": named["status"]}
+    report(setup, f"pid {os.getpid()}")
     try:
         if setup["way"] == "uid":
             with_own_user(setup)
@@ -190,6 +203,29 @@ def remove(folder: str) -> None:
             path = os.path.join(place, name)
             os.unlink(path) if os.path.islink(path) else os.rmdir(path)
     os.rmdir(folder)
+
+
+def main() -> None:
+    """Serves the socket until its other end closes."""
+    door = socket.socket(fileno=0)
+    kernel.ignore_signal(kernel.SIGCHLD)  # its children are not waited for
+    while True:
+        message, files, _, _ = socket.recv_fds(door, 1, len(DESCRIPTORS))
+        if not message:
+            return
+        for file in files:
+            os.set_inheritable(file, False)
+        try:
+            child = os.fork()
+        except OSError:  # the descriptors' end says it
+            child = -1
+        if child == 0:
+            try:
+                attend(files)
+            finally:
+                os._exit(0)
+        for file in files:
+            os.close(file)
 
 
 if __name__ == "__main__":

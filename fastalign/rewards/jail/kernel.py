@@ -9,6 +9,7 @@ import sys
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
+SIGPIPE, SIGCHLD = 13, 17
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -65,6 +66,10 @@ def forbid_privileges() -> None:
 def drop_capabilities() -> None:
     header = words(4, _CAPABILITY_VERSION_3, 0)
     syscall(_CAPSET[machine()], "capset", ctypes.c_char_p(header), ctypes.c_char_p(bytes(24)))
+
+
+def ignore_signal(number: int) -> None:
+    libc.signal(ctypes.c_int(number), ctypes.c_void_p(1))
 
 
 def default_signals() -> None:
