@@ -62,3 +62,17 @@ def test_data_page_examples_are_read_as_it_says():
     for line in lines:
         segment = sft_examples([Record(json.loads(line), "docs/data.md", 1)], tokenizer, max_length=4000).segments[0]
         assert any(segment.scored)
+
+
+def test_rewards_page_names_every_built_in_reward_and_parameter():
+    import inspect
+
+    from fastalign.rewards import BUILTIN
+
+    text = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    for name, row in BUILTIN.items():
+        assert f"`{name}`" in text
+        for parameter in inspect.signature(row.function).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                assert re.search(rf"\b{parameter.name}\b", text), f"{name}: {parameter.name}"
+                assert name == "command" or f"`{parameter.name}=" in text, f"{name}: {parameter.name}"

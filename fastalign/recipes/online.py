@@ -231,7 +231,7 @@ def evaluate(args: Arguments) -> dict[str, float]:
 def require_reward(args: Arguments) -> None:
     """Raises ValueError where no reward is named."""
     if not args.online.reward:
-        known = "a built-in (math, gsm8k, format, length), module:function, path.py:function, or a reward model's folder"
+        known = "a built-in (math, gsm8k, format, length, code), module:function, path.py:function, or a reward model's folder"
         raise ValueError(f"--reward is required: {known}")
 
 

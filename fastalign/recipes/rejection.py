@@ -129,7 +129,7 @@ def run(args: Arguments) -> dict[str, Any]:
     sampling(args)
     steps_of(args, 1)
     if not args.rejection.reward:
-        raise ValueError("--reward is required: a built-in (math, gsm8k, format, length), a reward model, or path.py:function")
+        raise ValueError("--reward is required: a built-in (math, gsm8k, format, length, code), a reward model, or path.py:function")
     seed_everything(args.run.seed)
     loaded = load(args.model)
     with rewards_of(args, loaded) as rewards:

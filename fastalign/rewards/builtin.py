@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any
 
 from . import answers
-
-Completion = str | list[dict[str, Any]]
+from .code import code, command
+from .completions import Completion, text_of
+from .unit_tests import COLUMNS as TEST_COLUMNS
 
 GOLD_COLUMNS = ("answer", "solution", "gold", "ground_truth", "target", "completion")
 """Where `math` and `gsm8k` look for the reference, in this order; a missing or null one leaves the sample out."""
@@ -39,11 +40,15 @@ class Builtin:
     preload: tuple[str, ...] = ()
 
 
-def text_of(completion: Completion) -> str:
-    """A completion as text: itself, or the contents of its assistant messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(m.get("content") or "") for m in completion if m.get("role", "assistant") == "assistant")
+@dataclass(frozen=True)
+class WithParameters:
+    """A reward with its parameters; a column of the data that is called as one of them does not take its place."""
+
+    function: Callable[..., list[float | None]]
+    parameters: dict[str, Any]
+
+    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        return self.function(completions, **{**columns, **self.parameters})
 
 
 def golds_of(columns: dict[str, Any], count: int) -> list[str | None]:
@@ -210,4 +215,6 @@ BUILTIN: dict[str, Builtin] = {
     "regex": Builtin(regex, isolated=True),
     "length": Builtin(target_length),
     "overlong": Builtin(overlong),
+    "code": Builtin(code, any_column=TEST_COLUMNS),
+    "command": Builtin(command),
 }

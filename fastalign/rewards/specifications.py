@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import logging
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import worker
-from .builtin import BUILTIN, Builtin, has_math_verify
+from .builtin import BUILTIN, Builtin, WithParameters, has_math_verify
 from .callers import Caller, InProcess, InThread, InWorkers, LoadFailed
 from .combinations import COMBINATIONS
 from .isolation import IsolatedReward
@@ -123,7 +122,7 @@ def _caller_of(function: Callable[..., Any], name: str) -> Caller:
 
 
 def _builtin_caller(name: str, row: Builtin, tail: str) -> Caller:
-    function = functools.partial(row.function, **_parameters(name, row, tail))
+    function = WithParameters(row.function, _parameters(name, row, tail))
     function([])  # a wrong parameter fails here, not at every sample
     if name == "math" and not has_math_verify():
         logger.warning("reward 'math': math-verify is not installed; answers are compared as exact numbers and normalized text only")
@@ -148,7 +147,7 @@ def _parameters(name: str, row: Builtin, tail: str) -> dict[str, Any]:
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in given]
     if missing:
         raise ValueError(f"reward {name!r}: expected {missing[0]}, as in --reward {name}:{missing[0]}=…")
-    return given
+    return {**{p.name: p.default for p in known.values()}, **given}
 
 
 def _float(name: str, key: str, value: str) -> float:
