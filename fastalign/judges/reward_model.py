@@ -124,7 +124,7 @@ class RewardModel:
             trees.append(Segment(known[key], children=tuple(Segment(ids[shared:]) for _, ids, _ in own)))
             places.append([(1 + k, end - shared) for k, (_, _, ends) in enumerate(own) for end in ends])
         for own, scores in zip(groups.values(), score_trees(self.model, trees, places, max_tokens=self.max_tokens), strict=True):
-            for (i, _, ends), each in zip(own, torch.sigmoid(scores.double()).split([len(ends) for _, _, ends in own]), strict=True):
+            for (i, *_), each in zip(own, torch.sigmoid(scores.double()).split([len(ends) for _, _, ends in own]), strict=True):
                 values[i] = each.tolist()
         return values
 
