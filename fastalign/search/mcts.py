@@ -192,6 +192,8 @@ def _settle(at: Expansion, fresh: int, options: TreeOptions) -> None:
 
 def _complete(policy: Policy, trees: list[Tree], scorer: Scorer) -> None:
     """Goes on to the end from the most visited branch of trees that have no solution yet."""
+    if not trees:
+        return
     stems = []
     for tree in trees:
         node = tree.root
