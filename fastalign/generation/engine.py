@@ -117,9 +117,7 @@ class Engine(LiveEngine):
         if priorities is not None and len(priorities) != len(prompts):
             raise ValueError(f"generate: expected one priority a prompt, got {len(priorities)} for {len(prompts)} prompts")
         with self._working("generate"):
-            run, groups = self._accept(prompts, priorities or [0] * len(prompts), live=False, logprobs=logprobs)
-            for group in groups:
-                group.live = extended
+            run, groups = self._accept(prompts, priorities or [0] * len(prompts), live=False, logprobs=logprobs, extended=extended)
             total = sum(group.params.n for group in groups)
             with tqdm(total=total, disable=progress is not True, unit="sample") as bar, self._forwarding():
                 run.on_finish, run.tracks = progress if callable(progress) else bar.update, bool(self._requests)

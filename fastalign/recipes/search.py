@@ -123,10 +123,10 @@ def search(searching: Searching, prompts: list[Prompt], rewards: RewardSet | Non
         if not waiting:
             continue
         size = max(1, BATCHES_A_CHUNK * max_num_seqs // each.width(searching.own))
-        searching.policy.engine.release_cache()  # what a method finds in the cache it has put there itself
         with writer(str(path)) as write, tqdm(total=len(waiting), unit="prompt", desc=" ".join(methods), disable=None) as bar:
             for start in range(0, len(waiting), size):
                 chunk = waiting[start : start + size]
+                searching.policy.engine.release_cache()  # the trees of the last chunk; and a method finds only what is its own
                 for method, prompt, value in searched(searching, each, methods, chunk, rewards):
                     if id(prompt) in left[method]:
                         write(value)
