@@ -430,6 +430,21 @@ def test_branches_are_forwarded_once(model, tokenizer):
     assert engine.num_used_blocks == 0
 
 
+@pytest.mark.parametrize("value", [digits, None])
+def test_trees_are_forwarded_once(model, tokenizer, value):
+    """The cache holds every branch, however often the search comes back to it: a node that is gone on from costs its last token."""
+    prompts = problems(tokenizer, *TEXTS)
+    engine = Engine(model, tokenizer, block_size=1)
+    policy = Policy(engine, PARAMS, separator="", max_step_tokens=3)
+    calls, draw = [], policy._draw
+    policy._draw = lambda stems, *given: calls.append(stems) or draw(stems, *given)
+    found = mcts(policy, prompts, digits, value=value, options=TreeOptions(num_simulations=5, num_expansions=2))
+    stems = [stem for own in calls for stem in own]
+    assert engine.stats.prompt_tokens == sum(len(prompt.ids) for prompt in prompts) + len(stems) - len(prompts)
+    assert engine.stats.cached_tokens == sum(len(stem.prompt.ids) + len(stem.path.ids) - 1 for stem in stems if stem.path.ids)
+    assert engine.stats.decoded_tokens == sum(result.num_tokens for result in found)
+
+
 def test_a_solution_ends_where_it_says(model, tokenizer):
     prompts = problems(tokenizer, *TEXTS)
     engine = Engine(model, tokenizer)

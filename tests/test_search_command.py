@@ -194,6 +194,7 @@ def test_scorers_of_models_are_those_models(task):
         ({"scorer": "outcome", "method": ["mcts"], "tree_value": "scorer"}, "--tree_value scorer"),
         ({"scorer": "outcome", "method": ["mcts"], "score_aggregation": "min"}, "--score_aggregation min"),
         ({"scorer": "model"}, "--scorer .*model: expected the folder of a reward model"),
+        ({"temperature": 0.0}, "--temperature 0: --method best_of_n chooses among draws"),
         ({"max_step_tokens": 0}, "--method beam: nothing ends a step"),
         ({"save_steps": "x.jsonl"}, "--save_steps needs --method mcts with --tree_value rollouts"),
         ({"save_pairs": "x.jsonl", "method": ["majority"], "reward": []}, "--save_pairs needs --reward"),
@@ -201,13 +202,14 @@ def test_scorers_of_models_are_those_models(task):
     ],
 )
 def test_search_says_what_is_missing(task, tmp_path, changes, message):
-    named = changes.get("scorer")
+    changes, named = dict(changes), changes.get("scorer")
     if named:
         changes = changes | {"scorer": str(task / named)}
     if changes.get("reward"):
         changes = changes | {"reward": [f"{task}/{changes['reward'][0]}"]}
+    sampling = SamplingArguments(temperature=changes.pop("temperature", 1.0))
     with pytest.raises(ValueError, match=message):
-        search.run(arguments(task, tmp_path / "out", **changes))
+        search.run(replace(arguments(task, tmp_path / "out", **changes), sampling=sampling))
     assert not (tmp_path / "out").exists(), "nothing is written before everything is checked"
 
 

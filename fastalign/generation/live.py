@@ -239,8 +239,7 @@ class LiveEngine:
         groups = groups_of(prompts, limits, stops, self.tokenizer, first=self._arrivals, priorities=priorities)
         for group in groups:
             group.logprobs, group.live = group.logprobs or logprobs, live or extended
-        others = [request._group for request in self._requests.values()]
-        pool, cache = self._memory.ready(groups, others, live=live, busy=self._busy, keeping=extended)
+        pool, cache = self._memory.ready(groups, [r._group for r in self._requests.values()], live=live, busy=self._busy, keeping=extended)
         run = self._run = self._ready_run(groups, pool, cache, stops, live=live)
         self._arrivals += len(groups)
         for group in groups:

@@ -42,6 +42,9 @@ def run(args: Arguments) -> dict[str, Any]:
         FileExistsError: output_dir holds another search.
     """
     own = args.search
+    varied = [method for method in own.methods if method != "greedy"]
+    if args.sampling.temperature == 0 and varied:
+        raise ValueError(f"--temperature 0: --method {varied[0]} chooses among draws, which would all be the same; give a temperature > 0")
     separator = own.step_separator.replace("\\n", "\n").replace("\\t", "\t")
     loaded = load(args.model)
     sampling = GenerateArguments(seed=own.seed, logprobs=True)
