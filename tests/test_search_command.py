@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import write_arithmetic_judge, write_arithmetic_model
 
+from bench import bench_search, learn
 from fastalign import cli
 from fastalign.data import load_records, step_examples
 from fastalign.generation import Engine
@@ -222,6 +223,15 @@ def test_search_from_the_command_line(task, tmp_path, capsys):
     assert {row["search"]["method"] for row in lines_of(tmp_path / "out")} == {"greedy", "majority"}
     assert cli.main(["search", *flags, *own, "--method", "bem"]) == 2
     assert "beam" in capsys.readouterr().err
+
+
+def test_the_bench_goes_from_models_to_its_table(task, tmp_path):
+    write_arithmetic_model(tmp_path / "sft", num_hidden_layers=1)
+    write_arithmetic_judge(tmp_path / "process", step_separator="=")
+    setting = learn.Setting(tmp_path, {"heldout": str(task / "problems.jsonl")}, 0)
+    options = {"num_samples": 2, "num_beams": 1, "num_expansions": 2, "num_simulations": 2}
+    text = bench_search.markdown(search.run(bench_search.arguments(setting, **options)))
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {method}" for method in METHODS]
 
 
 def test_no_method_named_means_greedy_and_majority():

@@ -27,6 +27,7 @@ class SearchArguments:
         tree_rule: how mcts goes down: puct, uct, or rmax (seeks what is new, arXiv:2408.08152).
         tree_prior: the policy's part in puct: token_probability (of a mean token), step_probability (of the step) or draw_share.
         tree_value: what goes up mcts's tree: scorer (of steps), rollouts (scores of whole solutions), or auto (scorer where it can).
+        enough: mcts ends a prompt's search with the first solution of this score; unset: never early.
         vote: what majority and weighted vote on: answer (the final one in the text, equal numbers are one) or text (all of it).
         reward: says how right the chosen completion is, for the table: math, gsm8k, path.py:function, … (repeatable); empty: no accuracy.
         reward_weights: one weight a reward; empty: 1 each.
@@ -54,6 +55,7 @@ class SearchArguments:
     tree_rule: Literal["puct", "uct", "rmax"] = "puct"
     tree_prior: Literal["token_probability", "step_probability", "draw_share"] = "token_probability"
     tree_value: Literal["auto", "scorer", "rollouts"] = "auto"
+    enough: float | None = None
     vote: Literal["answer", "text"] = "answer"
     reward: list[str] = field(default_factory=list)
     reward_weights: list[float] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,7 +58,7 @@ def greedy(searching: Searching, prompts: Sequence[Prompt], methods: Sequence[st
     policy = searching.policy
     params = replace(policy.params, temperature=0.0)
     still = Policy(policy.engine, params, separator=policy.separator, max_step_tokens=policy.max_step_tokens)
-    return {method: [chosen(paths, [float("nan")], 0, 0) for paths in sample(still, prompts, 1)] for method in methods}
+    return {method: [chosen(paths, [math.nan], 0, 0) for paths in sample(still, prompts, 1)] for method in methods}
 
 
 def by_samples(searching: Searching, prompts: Sequence[Prompt], methods: Sequence[str]) -> Results:
@@ -86,7 +87,9 @@ def by_beams(searching: Searching, prompts: Sequence[Prompt], methods: Sequence[
 def by_tree(searching: Searching, prompts: Sequence[Prompt], methods: Sequence[str]) -> Results:
     """Monte-Carlo tree search."""
     own, guide = searching.own, searching.needed_guide
-    options = TreeOptions(own.num_simulations, own.num_expansions, own.tree_rule, own.tree_prior)
+    options = TreeOptions(
+        own.num_simulations, own.num_expansions, own.tree_rule, own.tree_prior, math.inf if own.enough is None else own.enough
+    )
     value = None if rolls_out(own, guide) else guide.bounded
     return dict.fromkeys(methods, mcts(searching.policy, prompts, guide.bounded, value=value, options=options))
 
