@@ -46,6 +46,7 @@ def arguments(setting: learn.Setting, **changes: Any) -> Arguments:
         scorer=str(setting.root / "process"),
         step_separator="",
         max_step_tokens=1,
+        num_expansions=8,  # about as many tokens as 16 whole answers
         vote="text",
         reward=[learn.REWARD],
         block_size=2,
