@@ -198,6 +198,7 @@ COMMANDS: dict[str, str] = {
     "grpo": "online reinforcement learning with rewards: grpo, dr_grpo, rloo, dapo, … (--algorithm)",
     "generate": "completions of prompts, with log-probs if asked for",
     "eval": "pass@k and majority votes of a model on problems that a reward can judge, with intervals",
+    "search": "better answers for more tokens: best-of-n, votes, beams and trees over steps, in one table",
     "serve": "an OpenAI-compatible server over the live engine: completions, chat, streams, log-probs",
     "run": "a pipeline of these commands from a YAML file, each from the model before; goes on where it stopped",
     "demo": "a small model learns arithmetic in minutes on a CPU: SFT, then GRPO",

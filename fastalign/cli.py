@@ -120,6 +120,11 @@ def _start(command: str, values: dict[str, Any]) -> None:
 
         evaluate.run(args)
         return
+    if command == "search":
+        from .recipes import search
+
+        search.run(args)
+        return
     if command == "serve":
         from .recipes import serve
 

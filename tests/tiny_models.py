@@ -3,7 +3,15 @@
 from operator import sub
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fastalign.generation import SamplingParams
 from fastalign.models.attention import use_fastalign_attention
@@ -50,6 +58,19 @@ def write_arithmetic_model(folder, *, num_hidden_layers=2, hidden_size=32, initi
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_arithmetic_judge(folder, **config):
+    """A tiny reward model with the demo's tokenizer; `step_separator` makes it one of steps."""
+    tokenizer = arithmetic.build_tokenizer()
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, num_labels=1, initializer_range=0.2, **sizes)
+    for name, value in config.items():
+        setattr(own, name, value)
+    LlamaForSequenceClassification(own).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 FAMILIES = {"llama": llama, "qwen2": qwen2, "gemma2": gemma2}

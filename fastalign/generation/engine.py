@@ -52,6 +52,7 @@ class Engine(LiveEngine):
         request_ids: Sequence[int] | None = None,
         priorities: Sequence[int] | None = None,
         progress: Progress = False,
+        keep_computed: bool = False,
     ) -> list[RequestOutput]:
         """Completes prompts, in the order given.
 
@@ -61,6 +62,7 @@ class Engine(LiveEngine):
             request_ids: the request part of each prompt's random key, so that a resumed run repeats; default 0, 1, 2, ….
             priorities: one a prompt; lower values go first, equals in the order given.
             progress: show a bar of finished samples; or a function that is called with how many have just ended.
+            keep_computed: later calls will go on from these completions, so that not only prompts but they, too, stay findable.
 
         Raises:
             ValueError: an empty or over-long prompt, a token id outside the vocabulary, a cache too small for one sequence.
@@ -68,7 +70,7 @@ class Engine(LiveEngine):
             RuntimeError: a logits processor raised; names the request. Nothing is returned then.
         """
         read = read_requests(prompts, params or SamplingParams(), self.tokenizer, request_ids)
-        groups, rows = self._complete(read, priorities, progress)
+        groups, rows = self._complete(read, priorities, progress, extended=keep_computed)
         return [request_output(group, prompt.text, self.tokenizer, rows) for prompt, group in zip(read, groups, strict=True)]
 
     def rollout(
@@ -102,14 +104,20 @@ class Engine(LiveEngine):
             return score_sequences(self.model, sequences, **options)  # type: ignore[arg-type]
 
     def _complete(
-        self, prompts: list[Prompt], priorities: Sequence[int] | None, progress: Progress, *, logprobs: bool = False
+        self,
+        prompts: list[Prompt],
+        priorities: Sequence[int] | None,
+        progress: Progress,
+        *,
+        logprobs: bool = False,
+        extended: bool = False,
     ) -> tuple[list[Group], Rows]:
         if not prompts:
             return [], Rows(0, 0, 0, 0)
         if priorities is not None and len(priorities) != len(prompts):
             raise ValueError(f"generate: expected one priority a prompt, got {len(priorities)} for {len(prompts)} prompts")
         with self._working("generate"):
-            run, groups = self._accept(prompts, priorities or [0] * len(prompts), live=False, logprobs=logprobs)
+            run, groups = self._accept(prompts, priorities or [0] * len(prompts), live=False, logprobs=logprobs, extended=extended)
             total = sum(group.params.n for group in groups)
             with tqdm(total=total, disable=progress is not True, unit="sample") as bar, self._forwarding():
                 run.on_finish, run.tracks = progress if callable(progress) else bar.update, bool(self._requests)

@@ -229,16 +229,17 @@ class LiveEngine:
         if self._memory.pool is not None:
             self._memory.pool.reset()
 
-    def _accept(self, prompts: list[Prompt], priorities: Sequence[int], *, live: bool, logprobs: bool = False) -> tuple[Run, list[Group]]:
-        """Checks the prompts and queues them as groups."""
+    def _accept(
+        self, prompts: list[Prompt], priorities: Sequence[int], *, live: bool, logprobs: bool = False, extended: bool = False
+    ) -> tuple[Run, list[Group]]:
+        """Checks the prompts and queues them as groups; `extended`: a later call goes on from their completions."""
         self._check_weights()
         stops = self._run.stops if self._run is not None and self._busy else StopTable(head_of(self.model).weight.shape[0])
         limits = Limits.of(self.model, self.tokenizer)
         groups = groups_of(prompts, limits, stops, self.tokenizer, first=self._arrivals, priorities=priorities)
         for group in groups:
-            group.logprobs, group.live = group.logprobs or logprobs, live
-        others = [request._group for request in self._requests.values()]
-        pool, cache = self._memory.ready(groups, others, live=live, busy=self._busy)
+            group.logprobs, group.live = group.logprobs or logprobs, live or extended
+        pool, cache = self._memory.ready(groups, [r._group for r in self._requests.values()], live=live, busy=self._busy, keeping=extended)
         run = self._run = self._ready_run(groups, pool, cache, stops, live=live)
         self._arrivals += len(groups)
         for group in groups:

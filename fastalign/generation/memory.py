@@ -26,18 +26,21 @@ class Memory:
         self.cache: KVCache | None = None
         self.pool: BlockPool | None = None
 
-    def ready(self, groups: Sequence[Group], others: Sequence[Group], *, live: bool, busy: bool) -> tuple[BlockPool, KVCache]:
+    def ready(
+        self, groups: Sequence[Group], others: Sequence[Group], *, live: bool, busy: bool, keeping: bool = False
+    ) -> tuple[BlockPool, KVCache]:
         """The pool and the cache, with room for the largest of `groups` at least.
 
         Args:
             groups: that come. others: that are there already.
             live: more will come, so that it grows in large strides.
             busy: blocks are in use.
+            keeping: what is known already is to stay beside what comes.
 
         Raises:
             ValueError: one sequence cannot fit; names the request and the remedy.
         """
-        num_blocks = self._size([*groups, *others], live)
+        num_blocks = self._size([*groups, *others], live or keeping, self.pool.num_cached if keeping and self.pool is not None else 0)
         self._check(max(groups, key=lambda group: group.limit), num_blocks)
         keeps = self.pool is not None and (busy or self.pool.num_cached > 0)
         if self.pool is None or self.cache is None or (self.pool.num_blocks < num_blocks and not keeps):
@@ -52,14 +55,14 @@ class Memory:
         """Gives everything back."""
         self.cache = self.pool = None
 
-    def _size(self, groups: list[Group], live: bool) -> int:
-        """Blocks."""
+    def _size(self, groups: list[Group], growing: bool, num_kept: int) -> int:
+        """Blocks, with `num_kept` for what is known already."""
         if self.kv_cache_tokens is not None:
             return self.kv_cache_tokens // self.block_size
         held = self.pool.num_blocks if self.pool is not None else 0
         affordable = free_bytes(self.model) // 2 // (cache_bytes_per_token(self.model) * self.block_size)
-        wanted = _blocks_wanted(groups, self.block_size, self.max_num_seqs)
-        if live and wanted > held:
+        wanted = _blocks_wanted(groups, self.block_size, self.max_num_seqs) + num_kept
+        if growing and wanted > held:
             wanted = max(wanted, held * 3 // 2)
         return max(held, min(wanted, held + affordable))
 

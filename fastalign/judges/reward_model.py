@@ -95,29 +95,38 @@ class RewardModel:
             found.append(self._fitting(encode(prompt, known[key], text, ids)))
         return self._scores(prompts, found)
 
-    def by_steps(self, prompts: Sequence[str | Conversation], steps: Sequence[Sequence[str]]) -> list[list[float] | None]:
-        """The probability σ(score) of every step, of a model of steps; None for a solution that is too long or has no step.
+    def step_values(self, prompts: Sequence[str | Conversation], solutions: Sequence[Sequence[str]]) -> list[list[float] | None]:
+        """For each solution the probabilities σ(score) of its steps, not aggregated; solutions of one prompt forward it once.
 
         Args:
-            prompts: [B]; steps: the text of each solution's steps, a separator at a step's end left or taken off.
+            prompts: [B]. solutions: [B] lists of steps, finished or not, without separators; blank ones are passed over.
+
+        Returns:
+            [B]; None for a solution without a step, or longer than the model's positions.
 
         Raises:
-            ValueError: this is no model of steps.
+            ValueError: the model judges outcomes.
         """
         if self.steps is None:
-            raise ValueError("expected a process reward model (fastalign reward --loss process): this one scores whole answers")
-        trees, places, members = [], [], []
-        for i, (prompt, own) in enumerate(zip(prompts, steps, strict=True)):
-            texts = [step.removesuffix(str(self.separator)) for step in own]
-            each = self._fitting(self.steps.solution(self._prompt(prompt), texts)) if texts else None
-            if each is not None:
-                trees.append(Segment(each[0]))
-                places.append(tuple((0, end) for end in each[1]))
-                members.append(i)
-        found: list[list[float] | None] = [None] * len(steps)
-        for i, scores in zip(members, score_trees(self.model, trees, places, max_tokens=self.max_tokens), strict=True):
-            found[i] = torch.sigmoid(scores.double()).tolist()
-        return found
+            raise ValueError("step_values: expected a model of steps (fastalign reward --loss process), got one that scores whole answers")
+        values: list[list[float] | None] = [None] * len(solutions)
+        known: dict[str, list[int]] = {}
+        groups: dict[str, list[tuple[int, list[int], list[int]]]] = {}
+        for i, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
+            key, steps = str(prompt), [step for step in solution if step.strip()]
+            begin = known[key] = known.get(key) or self._prompt(prompt)
+            found = self._fitting(self.steps.solution(begin, steps) if steps else None)
+            if found is not None:
+                groups.setdefault(key, []).append((i, *found))
+        trees, places = [], []
+        for key, own in groups.items():
+            shared = len(known[key])
+            trees.append(Segment(known[key], children=tuple(Segment(ids[shared:]) for _, ids, _ in own)))
+            places.append([(1 + k, end - shared) for k, (_, _, ends) in enumerate(own) for end in ends])
+        for own, scores in zip(groups.values(), score_trees(self.model, trees, places, max_tokens=self.max_tokens), strict=True):
+            for (i, *_), each in zip(own, torch.sigmoid(scores.double()).split([len(ends) for _, _, ends in own]), strict=True):
+                values[i] = each.tolist()
+        return values
 
     def _scores(self, prompts: Sequence[Any], found: Sequence[tuple[list[int], list[int]] | None]) -> list[float | None]:
         """Rewards of (ids, places): the completions of one prompt are one tree, those by steps are one each."""

@@ -15,6 +15,7 @@ from .offline_arguments import (
     UnpairedArguments,
 )
 from .online_arguments import OnlineArguments, OpponentArguments, PPOArguments, ProcessArguments, SamplingArguments
+from .search_arguments import SearchArguments
 from .serve_arguments import ServeArguments
 
 
@@ -248,6 +249,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
     "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments),
+    "search": (ModelArguments, DataArguments, SamplingArguments, SearchArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
 }
@@ -275,6 +277,7 @@ class Arguments:
     ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
     evaluate: EvalArguments = field(default_factory=EvalArguments)
+    search: SearchArguments = field(default_factory=SearchArguments)
     serve: ServeArguments = field(default_factory=ServeArguments)
     supervised: SupervisedArguments = field(default_factory=SupervisedArguments)
     reference: ReferenceArguments = field(default_factory=ReferenceArguments)

@@ -50,7 +50,8 @@ def run(args: Arguments) -> dict[str, Any]:
     if args.sampling.temperature == 0 and given.num_samples > 1:
         raise ValueError(f"--num_samples {given.num_samples}: greedy samples are all the same; give --temperature, or one sample")
     folder = Path(given.output_dir)
-    claim(folder, args)
+    settings = {name: value for name, value in args.flat().items() if name not in FREE}
+    claim(folder, settings, (SAMPLES, SUMMARY), overwrite=given.overwrite_output_dir)
     done = completed_prompts(folder / SAMPLES, whole_key)
     loaded = load(args.model)
     own = GenerateArguments(num_samples=given.num_samples, seed=given.seed)
@@ -66,23 +67,28 @@ def run(args: Arguments) -> dict[str, Any]:
     return found
 
 
-def claim(folder: Path, args: Arguments) -> None:
-    """Makes the folder this evaluation's; one that was broken off is recognized by its settings.
+def claim(folder: Path, settings: Mapping[str, Any], files: tuple[str, ...], *, overwrite: bool, what: str = "an evaluation") -> None:
+    """Makes the folder this run's; one that was broken off is recognized by its settings.
+
+    Args:
+        settings: arguments that a run which goes on must share.
+        files: what a run writes; the first one tells that there is one.
+        overwrite: remove them.
+        what: the run, for messages.
 
     Raises:
-        FileExistsError: it is another evaluation's.
+        FileExistsError: it is another run's.
     """
-    settings = {name: value for name, value in args.flat().items() if name not in FREE}
     path = folder / SETTINGS
-    if args.evaluate.overwrite_output_dir:
-        for name in (SAMPLES, SUMMARY, SETTINGS):
+    if overwrite:
+        for name in (*files, SETTINGS):
             (folder / name).unlink(missing_ok=True)
-    elif (folder / SAMPLES).exists():
+    elif (folder / files[0]).exists():
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         other = [name for name in settings if known.get(name) != settings[name]]
         if other:
             raise FileExistsError(
-                f"--output_dir {folder} holds an evaluation with other {', '.join(other)}; add --overwrite_output_dir, or name another"
+                f"--output_dir {folder} holds {what} with other {', '.join(other)}; add --overwrite_output_dir, or name another"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(settings, indent=1) + "\n")
@@ -169,7 +175,7 @@ def summarize(
         if ranked and k > 1:
             every = list(zip(answers, right, ranks, strict=True))
             measures[f"best@{k}"] = [best_at_k(scores, own, k) for _, own, scores in every]
-            measures[f"wmaj@{k}"] = [maj_at_k(votes, own, k, [_probability(s) for s in scores]) for votes, own, scores in every]
+            measures[f"wmaj@{k}"] = [maj_at_k(votes, own, k, [probability(s) for s in scores]) for votes, own, scores in every]
     rewards = [c["reward"] for completions in found for c in completions if c["reward"] is not None]
     out: dict[str, Any] = {"num_problems": len(found), "num_samples": sum(map(len, found))}
     out["num_without_reward"] = out["num_samples"] - len(rewards)
@@ -181,7 +187,7 @@ def summarize(
     return out
 
 
-def _probability(score: float) -> float:
+def probability(score: float) -> float:
     """σ(score), a vote's weight; 0 of NaN."""
     if math.isnan(score):
         return 0.0

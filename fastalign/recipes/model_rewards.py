@@ -34,17 +34,17 @@ def with_reward_models(specifications: Sequence[str], policy: Loaded) -> list[Sp
     return [_reward(specification, policy) if names_model(specification) else specification for specification in specifications]
 
 
-def names_model(specification: str) -> bool:
-    """Whether --reward names a reward model, by its folder or Hub name.
+def names_model(specification: str, flag: str = "--reward") -> bool:
+    """Whether a specification is a reward model's folder or Hub name.
 
     Raises:
-        ValueError: a folder that is none.
+        ValueError: a folder that is no reward model.
     """
     if not Path(specification).is_dir():
         return bool(_HUB_NAME.fullmatch(specification)) and not specification.endswith(".py")
     if not is_reward_model(specification):
         raise ValueError(
-            f"--reward {specification}: expected the folder of a reward model (a sequence classifier, as fastalign reward writes it); "
+            f"{flag} {specification}: expected the folder of a reward model (a sequence classifier, as fastalign reward writes it); "
             "a function is module:function or path.py:function"
         )
     return True

@@ -27,7 +27,7 @@ def step_judge(args: Arguments, loaded: Loaded) -> tuple[StepReward, str]:
         ValueError: a folder that is no process reward model.
     """
     name = args.process.step_reward
-    if not names_model(name):
+    if not names_model(name, "--step_reward"):
         separator = args.process.step_separator.replace("\\n", "\n").replace("\\t", "\t")
         return FunctionReward(load_rewards([name], timeout=args.online.reward_timeout)), separator
     model = RewardModel.load(name, loaded.tokenizer, device=loaded.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,8 +106,13 @@ class ModelReward:
         self.model = model
 
     def __call__(self, prompts: list[Prompt], steps: list[list[Step]], samples: list[Sample]) -> list[list[float]]:
-        found = self.model.by_steps([prompt.prompt for prompt in prompts], [_cut(own) for own in steps])
-        return [[float("nan")] * len(own) if values is None else values for own, values in zip(steps, found, strict=True)]
+        separator = str(self.model.separator)
+        cut = [[text.removesuffix(separator) for text in _cut(own)] for own in steps]
+        found = self.model.step_values([prompt.prompt for prompt in prompts], cut)
+        return [
+            values if values is not None and len(values) == len(own) else [math.nan] * len(own)
+            for own, values in zip(steps, found, strict=True)
+        ]
 
     def close(self) -> None:
         """Nothing was started."""
