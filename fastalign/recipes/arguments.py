@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .feedback_arguments import CritiqueArguments, PairArguments, WinRateArguments
 from .offline_arguments import (
     DistillArguments,
     PreferenceArguments,
@@ -246,8 +247,9 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "distill": (*TRAINING, SamplingArguments, DistillArguments),
     "grpo": (*TRAINING, SamplingArguments, OnlineArguments),
     "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
-    "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
-    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments),
+    "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments, PairArguments),
+    "critique": (ModelArguments, DataArguments, SamplingArguments, CritiqueArguments),
+    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments, WinRateArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
 }
@@ -272,7 +274,10 @@ class Arguments:
     online: OnlineArguments = field(default_factory=OnlineArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
+    pairs: PairArguments = field(default_factory=PairArguments)
+    critique: CritiqueArguments = field(default_factory=CritiqueArguments)
     evaluate: EvalArguments = field(default_factory=EvalArguments)
+    win_rate: WinRateArguments = field(default_factory=WinRateArguments)
     serve: ServeArguments = field(default_factory=ServeArguments)
     supervised: SupervisedArguments = field(default_factory=SupervisedArguments)
     reference: ReferenceArguments = field(default_factory=ReferenceArguments)

@@ -23,6 +23,7 @@ _POSITIVE = {
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
     *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens", "divergence_temperature"),
     *("stream_window", "critic_learning_rate", "kl_horizon"),
+    *("min_probability",),
 }
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
@@ -30,9 +31,9 @@ _NOT_NEGATIVE = {
     *("beta", "epsilon", "epsilon_high", "adam_beta1", "adam_beta2", "importance_correction_low", "importance_correction_high"),
     *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
     *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda", "prompts_per_round"),
-    *("critic_warmup", "value_clip", "kl_target", "reward_clip", "nll_coef"),
+    *("critic_warmup", "value_clip", "kl_target", "reward_clip", "nll_coef", "min_margin"),
 }
-_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda"}
+_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda", "min_probability"}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
