@@ -16,7 +16,7 @@ from ..data import Prompt, Record, prompt_examples
 from ..generation import CompletionOutput, Engine, SamplingParams
 from ..models.backbone import causal_lm
 from ..rewards import RewardSet, load_rewards
-from .arguments import DataArguments, GenerateArguments, ModelArguments, SamplingArguments
+from .arguments import DataArguments, EvalArguments, GenerateArguments, ModelArguments, SamplingArguments
 from .feedback_arguments import PairArguments
 from .model_rewards import with_reward_models
 from .pairs import check, pairs_path, rewards_of, write_pairs
@@ -61,12 +61,12 @@ def run(
 
 
 @contextmanager
-def rewards_named_by(pairs: PairArguments, loaded: Loaded) -> Iterator[RewardSet | None]:
+def rewards_named_by(flags: PairArguments | EvalArguments, loaded: Loaded) -> Iterator[RewardSet | None]:
     """The rewards that the flags name; None where they name none."""
-    if not pairs.reward:
+    if not flags.reward:
         yield None
         return
-    with load_rewards(with_reward_models(pairs.reward, loaded), list(pairs.reward_weights) or None, pairs.reward_timeout) as rewards:
+    with load_rewards(with_reward_models(flags.reward, loaded), list(flags.reward_weights) or None, flags.reward_timeout) as rewards:
         yield rewards
 
 

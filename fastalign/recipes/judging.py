@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from ..catalogue import nearest
@@ -111,13 +111,15 @@ def build_grader(specification: str, policy: Loaded) -> Grader:
     return _verifier(options, template, policy) if template.kind == VERIFY else _judge(options, template, policy)
 
 
-def build_comparer(specification: str, policy: Loaded, default: str = "compare") -> Comparer:
-    """The judge that compares two answers; `default` is the template where the specification names none.
+def build_comparer(specification: str, policy: Loaded, default: str = "compare", *, cache: str = "") -> Comparer:
+    """The judge that compares two answers; `default` and `cache` are the template and the file where the specification names none.
 
     Raises:
         ValueError: as `build_grader`.
     """
     options = JudgeOptions.parse(specification)
+    if cache and not options.cache and not options.is_self:
+        options = replace(options, cache=cache)
     template = _template(options, default, (COMPARE, CHOOSE))
     return Chooser(_engine(options, policy), template) if template.kind == CHOOSE else _judge(options, template, policy)
 
