@@ -153,6 +153,16 @@ def test_the_preferred_answer_is_the_one_whose_letter_is_likelier(task, tmp_path
     assert lines_of(tmp_path / "pairs.jsonl") == [pair for pair in pairs if pair["probability"] > bound]
 
 
+def test_without_principles_it_refines_until_no_fault_is_found(task, tmp_path):
+    assert critique(task, tmp_path, "--temperature", "0", "--finished_only", "false") == 0
+    item = lines_of(tmp_path / "transcripts.jsonl")[0]
+    (principle,) = principles.SELF_REFINE.principles
+    turns = [*item["prompt"], {"role": "assistant", "content": item["answer"]["text"]}, {"role": "user", "content": principle.critique}]
+    assert item["rounds"][0]["critique"]["text"] == greedy_reply(task, turns)
+    assert principles.SELF_REFINE.ends(f"Well: {principles.NO_FAULT}.")
+    assert principles.NO_FAULT in principle.critique
+
+
 def test_principles_are_drawn_by_the_seed(tmp_path):
     (tmp_path / "p.yaml").write_text("principles:\n- Be kind.\n- Be brief.\n- {critique: c, revision: r}\nstop: FINE\n")
     found = principles.load_principles(str(tmp_path / "p.yaml"))

@@ -57,6 +57,7 @@ def test_a_specification_is_read():
         ("judge:model=self,cache=c.jsonl", "the model may change, so its replies are not kept"),
         ("judge:model=self,template=compare", "expected a template of kind grade or verify, got compare"),
         ("judge:model=self,template=verify", r"p\(Yes\) needs the log-probs of a model in a folder, got model=self"),
+        ("judge:model=folder,template=verify,votes=3", "reads log-probs, not replies; leave out votes"),
         ("judge:model=self,template=gradee", "unknown template gradee; did you mean grade"),
         ("judge:model=self,votes=2,temperature=0", "2 votes at temperature 0 are all the same"),
         ("judge:model=/no/such/folder", "there is no folder '/no/such/folder'"),

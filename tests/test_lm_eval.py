@@ -117,6 +117,7 @@ def test_the_harness_finds_the_model_by_name(adapter):
     from lm_eval.api.registry import get_model
 
     assert get_model("fastalign") is type(adapter)
+    assert get_model("hf").__name__ == "HFLM"
     with pytest.raises(ValueError, match="expected a model, as in --model_args pretrained=FOLDER"):
         type(adapter)()
 

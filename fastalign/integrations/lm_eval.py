@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 try:
+    import lm_eval.models  # noqa: F401  (names the harness's own models, which a registration before it would hide)
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError as error:
@@ -21,10 +22,11 @@ except ModuleNotFoundError as error:
         "fastalign.integrations.lm_eval needs the package lm_eval: pip install 'fastalign[eval]', or pip install lm_eval", name=error.name
     ) from error
 
+import torch
+
 from ..evaluation.likelihoods import Likelihoods
 from ..generation import Engine, SamplingParams
 from ..models.load import load_causal_lm, load_tokenizer
-from ..recipes.setup import pick_device
 
 logger = logging.getLogger("fastalign")
 
@@ -39,7 +41,7 @@ class FastalignLM(LM):
         pretrained: a folder in Hugging Face format, or a Hub name.
         engine: over a loaded model and with its tokenizer, in place of `pretrained`.
         dtype: auto, float32 or bfloat16.
-        device: cpu, cuda or auto.
+        device: cpu, cuda, or auto.
         max_length: most tokens of a sequence; unset: what the model reads.
         max_gen_toks: most tokens of a completion where the task says nothing.
         add_bos_token: put the beginning-of-sequence token in front of every context.
@@ -66,7 +68,8 @@ class FastalignLM(LM):
         if engine is None:
             if not pretrained:
                 raise ValueError("FastalignLM: expected a model, as in --model_args pretrained=FOLDER")
-            model = load_causal_lm(pretrained, dtype=dtype, device=pick_device(device or "auto"))
+            place = "cuda" if torch.cuda.is_available() else "cpu"
+            model = load_causal_lm(pretrained, dtype=dtype, device=device if device and device != "auto" else place)
             engine = Engine(model.requires_grad_(False), load_tokenizer(pretrained))
         self.engine, self.max_gen_toks = engine, max_gen_toks
         self.likelihoods = Likelihoods(engine, max_length=max_length, add_bos_token=add_bos_token)

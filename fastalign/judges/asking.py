@@ -87,14 +87,13 @@ class Remembering:
         missing = [i for i, key in enumerate(keys) if key not in self._known]
         if not missing:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("ab", buffering=0) as file:  # a reply is one write, so that several runs may share the file
             for j, reply in self.model.ask([questions[i] for i in missing]):
                 i = missing[j]
                 if reply is not None:
                     self._known[keys[i]] = reply
                     item = {"key": keys[i], "model": self.identity.get("model"), "conversation": questions[i].conversation, "reply": reply}
-                    file.write(json.dumps(item, ensure_ascii=False) + "\n")
-                    file.flush()
+                    file.write((json.dumps(item, ensure_ascii=False) + "\n").encode())
                 yield i, reply
 
     def _key(self, question: Question) -> str:

@@ -200,7 +200,7 @@ class EvalArguments:
         overwrite_output_dir: replace an evaluation that output_dir already holds.
         num_samples: completions a problem.
         k: of pass@k and maj@k (repeatable); empty: 1 and num_samples.
-        reward: says how right a completion is: math, gsm8k, module:function, path.py:function, a reward model (repeatable).
+        reward: says how right a completion is: math, gsm8k, a reward model, judge:model=…, module:function, path.py:function (repeatable).
         reward_weights: one weight a reward; empty: 1 each.
         reward_timeout: seconds one sample's reward may take.
         min_reward: a completion is right from this reward on.

@@ -118,16 +118,20 @@ def build_comparer(specification: str, policy: Loaded, default: str = "compare",
         ValueError: as `build_grader`.
     """
     options = JudgeOptions.parse(specification)
+    template = _template(options, default, (COMPARE, CHOOSE))
+    if template.kind == CHOOSE:
+        return Chooser(_engine(options, policy), template)
     if cache and not options.cache and not options.is_self:
         options = replace(options, cache=cache)
-    template = _template(options, default, (COMPARE, CHOOSE))
-    return Chooser(_engine(options, policy), template) if template.kind == CHOOSE else _judge(options, template, policy)
+    return _judge(options, template, policy)
 
 
 def _template(options: JudgeOptions, default: str, kinds: Sequence[str]) -> Template:
     template = load_template(options.template or default)
     if template.kind not in kinds:
         raise ValueError(f"judge: expected a template of kind {' or '.join(kinds)}, got {options.template}, of kind {template.kind}")
+    if template.kind in (VERIFY, CHOOSE) and (options.votes > 1 or options.cache or options.temperature >= 0):
+        raise ValueError(f"judge: template {options.template} reads log-probs, not replies; leave out votes, temperature and cache")
     return template
 
 
