@@ -113,7 +113,12 @@ def _start(command: str, values: dict[str, Any]) -> None:
     if command == "generate":
         from .recipes import generate
 
-        generate.run(args.model, args.data, args.sampling, args.generate)
+        generate.run(args.model, args.data, args.sampling, args.generate, args.pairs)
+        return
+    if command == "critique":
+        from .recipes import critique
+
+        critique.run(args)
         return
     if command == "eval":
         from .recipes import evaluate
@@ -148,7 +153,7 @@ def check_required(args: Arguments) -> None:
     if args.command != "serve":
         required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
     if args.command in ("grpo", "ppo", "rft", "eval"):
-        required["--reward"] = bool(args.online.reward or args.rejection.reward or args.evaluate.reward)
+        required["--reward"] = bool(args.online.reward or args.rejection.reward or args.evaluate.reward or args.win_rate.judge)
     if args.command == "distill":
         required["--teacher_model_name_or_path"] = bool(args.distill.teacher_model_name_or_path)
     missing = [flag for flag, given in required.items() if not given]

@@ -43,6 +43,7 @@ def test_pages_name_flags_and_files_that_exist(page):
     known = {name for command in COMMANDS for name in flag_types(command)}
     known |= {"config", "restart"}  # of the parser, and of fastalign run
     known |= {"check", "json", "model", "only"}  # of bench scripts
+    known |= {"model_args", "tasks"}  # of the lm-evaluation-harness
     unknown = set(re.findall(r"--([a-z][a-z_0-9]+)\b(?!\.)", text)) - known
     assert not unknown, f"{page.name} names flags that no command has: {sorted(unknown)}"
     links = re.findall(r"\]\(([^)#]+)", text)

@@ -123,3 +123,18 @@ def values(rollout):
 
 PARAMS = SamplingParams(n=3, temperature=1.0, max_tokens=16, seed=11, top_p=0.95)
 PROMPTS = prompts_of(2, 21, 9, 30)
+
+
+CHAT = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def write_chat_model(folder, *, max_position_embeddings=2048, seed=0, chat_template=CHAT):
+    """A tiny Llama over bytes with a chat template that closes every turn, saved into a folder for recipes to load."""
+    from tiny_server import byte_tokenizer
+
+    torch.manual_seed(seed)
+    llama_of_bytes = llama(vocab_size=259, num_hidden_layers=1, hidden_size=32, max_position_embeddings=max_position_embeddings)
+    llama_of_bytes.save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)

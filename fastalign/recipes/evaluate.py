@@ -15,16 +15,27 @@ from ..data import Prompt
 from ..evaluation.estimators import best_at_k, interval, maj_at_k, pass_at_k
 from ..generation import Engine
 from ..judges import RewardModel
-from ..rewards import RewardSet, load_rewards
+from ..rewards import RewardSet
 from ..rewards.answers import after_thinking, as_number, final_answer, normalize
 from ..training.files import write_atomic
+from . import win_rate
 from .arguments import Arguments, GenerateArguments
-from .generate import BATCHES_A_CHUNK, as_record, completed_prompts, key_of, not_done, read_prompts, sampling_params, writer
-from .model_rewards import with_reward_models
+from .claims import claim
+from .generate import (
+    BATCHES_A_CHUNK,
+    as_record,
+    completed_prompts,
+    key_of,
+    not_done,
+    read_prompts,
+    rewards_named_by,
+    sampling_params,
+    writer,
+)
 from .scored_rollouts import score
 from .setup import load
 
-SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "config.json", "summary.json"
+SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
 FREE = (
     "output_dir",
     "overwrite_output_dir",
@@ -34,6 +45,8 @@ FREE = (
     "k",
     "vote",
     "min_reward",
+    "judge",
+    "baseline",
 )  # may change when it goes on
 
 
@@ -49,56 +62,32 @@ def run(args: Arguments) -> dict[str, Any]:
         raise ValueError(f"--k {' '.join(map(str, wanted))}: expected numbers between 1 and --num_samples {given.num_samples}")
     if args.sampling.temperature == 0 and given.num_samples > 1:
         raise ValueError(f"--num_samples {given.num_samples}: greedy samples are all the same; give --temperature, or one sample")
+    win_rate.check(args.win_rate)
     folder = Path(given.output_dir)
-    settings = {name: value for name, value in args.flat().items() if name not in FREE}
-    claim(folder, settings, (SAMPLES, SUMMARY), overwrite=given.overwrite_output_dir)
+    claim(folder, args.flat(), files=(SAMPLES, SUMMARY), free=FREE, overwrite=given.overwrite_output_dir, what="an evaluation")
     done = completed_prompts(folder / SAMPLES, whole_key)
     loaded = load(args.model)
     own = GenerateArguments(num_samples=given.num_samples, seed=given.seed)
     prompts = read_prompts(args.data, own, loaded)
-    rewards = load_rewards(with_reward_models(given.reward, loaded), list(given.reward_weights) or None, timeout=given.reward_timeout)
     ranker = RewardModel.load(given.ranker, loaded.tokenizer, device=loaded.device) if given.ranker else None
-    with rewards:
-        rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
+    with rewards_named_by(given, loaded) as rewards:
+        if rewards is not None:
+            rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
         sample(args, own, loaded, rewards, ranker, list(not_done(prompts, done, whole_key)))
-    found = summarize(problems(folder / SAMPLES, prompts), wanted, given.min_reward, VOTES[given.vote])
+    items = problems(folder / SAMPLES, prompts)
+    found = summarize([item["completions"] for item in items], wanted if given.reward else [], given.min_reward, VOTES[given.vote])
+    if args.win_rate.judge:
+        found["win_rate"] = win_rate.compare(args.win_rate, items, loaded, folder)
     write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
     print(table(found))
     return found
 
 
-def claim(folder: Path, settings: Mapping[str, Any], files: tuple[str, ...], *, overwrite: bool, what: str = "an evaluation") -> None:
-    """Makes the folder this run's; one that was broken off is recognized by its settings.
-
-    Args:
-        settings: arguments that a run which goes on must share.
-        files: what a run writes; the first one tells that there is one.
-        overwrite: remove them.
-        what: the run, for messages.
-
-    Raises:
-        FileExistsError: it is another run's.
-    """
-    path = folder / SETTINGS
-    if overwrite:
-        for name in (*files, SETTINGS):
-            (folder / name).unlink(missing_ok=True)
-    elif (folder / files[0]).exists():
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        other = [name for name in settings if known.get(name) != settings[name]]
-        if other:
-            raise FileExistsError(
-                f"--output_dir {folder} holds {what} with other {', '.join(other)}; add --overwrite_output_dir, or name another"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(settings, indent=1) + "\n")
-
-
 def sample(
-    args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet, ranker: RewardModel | None, prompts: list[Prompt]
+    args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet | None, ranker: RewardModel | None, prompts: list[Prompt]
 ) -> None:
     """Completes, judges and ranks every prompt, a line each, in chunks of a few full batches."""
-    sampling, weights = args.sampling, dict(rewards.weights)
+    sampling, weights = args.sampling, dict(rewards.weights) if rewards is not None else {}
     params = sampling_params(sampling, own)
     engine = Engine(loaded.model, loaded.tokenizer, kv_cache_tokens=sampling.kv_cache_tokens or None, max_num_seqs=sampling.max_num_seqs)
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
@@ -108,7 +97,8 @@ def sample(
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]
             rollout = engine.rollout([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
-            score(rewards, chunk, rollout)
+            if rewards is not None:
+                score(rewards, chunk, rollout)
             for prompt, samples in zip(chunk, rollout.samples, strict=True):
                 texts, totals = [one.text for one in samples], [one.reward(weights) for one in samples]
                 completions: list[dict[str, Any]] = [
@@ -127,15 +117,15 @@ def whole_key(item: Mapping[str, Any]) -> str:
     return key_of({name: value for name, value in item.items() if name != "completions"})
 
 
-def problems(path: Path, prompts: list[Prompt]) -> list[list[dict[str, Any]]]:
-    """The completions of each of the data's problems."""
+def problems(path: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """Each of the data's problems with its completions."""
     left, found = Counter(whole_key(as_record(prompt)) for prompt in prompts), []
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         key = whole_key(item)
         if left[key] > 0:
             left[key] -= 1
-            found.append(item["completions"])
+            found.append(item)
     return found
 
 
@@ -198,8 +188,10 @@ def table(found: dict[str, Any]) -> str:
     """What is printed: one line a measure, with its 95 % interval over the problems."""
     lines = [f"{found['num_problems']} problems, {found['num_samples']} samples, {found['finished']:.1%} of them ended by themselves"]
     for name, value in found.items():
-        if isinstance(value, dict) and value["value"] is not None:
+        if isinstance(value, dict) and name != "win_rate" and value["value"] is not None:
             lines.append(f"{name:10} {value['value']:7.2%}   95 % {value['low']:.2%} to {value['high']:.2%}")
-    if found["num_without_reward"]:
+    if "win_rate" in found:
+        lines.append(win_rate.table(found["win_rate"]))
+    if found["num_without_reward"] and any(name.startswith("pass@") for name in found):
         lines.append(f"{found['num_without_reward']} samples have no reward and count as wrong")
     return "\n".join(lines)

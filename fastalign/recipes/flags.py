@@ -23,7 +23,7 @@ _POSITIVE = {
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
     *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens", "divergence_temperature"),
     *("stream_window", "critic_learning_rate", "kl_horizon", "prm_learning_rate", "prm_beta"),
-    *("num_beams", "num_expansions", "num_simulations", "block_size"),
+    *("num_beams", "num_expansions", "num_simulations", "block_size", "min_probability"),
 }
 _NOT_NEGATIVE = {
     *("max_samples", "eval_max_samples", "max_prompt_length", "warmup_steps", "weight_decay", "max_grad_norm", "max_chunk_bytes"),
@@ -32,9 +32,20 @@ _NOT_NEGATIVE = {
     *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
     *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda", "prompts_per_round"),
     *("critic_warmup", "value_clip", "kl_target", "reward_clip", "nll_coef", "outcome_coef", "exploration_coef", "mixture_coef"),
-    *("max_step_tokens",),
+    *("max_step_tokens", "min_margin"),
 }
-_AT_MOST_ONE = {"top_p", "min_p", "adam_beta1", "adam_beta2", "label_smoothing", "ld_alpha", "jsd_beta", "lmbda", "mixture_coef"}
+_AT_MOST_ONE = {
+    "top_p",
+    "min_p",
+    "adam_beta1",
+    "adam_beta2",
+    "label_smoothing",
+    "ld_alpha",
+    "jsd_beta",
+    "lmbda",
+    "mixture_coef",
+    "min_probability",
+}
 _EXPECTED = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 

@@ -15,7 +15,11 @@ from tqdm import tqdm
 from ..data import Prompt, Record, prompt_examples
 from ..generation import CompletionOutput, Engine, SamplingParams
 from ..models.backbone import causal_lm
-from .arguments import DataArguments, GenerateArguments, ModelArguments, SamplingArguments
+from ..rewards import RewardSet, load_rewards
+from .arguments import DataArguments, EvalArguments, GenerateArguments, ModelArguments, SamplingArguments
+from .feedback_arguments import PairArguments
+from .model_rewards import with_reward_models
+from .pairs import check, pairs_path, rewards_of, write_pairs
 from .reading import prompts_named_by
 from .setup import Loaded, load
 
@@ -23,14 +27,21 @@ Key = Callable[[Mapping[str, Any]], str]  # an object of the output file → wha
 BATCHES_A_CHUNK = 4  # prompts are completed, and written, in chunks of this many full batches
 
 
-def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments, generate: GenerateArguments) -> None:
-    """Completes every prompt that the output file has not got yet, appends the objects and flushes after each chunk.
+def run(
+    model: ModelArguments,
+    data: DataArguments,
+    sampling: SamplingArguments,
+    generate: GenerateArguments,
+    pairs: PairArguments | None = None,
+) -> None:
+    """Completes every prompt that the output file has not got yet, appends the objects and flushes after each chunk; then pairs.
 
     Raises:
         ValueError: arguments out of range, or an output file that is not ours.
         DataError: a bad record.
     """
-    params = sampling_params(sampling, generate)
+    params, pairs = sampling_params(sampling, generate), pairs or PairArguments()
+    check(pairs, generate.output_file)
     done = completed_prompts(Path(generate.output_file)) if generate.output_file else Counter()
     loaded = load(model)
     wanted = read_prompts(data, generate, loaded)
@@ -38,6 +49,36 @@ def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments,
     if len(prompts) < len(wanted):
         kept = f"{len(wanted) - len(prompts)} of {len(wanted)} prompts are in {generate.output_file} already and stay as they are"
         print(f"{kept}, whatever the flags of this run; name another --output_file to sample them again", file=sys.stderr)
+    with rewards_named_by(pairs, loaded) as rewards:
+        if rewards is not None:
+            rewards.check_columns(sorted({name for prompt in wanted for name in prompt.columns}))
+        sample(sampling, generate, params, loaded, prompts, rewards)
+    if pairs.save_pairs != "none":
+        left = Counter(key_of_prompt(as_record(prompt)) for prompt in wanted)
+        count = write_pairs(pairs, generate.output_file, lambda item: left[key_of_prompt(item)] > 0)
+        remedy = "; are all cut off? raise --max_completion_length, or give --finished_only false" if pairs.finished_only else ""
+        print(f"{count} pairs of {len(wanted)} prompts in {pairs_path(generate.output_file)}{'' if count else remedy}", file=sys.stderr)
+
+
+@contextmanager
+def rewards_named_by(flags: PairArguments | EvalArguments, loaded: Loaded) -> Iterator[RewardSet | None]:
+    """The rewards that the flags name; None where they name none."""
+    if not flags.reward:
+        yield None
+        return
+    with load_rewards(with_reward_models(flags.reward, loaded), list(flags.reward_weights) or None, flags.reward_timeout) as rewards:
+        yield rewards
+
+
+def sample(
+    sampling: SamplingArguments,
+    generate: GenerateArguments,
+    params: SamplingParams,
+    loaded: Loaded,
+    prompts: list[Prompt],
+    rewards: RewardSet | None,
+) -> None:
+    """Completes and scores the prompts, an object each, in chunks of a few full batches."""
     options = {"kv_cache_tokens": sampling.kv_cache_tokens or None, "max_num_seqs": sampling.max_num_seqs}
     engine = Engine(loaded.model, loaded.tokenizer, **options)  # type: ignore[arg-type]
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
@@ -46,8 +87,12 @@ def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments,
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]  # a resumed run draws what an unbroken one would have
             outputs = engine.generate([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
-            for prompt, output in zip(chunk, outputs, strict=True):
-                write(as_object(prompt, output.outputs, generate.logprobs))
+            scores = rewards_of(rewards, chunk, outputs) if rewards is not None else None
+            for i, (prompt, output) in enumerate(zip(chunk, outputs, strict=True)):
+                item = as_object(prompt, output.outputs, generate.logprobs)
+                for completion, reward in zip(item["completions"], scores[i] if scores else (), strict=scores is not None):
+                    completion["reward"] = reward
+                write(item)
 
 
 def sampling_params(sampling: SamplingArguments, generate: GenerateArguments) -> SamplingParams:

@@ -1,10 +1,11 @@
-"""Reward models among the rewards that flags name: --reward FOLDER."""
+"""Rewards that need a model among those that flags name: --reward FOLDER of a reward model, --reward judge:model=…"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -15,23 +16,38 @@ from ..rewards.callers import InProcess
 from ..rewards.isolation import IsolatedReward
 from ..rewards.reward_set import Reward
 from ..rewards.specifications import Specification
+from .judging import InJudge, JudgeOptions, build_grader, names_judge
 from .setup import Loaded
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_loaded: WeakKeyDictionary[nn.Module, dict[str, RewardModel]] = WeakKeyDictionary()  # by policy: a run loads each of its judges once
+_loaded: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()  # by policy: a run loads each of its judges once
 
 
 def with_reward_models(specifications: Sequence[str], policy: Loaded) -> list[Specification]:
-    """The specifications for `load_rewards`, every folder or Hub name of a reward model replaced by the reward itself.
+    """The specifications for `load_rewards`, reward models and judges replaced by the rewards themselves.
 
     Args:
         specifications: as --reward gives them.
-        policy: whose device the reward models share, and whose token ids they reuse where their tokenizer is the same.
+        policy: whose device the models share, and whose token ids a reward model reuses where its tokenizer is the same.
 
     Raises:
-        ValueError: a folder that is no reward model, or one that does not load.
+        ValueError: a folder that is no reward model, or one that does not load; as `build_grader`.
     """
-    return [_reward(specification, policy) if names_model(specification) else specification for specification in specifications]
+    rewards: list[Specification] = []
+    for specification in specifications:
+        if names_judge(specification):
+            rewards.append(_judge(specification, policy))
+        else:
+            rewards.append(_reward(specification, policy) if names_model(specification) else specification)
+    return rewards
+
+
+def _judge(specification: str, policy: Loaded) -> Reward:
+    known = _loaded.setdefault(policy.model, {})
+    judge = known.get(specification) or build_grader(specification, policy)
+    if not JudgeOptions.parse(specification).is_self:  # that one loads nothing, and would hold on to the policy
+        known[specification] = judge
+    return Reward("judge", IsolatedReward("judge", InJudge(judge)))
 
 
 def names_model(specification: str, flag: str = "--reward") -> bool:

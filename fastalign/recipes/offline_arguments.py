@@ -125,7 +125,7 @@ class RejectionArguments:
         min_reward: completions below are never kept; unset: no bound.
         num_rounds: rounds of sampling, scoring and training, which share max_steps; with --max_steps 0 one round only samples.
         prompts_per_round: prompts sampled from in a round; 0: all.
-        reward: a built-in (math, gsm8k, format, length, code), a reward model's folder, module:function or path.py:function (repeatable).
+        reward: a built-in (math, gsm8k, format, code), a reward model, judge:model=…, module:function, path.py:function (repeatable).
         reward_weights: one weight a reward; empty: 1 each.
         reward_timeout: seconds one sample's reward may take.
     """

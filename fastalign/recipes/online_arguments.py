@@ -42,7 +42,7 @@ class OnlineArguments:
         beta: coefficient of the KL penalty to the reference; unset: the algorithm's.
         epsilon: clip range below 1 (and above, unless epsilon_high); unset: the algorithm's.
         epsilon_high: clip range above 1; unset: the algorithm's, or epsilon.
-        reward: a built-in (math, gsm8k, format, length, code), module:function, path.py:function, a reward model's folder (repeatable).
+        reward: a built-in (math, gsm8k, format, code), a reward model, judge:model=…, module:function, path.py:function (repeatable).
         reward_weights: one weight a reward; empty: 1 each.
         reward_combination: sum: weighted; gate: the first times the sum of the others; normalize: each over its group first, then the sum.
         reward_timeout: seconds one sample's reward may take.

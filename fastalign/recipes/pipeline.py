@@ -18,7 +18,7 @@ from ..training.files import write_atomic
 from .flags import checked, flag_types, read_yaml
 
 TRAINING = ("sft", "reward", "dpo", "kto", "rft", "distill", "grpo", "ppo")  # commands that leave a model
-STAGES = (*TRAINING, "generate", "eval", "search")
+STAGES = (*TRAINING, "generate", "critique", "eval", "search")
 NOTE = "stage.json"  # in a stage's folder: the flags that it began with, and the seconds it took once it is finished
 _NAME, _REFERENCE = re.compile(r"[A-Za-z][\w-]*"), re.compile(r"\{([A-Za-z][\w-]*)\}")
 _KEYS = ("output_dir", "defaults", "stages")

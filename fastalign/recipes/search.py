@@ -18,7 +18,8 @@ from ..rewards import RewardSet, load_rewards
 from ..search import Policy, SearchResult
 from ..training.files import write_atomic
 from .arguments import Arguments, GenerateArguments
-from .evaluate import VOTES, claim
+from .claims import claim
+from .evaluate import VOTES
 from .generate import BATCHES_A_CHUNK, Key, as_record, completed_prompts, key_of, not_done, read_prompts, sampling_params, writer
 from .model_rewards import with_reward_models
 from .search_methods import PASSES, Pass, Searching, check, rolls_out
@@ -59,8 +60,7 @@ def run(args: Arguments) -> dict[str, Any]:
             if checked is not None:
                 checked.check_columns(columns)
         folder = Path(own.output_dir)
-        settings = {name: value for name, value in args.flat().items() if name not in FREE}
-        claim(folder, settings, (RESULTS, SUMMARY), overwrite=own.overwrite_output_dir, what="a search")
+        claim(folder, args.flat(), files=(RESULTS, SUMMARY), free=FREE, overwrite=own.overwrite_output_dir, what="a search")
         options = {"kv_cache_tokens": args.sampling.kv_cache_tokens or None, "max_num_seqs": args.sampling.max_num_seqs}
         engine = Engine(loaded.model, loaded.tokenizer, block_size=own.block_size, **options)  # type: ignore[arg-type]
         policy = Policy(engine, sampling_params(args.sampling, sampling), separator=separator, max_step_tokens=own.max_step_tokens)

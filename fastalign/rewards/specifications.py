@@ -94,7 +94,7 @@ def _reward(specification: Specification, taken: set[str]) -> Reward:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown reward {specification!r}; {hint}built-in are {', '.join(BUILTIN)}; "
-            "a function of yours is module:function or path.py:function"
+            "a function of yours is module:function or path.py:function, a language model that judges is judge:model=FOLDER_OR_URL"
         )
     is_file = place.endswith(".py")
     if is_file and not Path(place).is_file():

@@ -1,0 +1,40 @@
+"""A folder that belongs to one run of one command: what may go on there, and what must not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.files import write_atomic
+
+SETTINGS = "config.json"
+
+
+def claim(folder: Path, flags: Mapping[str, Any], *, files: Sequence[str], free: Collection[str], overwrite: bool, what: str) -> None:
+    """Makes the folder this run's; one that was broken off is recognized by its flags.
+
+    Args:
+        files: what the run writes, the one that it goes on with first.
+        free: flags that may change when it goes on.
+        overwrite: remove what is there.
+        what: the run is called in the error.
+
+    Raises:
+        FileExistsError: it holds another run's files.
+    """
+    settings = {name: value for name, value in flags.items() if name not in free}
+    path = folder / SETTINGS
+    if overwrite:
+        for name in (*files, SETTINGS):
+            (folder / name).unlink(missing_ok=True)
+    elif (folder / files[0]).exists():
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        other = [name for name in settings if known.get(name) != settings[name]]
+        if other:
+            raise FileExistsError(
+                f"--output_dir {folder} holds {what} with other {', '.join(other)}; add --overwrite_output_dir, or name another"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(settings, indent=1) + "\n")
