@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import learn
+from bench import learn_offline, learn_setting
 from bench.harness import write_record
 from fastalign.recipes.arguments import Arguments, SamplingArguments, SearchArguments
 from fastalign.recipes.search_arguments import Method
@@ -24,20 +24,20 @@ from fastalign.recipes.search_arguments import Method
 METHODS: list[Method] = ["greedy", "best_of_n", "majority", "weighted", "beam", "mcts"]
 
 
-def train(root: Path, seed: int) -> learn.Setting:
+def train(root: Path, seed: int) -> learn_setting.Setting:
     """The problems, the cold start, and the model of steps in `process`; what a folder already has is kept."""
     from fastalign.recipes import demo, sft
 
     files = demo.prepare(root, seed)
-    setting = learn.Setting(root, files, seed)
+    setting = learn_setting.Setting(root, files, seed)
     if not (root / "sft" / "summary.json").exists():
         sft.run(demo.cold_start(root, files, seed, quick=False))
     if not (root / "process" / "summary.json").exists():
-        print(learn.process(setting), flush=True)
+        print(learn_offline.process(setting), flush=True)
     return setting
 
 
-def arguments(setting: learn.Setting, **changes: Any) -> Arguments:
+def arguments(setting: learn_setting.Setting, **changes: Any) -> Arguments:
     """`fastalign search`: a digit is a step."""
     own = SearchArguments(
         output_dir=str(setting.root / "search"),
@@ -48,7 +48,7 @@ def arguments(setting: learn.Setting, **changes: Any) -> Arguments:
         max_step_tokens=1,
         num_expansions=8,  # about as many tokens as 16 whole answers
         vote="text",
-        reward=[learn.REWARD],
+        reward=[learn_setting.REWARD],
         block_size=2,
         seed=setting.seed,
     )

@@ -26,6 +26,7 @@ RECIPES = {
     "grpo": "online",
     "ppo": "ppo",
 }
+WITHOUT_TRAINING = {"critique": "critique", "eval": "evaluate", "search": "search"}  # those whose `run` only samples
 
 MIXING = ("sft",)  # commands that draw from several data sets by weight, or from a stream
 WITHOUT_CHUNKS = ("reward", "distill")  # commands that have no logits, or whose op chooses how many it holds
@@ -115,20 +116,8 @@ def _start(command: str, values: dict[str, Any]) -> None:
 
         generate.run(args.model, args.data, args.sampling, args.generate, args.pairs)
         return
-    if command == "critique":
-        from .recipes import critique
-
-        critique.run(args)
-        return
-    if command == "eval":
-        from .recipes import evaluate
-
-        evaluate.run(args)
-        return
-    if command == "search":
-        from .recipes import search
-
-        search.run(args)
+    if command in WITHOUT_TRAINING:
+        importlib.import_module(f".recipes.{WITHOUT_TRAINING[command]}", __package__).run(args)
         return
     if command == "serve":
         from .recipes import serve

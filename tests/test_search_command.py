@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import write_arithmetic_judge, write_arithmetic_model
 
-from bench import bench_search, learn
+from bench import bench_search, learn_setting
 from fastalign import cli
 from fastalign.data import load_records, step_examples
 from fastalign.generation import Engine
@@ -228,7 +228,7 @@ def test_search_from_the_command_line(task, tmp_path, capsys):
 def test_the_bench_goes_from_models_to_its_table(task, tmp_path):
     write_arithmetic_model(tmp_path / "sft", num_hidden_layers=1)
     write_arithmetic_judge(tmp_path / "process", step_separator="=")
-    setting = learn.Setting(tmp_path, {"heldout": str(task / "problems.jsonl")}, 0)
+    setting = learn_setting.Setting(tmp_path, {"heldout": str(task / "problems.jsonl")}, 0)
     options = {"num_samples": 2, "num_beams": 1, "num_expansions": 2, "num_simulations": 2}
     text = bench_search.markdown(search.run(bench_search.arguments(setting, **options)))
     assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {method}" for method in METHODS]
