@@ -14,11 +14,9 @@ from typing import Any
 
 from . import answers
 from .code import code, command
-from .completions import Completion, text_of
+from .completions import GOLD_COLUMNS, Completion, text_of
+from .forms import choice, json_object, repetition
 from .unit_tests import COLUMNS as TEST_COLUMNS
-
-GOLD_COLUMNS = ("answer", "solution", "gold", "ground_truth", "target", "completion")
-"""Where `math` and `gsm8k` look for the reference, in this order; a missing or null one leaves the sample out."""
 
 _LONGEST_EXPRESSION = 400  # characters; a longer one is not an answer, and symbolic algebra on it may take minutes
 
@@ -215,6 +213,9 @@ BUILTIN: dict[str, Builtin] = {
     "regex": Builtin(regex, isolated=True),
     "length": Builtin(target_length),
     "overlong": Builtin(overlong),
+    "choice": Builtin(choice, any_column=GOLD_COLUMNS),
+    "json": Builtin(json_object),
+    "repetition": Builtin(repetition),
     "code": Builtin(code, any_column=TEST_COLUMNS),
     "command": Builtin(command),
 }
