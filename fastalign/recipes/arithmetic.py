@@ -20,9 +20,16 @@ def correct(prompts: list[str], completions: list[str], answer: list[str], **col
     return [float(completion.strip() == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
-def begun_well(prompts: list[str], completions: list[str], answer: list[str], **columns: object) -> list[float]:
-    """The reward of a step: 1 when the sum begins with what is written so far, else 0."""
-    return [float(expected.startswith(completion.strip())) for completion, expected in zip(completions, answer, strict=True)]
+def begun_well(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[str], **columns: object
+) -> list[float]:
+    """The reward of a step: 1 when the sum begins with what is written so far, or is it where the completion ends; else 0."""
+    end = SPECIAL.index("</s>")
+    whole = (end in ids for ids in completion_ids)
+    return [
+        float(expected == text.strip() if ended else expected.startswith(text.strip()))
+        for text, ended, expected in zip(completions, whole, answer, strict=True)
+    ]
 
 
 def problems(seed: int, **sizes: int) -> tuple[list[Problem], ...]:
