@@ -14,7 +14,7 @@ from .offline_arguments import (
     SupervisedArguments,
     UnpairedArguments,
 )
-from .online_arguments import OnlineArguments, PPOArguments, SamplingArguments
+from .online_arguments import EnvironmentArguments, OnlineArguments, PPOArguments, SamplingArguments
 from .serve_arguments import ServeArguments
 
 
@@ -244,10 +244,10 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "kto": (*TRAINING, UnpairedArguments, ReferenceArguments),
     "rft": (*TRAINING, SamplingArguments, RejectionArguments),
     "distill": (*TRAINING, SamplingArguments, DistillArguments),
-    "grpo": (*TRAINING, SamplingArguments, OnlineArguments),
-    "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
+    "grpo": (*TRAINING, SamplingArguments, OnlineArguments, EnvironmentArguments),
+    "ppo": (*TRAINING, SamplingArguments, OnlineArguments, EnvironmentArguments, PPOArguments),
     "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments),
-    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments),
+    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments, EnvironmentArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
 }
@@ -270,6 +270,7 @@ class Arguments:
     run: RunArguments = field(default_factory=RunArguments)
     sampling: SamplingArguments = field(default_factory=SamplingArguments)
     online: OnlineArguments = field(default_factory=OnlineArguments)
+    environment: EnvironmentArguments = field(default_factory=EnvironmentArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
     evaluate: EvalArguments = field(default_factory=EvalArguments)

@@ -21,6 +21,7 @@ from ..training.files import write_atomic
 from .arguments import Arguments, GenerateArguments
 from .generate import BATCHES_A_CHUNK, as_record, completed_prompts, key_of, not_done, read_prompts, sampling_params, writer
 from .model_rewards import with_reward_models
+from .samplers import sampler_of
 from .scored_rollouts import score
 from .setup import load
 
@@ -92,7 +93,8 @@ def sample(
     args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet, ranker: RewardModel | None, prompts: list[Prompt]
 ) -> None:
     """Completes, judges and ranks every prompt, a line each, in chunks of a few full batches."""
-    sampling, weights = args.sampling, dict(rewards.weights)
+    sampling, sampler = args.sampling, sampler_of(args.environment, prompts)
+    weights = rewards.weights | sampler.weights
     params = sampling_params(sampling, own)
     engine = Engine(loaded.model, loaded.tokenizer, kv_cache_tokens=sampling.kv_cache_tokens or None, max_num_seqs=sampling.max_num_seqs)
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
@@ -101,7 +103,7 @@ def sample(
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]
-            rollout = engine.rollout([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
+            rollout = sampler(engine, chunk, params, keys, bar.update)
             score(rewards, chunk, rollout)
             for prompt, samples in zip(chunk, rollout.samples, strict=True):
                 texts, totals = [one.text for one in samples], [one.reward(weights) for one in samples]
