@@ -223,3 +223,21 @@ def test_a_template_without_the_role_gets_the_observation_as_the_user():
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match="no place for an observation"):
         Observer(tokenizer).next(prompt, "84", 3)
+
+
+def python_or_skip(options):
+    try:
+        return load_environment(f"python:{options}").make()
+    except ValueError as error:
+        if "confined" not in str(error):
+            raise
+        pytest.skip(str(error)[:200])
+
+
+def test_python_runs_confined_or_says_why_not():
+    tool = python_or_skip("seconds=5,max_characters=40")
+    assert tool.step("Let me see.\n```python\nprint(6 * 7)\n```\n") == ("```output\n42\n```\n", None, False)
+    assert tool.step("It is 42.") == (None, None, True)
+    assert tool.step("```python\nprint(1)\n1 / 0\n```\n")[0] == "```output\n1\nZeroDivisionError: division by zero\n```\n"
+    assert tool.step("```python\nprint('a' * 1000 + 'b')\n```\n")[0] == f"```output\n{'a' * 20} … {'a' * 19}b\n```\n"
+    assert "seconds" in python_or_skip("seconds=0.5").step("```python\nwhile True: pass\n```\n")[0]

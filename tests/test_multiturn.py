@@ -174,7 +174,7 @@ def test_a_turn_draws_with_keys_of_its_own_place(model):
 
 def test_the_next_turn_is_computed_from_where_the_last_one_ended(model):
     engine, cold = (Engine(model, TOKENIZER, block_size=4, prefix_caching=warm) for warm in (True, False))
-    rollout = [MultiTurn(kind_of(Echo), max_turns=6)(e, PROMPTS, PARAMS) for e in (engine, cold)][0]
+    rollout, _ = (MultiTurn(kind_of(Echo), max_turns=6)(e, PROMPTS, PARAMS) for e in (engine, cold))
     prompt = sum(len(p) for p in rollout.prompts)
     expected = 0
     for ids, sample in zip([p for p in rollout.prompts for _ in range(PARAMS.n)], rollout.flat, strict=True):

@@ -88,7 +88,7 @@ class Calls:
         self._done.put((number, _outcome(call)))
 
     def _ended(self, wait: bool) -> list[tuple[Any, Any]]:
-        found = []
+        found: list[tuple[Any, Any]] = []
         try:
             while self._deadlines:
                 number, outcome = self._done.get(block=wait and not found, timeout=self._left() if wait and not found else None)

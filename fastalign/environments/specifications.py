@@ -37,7 +37,8 @@ def load_environment(specification: str) -> Kind:
     try:
         example = make()
     except Exception as error:
-        raise ValueError(f"environment {specification!r}: {worker.describe(error)}") from error
+        reason = str(error) if isinstance(error, ValueError) else worker.describe(error)
+        raise ValueError(f"environment {specification!r}: {reason}") from error
     missing = [method for method in ("reset", "step") if not callable(getattr(example, method, None))]
     if missing:
         raise ValueError(f"environment {specification!r}: expected an object with reset and step, got no {missing[0]}")
