@@ -112,7 +112,7 @@ def _start(command: str, values: dict[str, Any]) -> None:
     if command == "generate":
         from .recipes import generate
 
-        generate.run(args.model, args.data, args.sampling, args.generate)
+        generate.run(args.model, args.data, args.sampling, args.generate, args.environment)
         return
     if command == "eval":
         from .recipes import evaluate

@@ -12,17 +12,19 @@ from preference_runs import rows_of
 from tiny_models import write_arithmetic_model
 
 from fastalign import cli
-from fastalign.recipes import arithmetic, online, ppo
+from fastalign.recipes import arithmetic, online, ppo, rejection
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
     DataArguments,
     ModelArguments,
     OptimArguments,
+    RejectionArguments,
     RunArguments,
     SamplingArguments,
 )
 from fastalign.recipes.online_arguments import EnvironmentArguments, OnlineArguments
+from fastalign.recipes.rejection_task import Kept
 
 FILE = """
 class Echo:
@@ -159,3 +161,43 @@ def test_what_cannot_be_run_is_an_error(task, tmp_path, changes, message):
 def test_a_missing_column_is_an_error_before_anything_is_sampled(task, tmp_path):
     with pytest.raises(ValueError, match="environment 'Echo': expected a column 'answer'"):
         online.run(arguments(task, tmp_path, data={"dataset_map": "answer=sum"}))
+
+
+def test_generate_writes_turns_with_their_masks_and_goes_on(task, tmp_path, capsys):
+    lines = []
+    for name, max_samples in (("whole", 6), ("part", 3), ("part", 6)):
+        output = tmp_path / f"{name}.jsonl"
+        flags = {
+            "model_name_or_path": task / "model",
+            "dataset_name": task / "heldout.jsonl",
+            "dtype": "float32",
+            "environment": f"{task / 'echo_of_the_test.py'}:Echo",
+            "max_completion_length": 30,
+            "num_samples": 2,
+            "logprobs": "true",
+            "max_samples": max_samples,
+            "output_file": output,
+        }
+        status = cli.main(["generate", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))])
+        assert status == 0, capsys.readouterr().err
+        lines.append(output.read_text().splitlines())
+    assert lines[0] == lines[2]
+    samples = [sample for line in lines[0] for sample in json.loads(line)["completions"]]
+    assert len(samples) == 12
+    assert any(not all(sample["scored"]) for sample in samples)
+    assert all(len(sample["scored"]) == len(sample["token_ids"]) == len(sample["logprobs"]) for sample in samples)
+
+
+def test_rft_trains_on_what_the_model_wrote_alone(task, tmp_path):
+    args = arguments(task, tmp_path, online={"reward": []})
+    kept = RejectionArguments(num_generations=4, num_kept=2, reward=[f"{task / 'echo_of_the_test.py'}:length"])
+    rejection.run(replace(args, command="rft", rejection=kept))
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert rows[0]["turns/mean"] > 1
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_what_rft_keeps_is_scored_where_the_model_wrote_it():
+    found = Kept(0, [[1, 2, 3], [4, 5]], [1.0, 0.5], [[True, False, True], None])
+    assert found.masks == [[True, False, True], [True, True]]
+    assert Kept(0, [[1]], [1.0]).masks == [[True]]

@@ -77,7 +77,7 @@ class _Round:
         self, sampler: MultiTurn, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, keys: list[int], progress: Any
     ) -> None:
         self.kind, self.max_turns, self.engine, self.progress = sampler.kind, sampler.max_turns, engine, progress
-        self.params = replace(params, stop=(*params.stop, *self.kind.stop))
+        self.params = replace(params, stop=(*params.stop, *self.kind.stop), logprobs=True)
         self.calls = Calls(sampler.timeout, immediate=self.kind.immediate)
         self.observer = Observer(engine.tokenizer, self.kind.role)
         self.longest = Limits.of(engine.model, engine.tokenizer).max_length

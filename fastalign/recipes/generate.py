@@ -13,17 +13,26 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data import Prompt, Record, prompt_examples
-from ..generation import CompletionOutput, Engine, SamplingParams
+from ..generation import Engine, SamplingParams
 from ..models.backbone import causal_lm
+from ..rollout import Sample
 from .arguments import DataArguments, GenerateArguments, ModelArguments, SamplingArguments
+from .online_arguments import EnvironmentArguments
 from .reading import prompts_named_by
+from .samplers import sampler_of
 from .setup import Loaded, load
 
 Key = Callable[[Mapping[str, Any]], str]  # an object of the output file → what it is recognized by
 BATCHES_A_CHUNK = 4  # prompts are completed, and written, in chunks of this many full batches
 
 
-def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments, generate: GenerateArguments) -> None:
+def run(
+    model: ModelArguments,
+    data: DataArguments,
+    sampling: SamplingArguments,
+    generate: GenerateArguments,
+    environment: EnvironmentArguments | None = None,
+) -> None:
     """Completes every prompt that the output file has not got yet, appends the objects and flushes after each chunk.
 
     Raises:
@@ -40,14 +49,15 @@ def run(model: ModelArguments, data: DataArguments, sampling: SamplingArguments,
         print(f"{kept}, whatever the flags of this run; name another --output_file to sample them again", file=sys.stderr)
     options = {"kv_cache_tokens": sampling.kv_cache_tokens or None, "max_num_seqs": sampling.max_num_seqs}
     engine = Engine(loaded.model, loaded.tokenizer, **options)  # type: ignore[arg-type]
+    sampler = sampler_of(environment or EnvironmentArguments(), prompts)
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
     with writer(generate.output_file) as write, tqdm(total=len(prompts) * params.n, unit="sample", disable=None) as bar:
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]  # a resumed run draws what an unbroken one would have
-            outputs = engine.generate([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
-            for prompt, output in zip(chunk, outputs, strict=True):
-                write(as_object(prompt, output.outputs, generate.logprobs))
+            rollout = sampler(engine, chunk, params, keys, bar.update)
+            for prompt, samples in zip(chunk, rollout.samples, strict=True):
+                write(as_object(prompt, samples, generate.logprobs))
 
 
 def sampling_params(sampling: SamplingArguments, generate: GenerateArguments) -> SamplingParams:
@@ -149,13 +159,14 @@ def as_record(prompt: Prompt) -> dict[str, Any]:
     return {**prompt.columns, "prompt": prompt.prompt}
 
 
-def as_object(prompt: Prompt, outputs: list[CompletionOutput], logprobs: bool) -> dict[str, Any]:
+def as_object(prompt: Prompt, samples: list[Sample], logprobs: bool) -> dict[str, Any]:
     """{"prompt", the record's other columns, "completions": [{"text", "finish_reason", …}]}."""
     completions = []
-    for output in outputs:
-        item: dict[str, Any] = {"text": output.text, "finish_reason": output.finish_reason}
+    for sample in samples:
+        item: dict[str, Any] = {"text": sample.text, "finish_reason": sample.finish_reason}
         if logprobs:
-            item |= {"token_ids": output.token_ids, "logprobs": output.logprobs, "raw_logprobs": output.raw_logprobs}
-            item |= {"kept_mass": output.kept_mass} if output.kept_mass is not None else {}
+            item |= {"token_ids": sample.ids, "logprobs": sample.logprobs, "raw_logprobs": sample.raw_logprobs}
+            item |= {"kept_mass": sample.kept_mass} if sample.kept_mass is not None else {}
+            item |= {"scored": sample.scored} if sample.scored is not None else {}
         completions.append(item)
     return {**as_record(prompt), "completions": completions}

@@ -50,7 +50,7 @@ class SingleTurn:
         request_ids: Sequence[int] | None = None,
         progress: Progress = lambda _: None,
     ) -> Rollout:
-        rollout = engine.rollout([p.ids for p in prompts], params, request_ids=request_ids, progress=progress)
+        rollout = engine.rollout([p.ids for p in prompts], params, request_ids=request_ids, progress=progress, logprobs=params.logprobs)
         rollout.columns = [p.columns for p in prompts]
         return rollout
 
