@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from test_dialects import QWEN, tokenizer_of
@@ -241,3 +242,22 @@ def test_python_runs_confined_or_says_why_not():
     assert tool.step("```python\nprint(1)\n1 / 0\n```\n")[0] == "```output\n1\nZeroDivisionError: division by zero\n```\n"
     assert tool.step("```python\nprint('a' * 1000 + 'b')\n```\n")[0] == f"```output\n{'a' * 20} … {'a' * 19}b\n```\n"
     assert "seconds" in python_or_skip("seconds=0.5").step("```python\nwhile True: pass\n```\n")[0]
+
+
+def test_the_pages_environment_does_what_it_says(tmp_path):
+    page = (Path(__file__).resolve().parent.parent / "docs/environments.md").read_text(encoding="utf-8")
+    path = tmp_path / "games_of_the_page.py"
+    path.write_text(page.partition("## Your own")[2].partition("```python\n")[2].partition("```")[0])
+    kind = load_environment(f"{path}:Guess:most=50")
+    assert (kind.columns, kind.stop, kind.gives_reward) == ({"seed"}, ("\n",), True)
+    game = kind.make()
+    assert game.reset(seed=3) is None
+    low, high = 1, 50
+    for _ in range(6):
+        observation, reward, done = game.step(f"{(low + high) // 2}\n")
+        if done:
+            break
+        low, high = ((low + high) // 2 + 1, high) if observation == "higher\n" else (low, (low + high) // 2 - 1)
+    assert (reward, done) == (1.0, True)
+    react = page.partition("--environment '")[2].partition("'")[0]
+    assert load_environment(react).make().step("Thought: I need the price of seven.\nAction: calculator[12*7]\n")[0] == "Observation: 84\n"
