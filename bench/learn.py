@@ -1,4 +1,4 @@
-"""Learning, not only running: every offline method on the demo's additions, from one and the same SFT model.
+"""Learning, not only running: every offline method on the demo's additions, from one and the same SFT model; and tools.
 
     python -m bench.learn [--only dpo kto ...] [--seeds 0 1] [--json FILE] [--plot FILE] [--table FILE]
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench import tool_task
 from bench.harness import write_record
 from fastalign.recipes import arithmetic, demo
 from fastalign.recipes.arguments import (
@@ -191,6 +192,17 @@ def write_student(setting: Setting) -> Path:
     return folder
 
 
+def tools(setting: Setting) -> Row:
+    """GRPO with a calculator on sums of three digits, from a cold start of its own that seldom calls it."""
+    from fastalign.recipes import online, sft
+
+    root, seed, key = setting.root / "tools", setting.seed, "eval/rewards/correct/mean"
+    files = tool_task.prepare(root, seed)
+    sft.run(tool_task.cold_start(root, files, seed, optimizer(1e-3, 250)))
+    found = online.run(tool_task.reinforce(root, files, seed, optimizer(2e-4, 60)))
+    return {"before": found[f"{key}/before"], "after": found[key], "measure": "held-out greedy accuracy, three digits and a calculator"}
+
+
 def rankings(loss: str, num_completions: int) -> Callable[[Setting], Row]:
     """A reward model of answers ordered by how far they are from the sum; held-out pairs in the right order."""
 
@@ -259,6 +271,7 @@ METHODS: dict[str, Callable[[Setting], Row]] = {
     "kto": kto,
     "rft": rft,
     "gkd": gkd,
+    "tools": tools,
     "reward-pairs": rankings("bradley_terry", 2),
     "reward-rankings": rankings("bradley_terry", 4),
     "reward-plackett-luce": rankings("plackett_luce", 4),

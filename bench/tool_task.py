@@ -9,7 +9,6 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fastalign.recipes import arithmetic
 from fastalign.recipes.arguments import (
@@ -26,7 +25,8 @@ from fastalign.recipes.online_arguments import EnvironmentArguments, OnlineArgum
 CALL, RESULT = "[{}]", "({})"
 ENVIRONMENT = f"calculator:call={CALL},result={RESULT}"
 REWARD = f"{Path(__file__)}:correct"
-DEMONSTRATIONS, CALLS = 1200, 0.3  # of them so many show a call
+DEMONSTRATIONS, HELDOUT, TRAIN = 1200, 400, 8000  # problems
+CALLS = 0.3  # share of the demonstrations that show a call
 Problem = tuple[int, int]
 
 
@@ -37,17 +37,18 @@ def correct(completions: list[str], answer: list[str], **columns: object) -> lis
 
 def prepare(root: Path, seed: int) -> dict[str, str]:
     """Writes tokenizer, untrained model, demonstrations, problems to train on and held-out ones."""
+    root.mkdir(parents=True, exist_ok=True)
     tokenizer = arithmetic.build_tokenizer(arithmetic.CHARACTERS + "[]()")
     arithmetic.build_model(seed, len(tokenizer)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     draw = random.Random(seed)
-    every = draw.sample(range(900 * 900), DEMONSTRATIONS + 200 + 400 + 8000)
+    every = draw.sample(range(900 * 900), DEMONSTRATIONS + HELDOUT + TRAIN)
     problems = [(100 + number // 900, 100 + number % 900) for number in every]
-    cuts = {"sft": DEMONSTRATIONS, "validation": 200, "heldout": 400, "train": 8000}
+    cuts = {"sft": DEMONSTRATIONS, "heldout": HELDOUT, "train": TRAIN}
     files = {}
     for name, size in cuts.items():
         own, problems = problems[:size], problems[size:]
-        rows = [row for p in own for row in demonstrations(p, draw)] if name in ("sft", "validation") else [question(p) for p in own]
+        rows = [row for p in own for row in demonstrations(p, draw)] if name == "sft" else [question(p) for p in own]
         files[name] = str(root / f"{name}.jsonl")
         Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
@@ -67,41 +68,30 @@ def demonstrations(problem: Problem, draw: random.Random) -> list[dict[str, str]
     return [{"prompt": prompt, "completion": call}, {"prompt": prompt + call + RESULT.format(answer), "completion": answer}]
 
 
-def cold_start(root: Path, files: dict[str, str], seed: int, steps: int) -> Arguments:
-    """Supervised learning of the demonstrations, to be carried on from."""
+def cold_start(root: Path, files: dict[str, str], seed: int, optim: OptimArguments) -> Arguments:
+    """Supervised learning of the demonstrations."""
     return Arguments(
         command="sft",
         model=ModelArguments(model_name_or_path=str(root / "model"), dtype="float32", device="cpu"),
-        data=DataArguments(dataset_name=files["sft"], eval_dataset_name=files["validation"], max_length=64),
-        optim=OptimArguments(learning_rate=1e-3, warmup_steps=20, max_steps=steps, lr_scheduler_type="constant"),
+        data=DataArguments(dataset_name=files["sft"], max_length=64),
+        optim=optim,
         batch=BatchArguments(per_device_train_batch_size=64),
-        run=RunArguments(output_dir=str(root / "sft"), overwrite_output_dir=True, seed=seed, logging_steps=20, eval_steps=100),
+        run=RunArguments(output_dir=str(root / "sft"), overwrite_output_dir=True, seed=seed, logging_steps=10),
     )
 
 
-def reinforce(root: Path, files: dict[str, str], seed: int, steps: int) -> Arguments:
+def reinforce(root: Path, files: dict[str, str], seed: int, optim: OptimArguments) -> Arguments:
     """GRPO with the calculator, rewarded for right sums alone."""
-    start = cold_start(root, files, seed, 1)
+    start = cold_start(root, files, seed, optim)
     return replace(
         start,
         command="grpo",
         model=replace(start.model, model_name_or_path=str(root / "sft")),
         data=DataArguments(dataset_name=files["train"], eval_dataset_name=files["heldout"], max_length=64),
-        optim=OptimArguments(learning_rate=2e-4, warmup_steps=5, max_steps=steps, lr_scheduler_type="linear"),
+        optim=optim,
         batch=BatchArguments(per_device_train_batch_size=256),
-        run=RunArguments(output_dir=str(root / "grpo"), overwrite_output_dir=True, seed=seed, logging_steps=10, eval_steps=50),
+        run=RunArguments(output_dir=str(root / "grpo"), overwrite_output_dir=True, seed=seed, logging_steps=10),
         sampling=SamplingArguments(max_completion_length=32),
         online=OnlineArguments(algorithm="grpo", num_generations=8, beta=0.0, reward=[REWARD]),
         environment=EnvironmentArguments(environment=ENVIRONMENT, max_turns=3),
     )
-
-
-def learn(root: Path, seed: int, *, sft_steps: int = 400, grpo_steps: int = 100) -> dict[str, Any]:
-    """Cold start, then GRPO: held-out greedy accuracy before and after."""
-    from fastalign.recipes import online, sft
-
-    files = prepare(root, seed)
-    sft.run(cold_start(root, files, seed, sft_steps))
-    found = online.run(reinforce(root, files, seed, grpo_steps))
-    key = "eval/rewards/correct/mean"
-    return {"before": found[f"{key}/before"], "after": found[key], "measure": "held-out greedy accuracy, with a calculator"}
