@@ -15,7 +15,8 @@ from tiny_models import llama, ready, scored, values
 from fastalign.algorithms import resolve
 from fastalign.data import Prompt
 from fastalign.environments import Kind, MultiTurn
-from fastalign.generation import Engine, SamplingParams
+from fastalign.environments.conversation import turn_text
+from fastalign.generation import CompletionOutput, Engine, SamplingParams
 from fastalign.ops.backend import native
 from fastalign.packing import pack
 from fastalign.recipes import arithmetic
@@ -294,6 +295,17 @@ def test_a_conversation_goes_on_through_the_chat_template():
             seen += closed
         assert sample.rewards == {}
     assert seen
+
+
+def test_a_turns_text_has_the_stop_text_that_ended_it_and_no_other():
+    tokenizer = tokenizer_of(QWEN)
+    end, stops = tokenizer.convert_tokens_to_ids("<|im_end|>"), ("</tool>", "<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.unk_token = tokenizer.eos_token  # an unknown text has the end-of-sequence token's id, as in GPT-2
+    said = CompletionOutput(0, [5], "2+2", finish_reason="stop")
+    for reason, expected in (("</tool>", "2+2</tool>"), (end, "2+2<|im_end|>"), (tokenizer.eos_token_id, "2+2"), ("stop", "2+2")):
+        assert turn_text(replace(said, stop_reason=reason), stops, tokenizer) == expected
+    assert turn_text(replace(said, finish_reason="length"), stops, tokenizer) == "2+2"
 
 
 def test_the_budget_and_the_models_length_count_answers_too():
