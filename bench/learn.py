@@ -198,7 +198,7 @@ def tools(setting: Setting) -> Row:
 
     root, seed, key = setting.root / "tools", setting.seed, "eval/rewards/correct/mean"
     files = tool_task.prepare(root, seed)
-    sft.run(tool_task.cold_start(root, files, seed, optimizer(1e-3, 250)))
+    sft.run(tool_task.cold_start(root, files, seed, replace(optimizer(1e-3, 400), lr_scheduler_type="constant")))
     found = online.run(tool_task.reinforce(root, files, seed, optimizer(2e-4, 60)))
     return {"before": found[f"{key}/before"], "after": found[key], "measure": "held-out greedy accuracy, three digits and a calculator"}
 
