@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import tool_task
 from bench.learn_setting import REWARD, Row, Setting, accuracies, optimizer
 from fastalign.recipes import arithmetic
 from fastalign.recipes.arguments import (
@@ -70,6 +71,18 @@ def ppo_of_a_reward_model(setting: Setting) -> Row:
     return accuracies(setting, setting.root / "ppo-judged")
 
 
+def tools(setting: Setting) -> Row:
+    """GRPO with a calculator on sums of three digits, from a cold start of its own that seldom calls it."""
+    from fastalign.recipes import online as recipe
+    from fastalign.recipes import sft
+
+    root, seed, key = setting.root / "tools", setting.seed, "eval/rewards/correct/mean"
+    files = tool_task.prepare(root, seed)
+    sft.run(tool_task.cold_start(root, files, seed, replace(optimizer(1e-3, 400), lr_scheduler_type="constant")))
+    found = recipe.run(tool_task.reinforce(root, files, seed, optimizer(2e-4, 60)))
+    return {"before": found[f"{key}/before"], "after": found[key], "measure": "held-out greedy accuracy, three digits and a calculator"}
+
+
 DIGITS = ProcessArguments(step_reward=f"{Path(arithmetic.__file__)}:begun_well", step_separator="")
 
 ONLINE: dict[str, Callable[[Setting], Row]] = {
@@ -90,4 +103,5 @@ ONLINE: dict[str, Callable[[Setting], Row]] = {
     "ppo": actor_critic("ppo"),
     "vapo": actor_critic("vapo", warmup=10),
     "ppo-reward-model": ppo_of_a_reward_model,
+    "tools": tools,
 }

@@ -114,7 +114,7 @@ def _start(command: str, values: dict[str, Any]) -> None:
     if command == "generate":
         from .recipes import generate
 
-        generate.run(args.model, args.data, args.sampling, args.generate, args.pairs)
+        generate.run(args.model, args.data, args.sampling, args.generate, args.pairs, args.environment)
         return
     if command in WITHOUT_TRAINING:
         importlib.import_module(f".recipes.{WITHOUT_TRAINING[command]}", __package__).run(args)

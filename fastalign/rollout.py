@@ -22,6 +22,7 @@ class Sample:
         scored: one flag a token; False for tokens that an environment wrote. None: all scored.
         text: the completion as text, without the stop string.
         rewards: by name; NaN where the reward is missing.
+        turns: how often the model had its say; more than once only with an environment.
         total: what the rewards come to, where they are not simply added; None: their weighted sum.
         step_ends, step_rewards: the last token of each step and the step's reward, where steps are judged; NaN where one is missing.
     """
@@ -35,9 +36,15 @@ class Sample:
     scored: list[bool] | None = None
     text: str = ""
     rewards: dict[str, float] = field(default_factory=dict)
+    turns: int = 1
     total: float | None = None
     step_ends: list[int] = field(default_factory=list)
     step_rewards: list[float] = field(default_factory=list)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that the model wrote."""
+        return len(self.ids) if self.scored is None else sum(self.scored)
 
     def reward(self, weights: dict[str, float]) -> float:
         """The total, or the weighted sum of the rewards that exist; NaN when none does."""

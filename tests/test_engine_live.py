@@ -1,5 +1,7 @@
 """Requests that come, go, wait, branch and survive an update of the weights: each must give what it would give alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import llama, prompts_of, ready
@@ -212,6 +214,29 @@ def test_extend_goes_on_without_forwarding_what_is_known(model):
     drain(engine)
     with pytest.raises(ValueError, match="n=2"):
         engine.extend(several, [1])
+    with pytest.raises(ValueError, match="must be below, got 2"):
+        engine.extend(several, [1], sample=2)
+
+
+def test_extend_goes_on_with_one_sample_while_its_siblings_run(model):
+    engine = Engine(model, block_size=4)
+    params = SamplingParams(n=4, max_tokens=40, seed=2, stop_token_ids=range(3, 20))
+    request, branches = engine.add_request(prompts_of(9)[0], params, request_id=7), []
+    while engine.has_work:
+        engine.step()
+        for out in request.new_ends():
+            if not request.finished:
+                branches.append((engine.extend(request, [5], replace(params, n=1), sample=out.index), out))
+    assert branches, "some sample must end before the last one"
+    assert request.new_ends() == []
+    for branch, out in branches:
+        known = [*request.prompt_token_ids, *out.token_ids, 5]
+        assert branch.prompt_token_ids == known
+        fresh = Engine(model)
+        again = fresh.add_request(known, replace(params, n=1), request_id=7, sample=out.index)
+        drain(fresh)
+        assert again.output().outputs[0].token_ids == branch.output().outputs[0].token_ids
+    assert engine.num_used_blocks == 0
 
 
 def test_prefixes_are_found_again_until_the_room_is_needed(model):

@@ -80,10 +80,15 @@ class Engine(LiveEngine):
         *,
         request_ids: Sequence[int] | None = None,
         progress: Progress = False,
+        logprobs: bool = True,
     ) -> Rollout:
-        """Samples each prompt `params.n` times, for training: `generate`, as a Rollout that always has log-probs."""
+        """Samples each prompt `params.n` times, for training: `generate`, as a Rollout that has log-probs whatever `params` say.
+
+        Args:
+            logprobs: False leaves them to `params`.
+        """
         read = read_requests(list(prompts), params, self.tokenizer, request_ids)
-        groups, rows = self._complete(read, None, progress, logprobs=True)
+        groups, rows = self._complete(read, None, progress, logprobs=logprobs)
         samples = [[_sample(out) for out in request_output(group, None, self.tokenizer, rows).outputs] for group in groups]
         return Rollout([prompt.ids.tolist() for prompt in read], samples, [{} for _ in read])
 

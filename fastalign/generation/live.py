@@ -6,6 +6,7 @@ import heapq
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class LiveEngine:
     # --- requests -----------------------------------------------------------------------------------------------
 
     def add_request(
-        self, prompt: PromptLike, params: SamplingParams | None = None, *, request_id: int | None = None, priority: int = 0
+        self, prompt: PromptLike, params: SamplingParams | None = None, *, request_id: int | None = None, sample: int = 0, priority: int = 0
     ) -> Request:
         """Queues one prompt; `step` brings it forward.
 
@@ -78,6 +79,7 @@ class LiveEngine:
             prompt: text or token ids.
             params: how to sample.
             request_id: the request part of the random key; default: the request's own id.
+            sample: the sample part of the random key, of its first sample; the others count on from there.
             priority: lower values go first, and take the place of running requests with higher ones; equals in the order of arrival.
 
         Raises:
@@ -87,6 +89,7 @@ class LiveEngine:
             key = self._arrivals if request_id is None else request_id
             read = read_requests([prompt], params or SamplingParams(), self.tokenizer, [key])
             run, groups = self._accept(read, [priority], live=True)
+            groups[0].first_sample = sample
             request = self._requests[groups[0].index] = Request(groups[0], read[0].text, run.rows, self.tokenizer)
             return request
 
@@ -132,29 +135,27 @@ class LiveEngine:
                     member.record, member.streamed = Record.empty(), 0
                     member.top_logprobs.clear()
 
-    def extend(self, request: Request, ids: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0) -> Request:
-        """Goes on with a finished request of one sample: its prompt, its completion and `ids` are the prompt of a new one.
+    def extend(
+        self, request: Request, ids: Sequence[int], params: SamplingParams | None = None, *, sample: int | None = None, priority: int = 0
+    ) -> Request:
+        """Goes on with a finished sample of a request: its prompt, its completion and `ids` are the prompt of a new one.
 
-        Nothing is tokenized again, and what is in the prefix cache is not forwarded again. The random key stays, and its positions
-        go on; two extensions of one request are two branches.
+        Nothing is tokenized again, and what is in the prefix cache is not forwarded again. The random key stays, its positions go on.
 
         Args:
-            request: finished, with n = 1.
-            ids: [K] what follows its completion: a tool's answer, the user's next turn. May be empty after "length" or "abort".
+            request: its other samples may still run.
+            ids: [K] what follows the completion: a tool's answer, the user's next turn. May be empty after "length" or "abort".
             params: default: those of the request.
+            sample: which one; None: the only one.
 
         Raises:
-            ValueError: the request runs, or has several samples.
+            ValueError: the sample runs, or it is not said which of several is meant.
         """
-        if not request.finished:
-            raise ValueError(f"extend: request {request.id} is still running; step until it has finished, or abort it")
-        if request.params.n != 1:
-            raise ValueError(f"extend: request {request.id} has n={request.params.n} samples, expected 1; add a request for the one meant")
-        group = request._group
-        known = [*group.prompt.tolist(), *group.members[0].record.tokens.tolist(), *ids]
-        following = self.add_request(known, params or request.params, request_id=group.request, priority=priority)
+        (known, place), key = request.sample_to_extend(sample), request._group.request
+        params = params or replace(request.params, n=1)
+        following = self.add_request([*known, *ids], params, request_id=key, sample=place, priority=priority)
         if following.params.seed is None:
-            following._group.seed = group.seed
+            following._group.seed = request._group.seed
         return following
 
     # --- weights and memory ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fastalign.generation.text import completion_text
 def request_output(group: Group, prompt: str | None, tokenizer: Any, rows: Rows) -> RequestOutput:
     """The group with its samples in order, as far as they are."""
     missing = [CompletionOutput(j, [], finish_reason="") for j in range(len(group.members), group.params.n)]
-    outputs = [_completion(member, tokenizer, rows) for member in group.members]
+    outputs = [completion_output(member, tokenizer, rows) for member in group.members]
     return RequestOutput(prompt, group.prompt.tolist(), outputs + missing)
 
 
@@ -27,7 +27,8 @@ def drawn_ids(member: Member, rows: Rows) -> NDArray[np.int64]:
     return rows.tokens[member.row, rows.prompt_length[member.row] : rows.length[member.row]]
 
 
-def _completion(member: Member, tokenizer: Any, rows: Rows) -> CompletionOutput:
+def completion_output(member: Member, tokenizer: Any, rows: Rows) -> CompletionOutput:
+    """One sample, as far as it is."""
     record = member.record if member.row < 0 else rows.record(member.row)
     group, params = member.group, member.group.params
     ids, logprobs = record.tokens.tolist(), group.logprobs

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastalign.generation.groups import MAX_SAMPLES, Group
-from fastalign.generation.outputs import drawn_ids, new_outputs, request_output
+from fastalign.generation.outputs import completion_output, drawn_ids, new_outputs, request_output
 from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams
 from fastalign.generation.rows import Rows
 from fastalign.generation.stops import StopTable
@@ -69,6 +69,11 @@ class Request:
         """Whether every sample has ended."""
         return self._group.done
 
+    @property
+    def error(self) -> Exception | None:
+        """What ended it, where something went wrong."""
+        return self._group.error
+
     def output(self) -> RequestOutput:
         """What there is so far; a sample that runs has the finish_reason ""."""
         return request_output(self._group, self.prompt, self._tokenizer, self._rows)
@@ -81,6 +86,29 @@ class Request:
             member.streamed += len(ids)
             fresh.append(ids)
         return fresh + [[] for _ in range(self.params.n - len(fresh))]
+
+    def new_ends(self) -> list[CompletionOutput]:
+        """The samples that have ended since the last call, whole; not to be mixed with `new_outputs`, which tells ends, too."""
+        fresh = [member for member in self._group.members if member.finish_reason and not member.told]
+        for member in fresh:
+            member.told = True
+        return [completion_output(member, self._tokenizer, self._rows) for member in fresh]
+
+    def sample_to_extend(self, sample: int | None) -> tuple[list[int], int]:
+        """([L] ids of prompt and completion, sample part of the random key) of a sample that has ended.
+
+        Raises:
+            ValueError: it has not, or it is not said which of several is meant.
+        """
+        group, members = self._group, self._group.members
+        if sample is None and self.params.n != 1:
+            raise ValueError(f"extend: request {self.id} has n={self.params.n} samples; say which one with sample=0, 1, …")
+        at = sample or 0
+        if not 0 <= at < self.params.n:
+            raise ValueError(f"extend: request {self.id} has n={self.params.n} samples, so sample must be below, got {sample}")
+        if at >= len(members) or not members[at].finish_reason:
+            raise ValueError(f"extend: request {self.id} is still running; step until its sample {at} has finished, or abort it")
+        return [*group.prompt.tolist(), *members[at].record.tokens.tolist()], group.first_sample + at
 
     def new_outputs(self) -> list[CompletionOutput]:
         """What the samples gained since the last call of this or of `new_tokens`, log-probs and ends included, without text.

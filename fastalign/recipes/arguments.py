@@ -16,7 +16,14 @@ from .offline_arguments import (
     SupervisedArguments,
     UnpairedArguments,
 )
-from .online_arguments import OnlineArguments, OpponentArguments, PPOArguments, ProcessArguments, SamplingArguments
+from .online_arguments import (
+    EnvironmentArguments,
+    OnlineArguments,
+    OpponentArguments,
+    PPOArguments,
+    ProcessArguments,
+    SamplingArguments,
+)
 from .search_arguments import SearchArguments
 from .serve_arguments import ServeArguments
 
@@ -195,13 +202,13 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "reward": (*TRAINING, RewardArguments),
     "dpo": (*TRAINING, PreferenceArguments, ReferenceArguments),
     "kto": (*TRAINING, UnpairedArguments, ReferenceArguments),
-    "rft": (*TRAINING, SamplingArguments, RejectionArguments),
+    "rft": (*TRAINING, SamplingArguments, RejectionArguments, EnvironmentArguments),
     "distill": (*TRAINING, SamplingArguments, DistillArguments),
-    "grpo": (*TRAINING, SamplingArguments, OnlineArguments, ProcessArguments, OpponentArguments),
-    "ppo": (*TRAINING, SamplingArguments, OnlineArguments, PPOArguments),
-    "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments, PairArguments),
+    "grpo": (*TRAINING, SamplingArguments, OnlineArguments, EnvironmentArguments, ProcessArguments, OpponentArguments),
+    "ppo": (*TRAINING, SamplingArguments, OnlineArguments, EnvironmentArguments, PPOArguments),
+    "generate": (ModelArguments, DataArguments, SamplingArguments, GenerateArguments, EnvironmentArguments, PairArguments),
     "critique": (ModelArguments, DataArguments, SamplingArguments, CritiqueArguments),
-    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments, WinRateArguments),
+    "eval": (ModelArguments, DataArguments, SamplingArguments, EvalArguments, EnvironmentArguments, WinRateArguments),
     "search": (ModelArguments, DataArguments, SamplingArguments, SearchArguments),
     "serve": (ModelArguments, ServeArguments),
     "demo": (DemoArguments,),
@@ -227,6 +234,7 @@ class Arguments:
     online: OnlineArguments = field(default_factory=OnlineArguments)
     process: ProcessArguments = field(default_factory=ProcessArguments)
     opponent: OpponentArguments = field(default_factory=OpponentArguments)
+    environment: EnvironmentArguments = field(default_factory=EnvironmentArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     generate: GenerateArguments = field(default_factory=GenerateArguments)
     pairs: PairArguments = field(default_factory=PairArguments)

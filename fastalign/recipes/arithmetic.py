@@ -57,12 +57,12 @@ def write_jsonl(path: Path, chosen: Iterable[Problem], columns: tuple[str, ...])
     return str(path)
 
 
-def build_tokenizer():
+def build_tokenizer(characters: str = CHARACTERS):
     """A tokenizer with one token a character, `<s>` in front."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -32,6 +32,7 @@ from .generate import (
     sampling_params,
     writer,
 )
+from .samplers import sampler_of
 from .scored_rollouts import score
 from .setup import load
 
@@ -87,7 +88,8 @@ def sample(
     args: Arguments, own: GenerateArguments, loaded: Any, rewards: RewardSet | None, ranker: RewardModel | None, prompts: list[Prompt]
 ) -> None:
     """Completes, judges and ranks every prompt, a line each, in chunks of a few full batches."""
-    sampling, weights = args.sampling, dict(rewards.weights) if rewards is not None else {}
+    sampling, sampler = args.sampling, sampler_of(args.environment, prompts)
+    weights = (rewards.weights if rewards is not None else {}) | sampler.weights
     params = sampling_params(sampling, own)
     engine = Engine(loaded.model, loaded.tokenizer, kv_cache_tokens=sampling.kv_cache_tokens or None, max_num_seqs=sampling.max_num_seqs)
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
@@ -96,7 +98,7 @@ def sample(
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]
-            rollout = engine.rollout([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
+            rollout = sampler(engine, chunk, params, keys, bar.update)
             if rewards is not None:
                 score(rewards, chunk, rollout)
             for prompt, samples in zip(chunk, rollout.samples, strict=True):

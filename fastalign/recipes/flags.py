@@ -22,7 +22,7 @@ _POSITIVE = {
     *("lora_r", "max_length", "learning_rate", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_tokens_per_micro_batch", "logging_steps", "max_completion_length", "max_num_seqs", "num_generations", "num_iterations"),
     *("num_kept", "num_rounds", "reward_timeout", "num_samples", "top_p", "max_num_batched_tokens", "divergence_temperature"),
-    *("stream_window", "critic_learning_rate", "kl_horizon", "prm_learning_rate", "prm_beta"),
+    *("stream_window", "critic_learning_rate", "kl_horizon", "prm_learning_rate", "prm_beta", "max_turns", "environment_timeout"),
     *("num_beams", "num_expansions", "num_simulations", "block_size", "min_probability"),
 }
 _NOT_NEGATIVE = {

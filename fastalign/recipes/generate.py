@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +14,18 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data import Prompt, Record, prompt_examples
-from ..generation import CompletionOutput, Engine, SamplingParams
+from ..generation import Engine, SamplingParams
 from ..models.backbone import causal_lm
 from ..rewards import RewardSet, load_rewards
+from ..rollout import Sample
 from .arguments import DataArguments, EvalArguments, GenerateArguments, ModelArguments, SamplingArguments
 from .feedback_arguments import PairArguments
 from .model_rewards import with_reward_models
-from .pairs import check, pairs_path, rewards_of, write_pairs
+from .online_arguments import EnvironmentArguments
+from .pairs import check, pairs_path, write_pairs
 from .reading import prompts_named_by
+from .samplers import Sampler, sampler_of
+from .scored_rollouts import score
 from .setup import Loaded, load
 
 Key = Callable[[Mapping[str, Any]], str]  # an object of the output file → what it is recognized by
@@ -33,6 +38,7 @@ def run(
     sampling: SamplingArguments,
     generate: GenerateArguments,
     pairs: PairArguments | None = None,
+    environment: EnvironmentArguments | None = None,
 ) -> None:
     """Completes every prompt that the output file has not got yet, appends the objects and flushes after each chunk; then pairs.
 
@@ -52,7 +58,7 @@ def run(
     with rewards_named_by(pairs, loaded) as rewards:
         if rewards is not None:
             rewards.check_columns(sorted({name for prompt in wanted for name in prompt.columns}))
-        sample(sampling, generate, params, loaded, prompts, rewards)
+        sample(sampling, generate, params, loaded, prompts, rewards, sampler_of(environment or EnvironmentArguments(), prompts))
     if pairs.save_pairs != "none":
         left = Counter(key_of_prompt(as_record(prompt)) for prompt in wanted)
         count = write_pairs(pairs, generate.output_file, lambda item: left[key_of_prompt(item)] > 0)
@@ -77,8 +83,10 @@ def sample(
     loaded: Loaded,
     prompts: list[Prompt],
     rewards: RewardSet | None,
+    sampler: Sampler,
 ) -> None:
     """Completes and scores the prompts, an object each, in chunks of a few full batches."""
+    weights = (rewards.weights if rewards is not None else {}) | sampler.weights
     options = {"kv_cache_tokens": sampling.kv_cache_tokens or None, "max_num_seqs": sampling.max_num_seqs}
     engine = Engine(loaded.model, loaded.tokenizer, **options)  # type: ignore[arg-type]
     size = max(1, BATCHES_A_CHUNK * sampling.max_num_seqs // params.n)
@@ -86,12 +94,14 @@ def sample(
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             keys = [prompt.index for prompt in chunk]  # a resumed run draws what an unbroken one would have
-            outputs = engine.generate([prompt.ids for prompt in chunk], params, request_ids=keys, progress=bar.update)
-            scores = rewards_of(rewards, chunk, outputs) if rewards is not None else None
-            for i, (prompt, output) in enumerate(zip(chunk, outputs, strict=True)):
-                item = as_object(prompt, output.outputs, generate.logprobs)
-                for completion, reward in zip(item["completions"], scores[i] if scores else (), strict=scores is not None):
-                    completion["reward"] = reward
+            rollout = sampler(engine, chunk, params, keys, bar.update)
+            if rewards is not None:
+                score(rewards, chunk, rollout)
+            for prompt, samples in zip(chunk, rollout.samples, strict=True):
+                item = as_object(prompt, samples, generate.logprobs)
+                for completion, one in zip(item["completions"], samples, strict=True):
+                    if weights:
+                        completion["reward"] = None if math.isnan(total := one.reward(weights)) else total
                 write(item)
 
 
@@ -194,13 +204,14 @@ def as_record(prompt: Prompt) -> dict[str, Any]:
     return {**prompt.columns, "prompt": prompt.prompt}
 
 
-def as_object(prompt: Prompt, outputs: list[CompletionOutput], logprobs: bool) -> dict[str, Any]:
+def as_object(prompt: Prompt, samples: list[Sample], logprobs: bool) -> dict[str, Any]:
     """{"prompt", the record's other columns, "completions": [{"text", "finish_reason", …}]}."""
     completions = []
-    for output in outputs:
-        item: dict[str, Any] = {"text": output.text, "finish_reason": output.finish_reason}
+    for sample in samples:
+        item: dict[str, Any] = {"text": sample.text, "finish_reason": sample.finish_reason}
         if logprobs:
-            item |= {"token_ids": output.token_ids, "logprobs": output.logprobs, "raw_logprobs": output.raw_logprobs}
-            item |= {"kept_mass": output.kept_mass} if output.kept_mass is not None else {}
+            item |= {"token_ids": sample.ids, "logprobs": sample.logprobs, "raw_logprobs": sample.raw_logprobs}
+            item |= {"kept_mass": sample.kept_mass} if sample.kept_mass is not None else {}
+            item |= {"scored": sample.scored} if sample.scored is not None else {}
         completions.append(item)
     return {**as_record(prompt), "completions": completions}

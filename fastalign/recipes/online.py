@@ -23,6 +23,7 @@ from .online_kinds import task_of, with_own_options
 from .online_task import OnlineTask
 from .reading import prompts_named_by
 from .reference import Reference
+from .samplers import sampler_of
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .training import Job, execute
 
@@ -163,11 +164,14 @@ def rewards_of(args: Arguments, algorithm: Algorithm, loaded: Loaded) -> RewardS
         limit = args.sampling.max_completion_length
         specifications.append(f"overlong:max_length={limit},buffer={max(1, round(algorithm.overlong_buffer * limit))}")
         weights = [*weights, 1.0] if weights else weights
+    if not specifications:
+        return RewardSet([], [])  # the environment's own is the only one
     return load_rewards(specifications, weights or None, args.online.reward_timeout, combination=args.online.reward_combination)
 
 
 def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: list[Prompt]) -> None:
-    """Raises before anything is sampled when a reward does not load or lacks a column."""
+    """Raises before anything is sampled when a reward or the environment does not load or lacks a column."""
+    sampler_of(args.environment, *data)
     with rewards_of(args, algorithm, loaded) as rewards:
         for prompts in data:
             if prompts:
@@ -203,6 +207,7 @@ def parts_of(
         "num_prompts": num_prompts_of(args),
         "num_iterations": args.online.num_iterations,
         "max_tokens_per_micro_batch": args.batch.max_tokens_per_micro_batch,
+        "sampler": sampler_of(args.environment),
     }
 
 
@@ -229,8 +234,8 @@ def evaluate(args: Arguments) -> dict[str, float]:
 
 
 def require_reward(args: Arguments) -> None:
-    """Raises ValueError where no reward is named."""
-    if not args.online.reward:
+    """Raises ValueError where nothing gives a reward: no flag, and no environment."""
+    if not args.online.reward and not sampler_of(args.environment).weights:
         known = "a built-in (math, gsm8k, format, length, code), module:function, path.py:function, or a reward model's folder"
         raise ValueError(f"--reward is required: {known}")
 

@@ -113,6 +113,23 @@ class OpponentArguments:
 
 
 @dataclass
+class EnvironmentArguments:
+    """Turns with an environment.
+
+    Args:
+        environment: answers between turns: calculator, python, module:Class, path.py:Class, options behind another colon; empty: one turn.
+        max_turns: most turns of a completion, which share --max_completion_length with the answers between them.
+        environment_timeout: seconds that one call of the environment may take.
+        environment_weight: weight of the environment's own reward, where it gives one.
+    """
+
+    environment: str = ""
+    max_turns: int = 8
+    environment_timeout: float = 10.0
+    environment_weight: float = 1.0
+
+
+@dataclass
 class PPOArguments:
     """The critic, and what of an actor-critic method it serves.
 

@@ -47,6 +47,10 @@ def with_own_options(algorithm: Algorithm, args: Arguments) -> Algorithm:
                 raise ValueError(f"--{name}: the algorithm does not read it; {_readers(kinds)} does")
             if hasattr(algorithm, name):
                 changes[name] = value
+    if isinstance(algorithm, Exploring | MixturePlay) and args.environment.environment:
+        raise ValueError(
+            f"--environment {args.environment.environment}: {_readers((type(algorithm),))} compares with another policy, which has no turns; leave it out"
+        )
     if type(algorithm) is StepSupervised and not args.process.step_reward:
         raise ValueError(
             "--step_reward is required: a process reward model's folder, module:function or path.py:function of completions cut after"

@@ -22,6 +22,7 @@ from ..training.step import Update, Updater
 from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
 from .rollout_metrics import group_metrics, reward_metrics
+from .samplers import Sampler, single_turn
 from .scored_rollouts import evaluate, greedy_params, score, show
 
 log = logging.getLogger("fastalign")
@@ -47,6 +48,7 @@ class OnlineTask:
         num_prompts: int,
         num_iterations: int,
         max_tokens_per_micro_batch: int,
+        sampler: Sampler = single_turn,
     ):
         self.updater, self.engine, self.reference, self.rewards = updater, engine, reference, rewards
         self.exact_engine = exact_engine  # runs what is evaluated and shown; another one only where the rollouts are quantized
@@ -56,7 +58,8 @@ class OnlineTask:
         self.max_tokens = max_tokens_per_micro_batch
         self.num_requests = 0  # counts groups over the whole run: the random key of each, so that a resumed run repeats
         self.timing: dict[str, float] = defaultdict(float)
-        self.reward_weights = dict(rewards.weights)
+        self.sampler = sampler
+        self.reward_weights = rewards.weights | sampler.weights
         self.companions: dict[str, tuple[Updater, Any]] = {}  # models that learn beside the policy, with their tokenizers
 
     def close(self) -> None:
@@ -131,12 +134,11 @@ class OnlineTask:
     def sample(self, prompts: list[Prompt]) -> Rollout:
         with self.timed("rollout"):
             keys = list(range(self.num_requests, self.num_requests + len(prompts)))
-            rollout = self.engine.rollout([p.ids for p in prompts], self.params, request_ids=keys)
-            rollout.columns = [p.columns for p in prompts]
+            rollout = self.sampler(self.engine, prompts, self.params, keys)
             self.num_requests += len(prompts)
             most_probable = None
             if READS.get(self.algorithm.advantage) == "greedy":
-                most_probable = self.engine.rollout([p.ids for p in prompts], greedy_params(self.params))
+                most_probable = self.sampler(self.engine, prompts, greedy_params(self.params))
         with self.timed("reward"):
             self.score(prompts, rollout)
             if most_probable is not None:
@@ -150,11 +152,11 @@ class OnlineTask:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""
-        return evaluate(self.exact_engine, self.rewards, self.eval_prompts, self.params)
+        return evaluate(self.exact_engine, self.rewards, self.eval_prompts, self.params, self.sampler)
 
     def show(self) -> list[dict]:
         """Greedy completions of a few prompts."""
-        return show(self.exact_engine, self.rewards, self.eval_prompts or self.prompts, self.params)
+        return show(self.exact_engine, self.rewards, self.eval_prompts or self.prompts, self.params, self.sampler)
 
     def metrics(self, rollout: Rollout, chunks: list[PolicyChunk], updates: list[Update]) -> dict[str, float]:
         first = updates[0].sums

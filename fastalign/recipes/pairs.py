@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data import Prompt, columns_of_prompts
 from ..data.dialects import Message
-from ..generation import RequestOutput
-from ..rewards import RewardSet
 from ..training.files import write_atomic
 from .feedback_arguments import PairArguments
 
@@ -35,16 +31,6 @@ def check(given: PairArguments, output_file: str) -> None:
         raise ValueError(f"--save_pairs {given.save_pairs}: pairs are written beside --output_file; give one")
     if given.save_pairs == "best_worst" and not given.reward:
         raise ValueError("--save_pairs best_worst: --reward says which completion is the best; give one, as in --reward judge:model=self")
-
-
-def rewards_of(rewards: RewardSet, prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) -> list[list[float | None]]:
-    """The reward of every completion, prompt by prompt; None where there is none."""
-    owners = [prompt for prompt, output in zip(prompts, outputs, strict=True) for _ in output.outputs]
-    flat = [one for output in outputs for one in output.outputs]
-    columns = {name: values for name, values in columns_of_prompts(owners).items() if name != "completions"}
-    scores = rewards.score([o.prompt for o in owners], [one.text for one in flat], [one.token_ids for one in flat], columns)
-    found = iter(None if math.isnan(value) else value for value in rewards.combine(scores))
-    return [[next(found) for _ in output.outputs] for output in outputs]
 
 
 def write_pairs(given: PairArguments, output_file: str, wanted: Callable[[Item], bool]) -> int:

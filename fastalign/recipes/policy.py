@@ -54,7 +54,7 @@ def group_advantages(rollout: Rollout, algorithm: Algorithm, reward_weights: dic
     cu_groups = torch.tensor(rollout.cu_groups, dtype=torch.int32)
     given, reads = {}, READS.get(algorithm.advantage)
     if reads == "lengths":
-        given[reads] = torch.tensor([_num_scored(sample) for sample in rollout.flat])
+        given[reads] = torch.tensor([sample.num_scored for sample in rollout.flat])
     elif reads == "greedy":
         given[reads] = torch.tensor([sample.reward(reward_weights) for sample in rollout.greedy], dtype=torch.float32)
     return ADVANTAGES[algorithm.advantage](rewards, cu_groups, **given, **algorithm.advantage_options)
@@ -70,7 +70,7 @@ def build_chunks(rollout: Rollout, advantages: Tensor, algorithm: Algorithm, *, 
         advantages: [B].
         budget: tokens that a completion may have (the divisor of "budget" aggregation).
     """
-    lengths, alive = torch.tensor([_num_scored(s) for s in rollout.flat]), has_gradient(advantages, algorithm)
+    lengths, alive = torch.tensor([s.num_scored for s in rollout.flat]), has_gradient(advantages, algorithm)
     kept = only(rollout, alive.tolist())
     index, bounds, trees = alive.nonzero().squeeze(1), kept.cu_groups, kept.trees()
     chunks = []
@@ -96,10 +96,6 @@ def has_gradient(advantages: Tensor, algorithm: Algorithm) -> Tensor:
     if algorithm.kl_coef > 0 or algorithm.entropy_coef != 0:
         return torch.ones_like(advantages, dtype=torch.bool)
     return advantages > 0 if POLICY[algorithm.loss].positive_only else advantages != 0
-
-
-def _num_scored(sample) -> int:
-    return len(sample.ids) if sample.scored is None else sum(sample.scored)
 
 
 def _sampler_logp(rollout: Rollout, groups: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from .arguments import Arguments
 from .model_rewards import with_reward_models
 from .online import prompts_of, sampling_of
 from .rejection_task import RejectionTask, Selection
+from .samplers import sampler_of
 from .setup import Loaded, build_updater, check_output, load, plan, seed_everything
 from .training import Job, clear, execute
 
@@ -105,6 +106,7 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
         batch_size=args.batch.per_device_train_batch_size * args.batch.gradient_accumulation_steps,
         max_tokens_per_micro_batch=args.batch.max_tokens_per_micro_batch,
         kept_folder=Path(args.run.output_dir),
+        sampler=sampler_of(args.environment, prompts, held_out),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..training.files import write_atomic
 from ..training.step import Updater
 from . import scored_rollouts
 from .rollout_metrics import group_metrics, reward_metrics
+from .samplers import Sampler, single_turn
 from .sft_task import SupervisedTask, cut_of
 
 
@@ -49,11 +50,21 @@ class Selection:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a prompt keeps in a round: token ids of the completions, and their rewards. `index` is the prompt's in the data."""
+    """What a prompt keeps in a round: token ids of the completions, which of them are scored (None: all), and their rewards.
+
+    `index` is the prompt's in the data.
+    """
 
     index: int
     completions: list[list[int]]
     rewards: list[float]
+    scored: list[list[bool] | None] = field(default_factory=list)
+
+    @property
+    def masks(self) -> list[list[bool]]:
+        """One flag a token of each completion."""
+        given = self.scored or [None] * len(self.completions)
+        return [mask or [True] * len(ids) for mask, ids in zip(given, self.completions, strict=True)]
 
 
 class RejectionTask:
@@ -83,8 +94,9 @@ class RejectionTask:
         batch_size: int,
         max_tokens_per_micro_batch: int,
         kept_folder: Path,
+        sampler: Sampler = single_turn,
     ):
-        self.updater, self.engine, self.rewards = updater, engine, rewards
+        self.updater, self.engine, self.rewards, self.sampler = updater, engine, rewards, sampler
         self.prompts, self.eval_prompts, self.params = prompts, eval_prompts, params
         self.selection, self.row, self.seed, self.shuffle = selection, row, seed, shuffle
         self.order = DataOrder(len(prompts), seed=seed, shuffle=shuffle)
@@ -114,17 +126,17 @@ class RejectionTask:
         chosen = self.order.next_batch(self.prompts_per_round)
         prompts = [self.prompts[i] for i in chosen]
         keys = list(range(self.num_requests, self.num_requests + len(prompts)))
-        rollout = self.engine.rollout([p.ids for p in prompts], self.params, request_ids=keys)
+        rollout = self.sampler(self.engine, prompts, self.params, keys)
         self.engine.release_cache()  # the update has the memory
         self.num_requests += len(prompts)
         sampled = time.perf_counter()
         scored_rollouts.score(self.rewards, prompts, rollout)
-        weights = dict(self.rewards.weights)
+        weights = self.rewards.weights | self.sampler.weights
         best = [self.selection.best(samples, weights) for samples in rollout.samples]
         self.round += 1
         self.write(prompts, best)
         self.kept = [
-            Kept(i, [sample.ids for sample, _ in pairs], [reward for _, reward in pairs])
+            Kept(i, [sample.ids for sample, _ in pairs], [reward for _, reward in pairs], [sample.scored for sample, _ in pairs])
             for i, pairs in zip(chosen, best, strict=True)
             if len(pairs) > self.row.ranks  # a ranking needs two
         ]
@@ -172,9 +184,9 @@ class RejectionTask:
         for kept in self.kept:
             prompt = self.prompts[kept.index].ids
             if self.row.ranks:
-                examples.append(Ranked(group(prompt, kept.completions), tuple(kept.rewards)))
+                examples.append(Ranked(group(prompt, kept.completions, kept.masks), tuple(kept.rewards)))
             else:
-                examples += [group(prompt, [ids]) for ids in kept.completions]
+                examples += [group(prompt, [ids], [mask]) for ids, mask in zip(kept.completions, kept.masks, strict=True)]
         return SupervisedTask(
             updater=self.updater,
             segments=examples,
@@ -188,11 +200,11 @@ class RejectionTask:
 
     def evaluate(self) -> dict[str, float]:
         """Mean rewards of the held-out prompts' greedy completions."""
-        return scored_rollouts.evaluate(self.engine, self.rewards, self.eval_prompts, self.params)
+        return scored_rollouts.evaluate(self.engine, self.rewards, self.eval_prompts, self.params, self.sampler)
 
     def show(self) -> list[dict[str, Any]]:
         """Greedy completions of a few prompts."""
-        return scored_rollouts.show(self.engine, self.rewards, self.eval_prompts or self.prompts, self.params)
+        return scored_rollouts.show(self.engine, self.rewards, self.eval_prompts or self.prompts, self.params, self.sampler)
 
     def state_dict(self) -> dict:
         return {

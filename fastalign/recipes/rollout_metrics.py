@@ -29,10 +29,10 @@ def reward_metrics(samples: list[Sample], weights: dict[str, float]) -> dict[str
 
 
 def group_metrics(rollout: Rollout, weights: dict[str, float]) -> dict[str, float]:
-    """Spread within groups, and the lengths of completions."""
+    """Spread within groups, the lengths of completions in tokens that the model wrote, and their turns."""
     spreads = [_mean_std([s.reward(weights) for s in samples])[1] for samples in rollout.samples]
     spreads = [s for s in spreads if not math.isnan(s)]
-    lengths = [len(s.ids) for s in rollout.flat]
+    lengths = [s.num_scored for s in rollout.flat]
     return {
         "reward_std": sum(spreads) / max(len(spreads), 1),
         "frac_reward_zero_std": sum(s < 1e-6 for s in spreads) / max(len(spreads), 1),
@@ -40,4 +40,19 @@ def group_metrics(rollout: Rollout, weights: dict[str, float]) -> dict[str, floa
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(s.finish_reason == "length" for s in rollout.flat) / len(lengths),
+        **turn_metrics(rollout.flat),
+    }
+
+
+def turn_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Of conversations with an environment: their turns, what they were answered, and how many broke off; else empty."""
+    if not samples or all(s.scored is None for s in samples):
+        return {}
+    turns = [s.turns for s in samples]
+    return {
+        "turns/mean": sum(turns) / len(turns),
+        "turns/max": float(max(turns)),
+        "tool_calls/frac": sum(t > 1 for t in turns) / len(turns),
+        "tool_calls/mean_tokens": sum(len(s.ids) - s.num_scored for s in samples) / len(samples),
+        "tool_calls/failed": float(sum(s.finish_reason == "abort" for s in samples)),
     }

@@ -107,6 +107,8 @@ class RewardSet:
                 raise ValueError(f"RewardSet.score: expected {len(prompts)} {name}, one a prompt, got {len(values)}")
         self.check_columns(list(columns))
         limit = self.timeout if timeout is None else timeout
+        if not self._rewards:
+            return {}
         if len(self._rewards) == 1:
             return {self._rewards[0].name: _score(self._rewards[0], batch, limit)}
         with ThreadPoolExecutor(len(self._rewards)) as pool:
