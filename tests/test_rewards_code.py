@@ -239,6 +239,49 @@ ANSWERS = [
     assert [i for i, value in enumerate(passed) if not value] == [10]  # a range is no list, for Python either
 
 
+def test_code_runs_in_a_process_that_shows_nothing_of_ours(confined, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    program = """
+import gc, os, sys
+
+def environment():
+    return sorted(os.environ)
+
+def importable():
+    found = []
+    for name in ("kernel", "watch", "enter", "examine", "landlock", "fastalign"):
+        try:
+            found.append(__import__(name).__name__)
+        except ImportError:
+            pass
+    return found
+
+def descriptors():
+    found = []
+    for number in range(256):
+        try:
+            os.fstat(number)
+            found.append(number)
+        except OSError:
+            pass
+    return len(found)
+
+def held():
+    containers = [found for found in gc.get_objects() if type(found) in (list, tuple, dict, set)]
+    secret = "".join(["hunt", "er2"])
+    return any(secret in value for found in containers for value in list(found) if type(value) is str)
+"""
+    names = ["HOME", "LANG", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "PYTHONDONTWRITEBYTECODE"]
+    names += ["PYTHONHASHSEED", "TMPDIR"]
+    tests = [
+        steps_of(f"assert environment() == {names}"),
+        steps_of("assert set(importable()) <= {'fastalign'}"),
+        steps_of("assert descriptors() == 5"),
+        steps_of("assert held() is False"),
+    ]
+    assert verdicts(program, tests, Limits(seconds=30.0)) == [True] * 4
+
+
 # ---- programs that want the score without the work
 
 CHEATS = {
