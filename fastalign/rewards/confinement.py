@@ -29,7 +29,7 @@ _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cach
 _REMEDY = (
     "Programs are run only where they can be confined: on Linux 5.13 or newer, as a user who may make user namespaces (a container "
     "started with --security-opt seccomp=unconfined, or sysctl kernel.apparmor_restrict_unprivileged_userns=0), or as root, whose "
-    "interpreter every user can read"
+    "interpreter and TMPDIR every user can enter"
 )
 
 
