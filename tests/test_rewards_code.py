@@ -9,6 +9,7 @@ import stat
 import time
 
 import pytest
+from open_folders import opened
 
 from fastalign.rewards import load_rewards
 from fastalign.rewards.code import last_block, verdicts
@@ -239,6 +240,49 @@ ANSWERS = [
     assert [i for i, value in enumerate(passed) if not value] == [10]  # a range is no list, for Python either
 
 
+def test_code_runs_in_a_process_that_shows_nothing_of_ours(confined, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    program = """
+import gc, os, sys
+
+def environment():
+    return sorted(os.environ)
+
+def importable():
+    found = []
+    for name in ("kernel", "watch", "enter", "examine", "landlock", "fastalign"):
+        try:
+            found.append(__import__(name).__name__)
+        except ImportError:
+            pass
+    return found
+
+def descriptors():
+    found = []
+    for number in range(256):
+        try:
+            os.fstat(number)
+            found.append(number)
+        except OSError:
+            pass
+    return len(found)
+
+def held():
+    containers = [found for found in gc.get_objects() if type(found) in (list, tuple, dict, set)]
+    secret = "".join(["hunt", "er2"])
+    return any(secret in value for found in containers for value in list(found) if type(value) is str)
+"""
+    names = ["HOME", "LANG", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "PYTHONDONTWRITEBYTECODE"]
+    names += ["PYTHONHASHSEED", "TMPDIR"]
+    tests = [
+        steps_of(f"assert environment() == {names}"),
+        steps_of("assert set(importable()) <= {'fastalign'}"),
+        steps_of("assert descriptors() == 5"),
+        steps_of("assert held() is False"),
+    ]
+    assert verdicts(program, tests, Limits(seconds=30.0)) == [True] * 4
+
+
 # ---- programs that want the score without the work
 
 CHEATS = {
@@ -296,7 +340,7 @@ def add(a, b):
     for values in held:
         if isinstance(values, (tuple, list, type({}.values()))):
             for value in list(values):
-                if type(value) is int and a < value < a + 100:
+                if type(value) is int and 1000 < a < value < a + 100:
                     return value
     return 0
 """,
@@ -341,11 +385,9 @@ def test_code_pays_no_cheat_on_stdout(confined):
 
 
 def checker(tmp_path, text: str):
-    path = tmp_path / "check.sh"
+    path = opened(tmp_path) / "check.sh"
     path.write_text("#!/bin/sh\n" + text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-    if confinement() == "uid":
-        pytest.skip("the folders above a test's own are closed to other users")
     return path
 
 
@@ -421,7 +463,6 @@ def test_code_refuses_where_programs_cannot_be_confined(monkeypatch):
 def test_code_leaves_the_folder_of_temporary_files_as_it_was(confined, tmp_path, monkeypatch):
     import tempfile
 
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    tmp_path.chmod(0o755)
-    assert score("code", [fenced(ADD)], tests="assert add(1, 2) == 3") in ([1.0], [0.0])
+    monkeypatch.setattr(tempfile, "tempdir", str(opened(tmp_path)))
+    assert score("code", [fenced(ADD)], tests="assert add(1, 2) == 3") == [1.0]
     assert os.listdir(tmp_path) == []

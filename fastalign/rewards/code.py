@@ -15,18 +15,16 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .answers import after_thinking
 from .completions import Completion, text_of
-from .confinement import Limits, Outcome, Running, confinement, package_paths, run_command, start_python
+from .confinement import Limits, Outcome, Running, confinement, package_paths, run_command, start_examiner
 from .program_values import matches
 from .unit_tests import Run, Test, Value, Whole, read_tests
 
 logger = logging.getLogger("fastalign")
 
-_EXAMINE = Path(__file__).with_name("jail") / "examine.py"
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
 _REPLY_BYTES = 8 << 20
@@ -123,7 +121,7 @@ def verdicts(program: str, tests: Sequence[Test], limits: Limits, stop: bool = F
 
 def _start(program: str, whole: bool, limits: Limits) -> Running | None:
     """The program, ready for its tests; None when it does not get there."""
-    running = start_python(_EXAMINE.read_text(encoding="utf-8"), limits=replace(limits, output_bytes=_REPLY_BYTES))
+    running = start_examiner(replace(limits, output_bytes=_REPLY_BYTES))
     reply = _ask(running, {"program": program, "packages": package_paths(), "imported": not whole})
     if reply is not None and "ready" in reply:
         return running

@@ -22,14 +22,14 @@ from pathlib import Path
 
 from .sandbox import ConfinementUnavailable, Limits, Outcome, Running
 
-__all__ = ["ConfinementUnavailable", "Limits", "Outcome", "Running", "confinement", "run_command", "run_python", "start_python"]
+__all__ = ["ConfinementUnavailable", "Limits", "Outcome", "Running", "confinement", "run_command", "run_python", "start_examiner"]
 
 _JAIL = Path(__file__).with_name("jail")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives")
 _REMEDY = (
     "Programs are run only where they can be confined: on Linux 5.13 or newer, as a user who may make user namespaces (a container "
     "started with --security-opt seccomp=unconfined, or sysctl kernel.apparmor_restrict_unprivileged_userns=0), or as root, whose "
-    "interpreter every user can read"
+    "interpreter and TMPDIR every user can enter"
 )
 
 
@@ -45,19 +45,19 @@ def run_python(source: str, *, stdin: str = "", limits: Limits | None = None) ->
         ConfinementUnavailable: nothing was run, because it cannot be confined here.
     """
     launch = (_JAIL / "program.py").read_text(encoding="utf-8")
-    with start_python(launch, *package_paths(), files={"program.py": source}, limits=limits) as running:
+    command = [sys.executable, "-I", "-B", "-S", "-c", launch, *package_paths()]
+    with Running(command, confinement(), files={"program.py": source}, readable=interpreter_paths(), limits=limits) as running:
         running.send(stdin.encode("utf-8", "surrogatepass"), last=True)
         return running.finish()
 
 
-def start_python(script: str, *arguments: str, files: Mapping[str, str] | None = None, limits: Limits | None = None) -> Running:
-    """Starts a script of ours with this interpreter, confined, to talk with it. Its packages are those of the standard library.
+def start_examiner(limits: Limits | None = None) -> Running:
+    """Starts what puts programs to their tests, `jail/examine.py`, confined, to talk with it.
 
     Raises:
         ConfinementUnavailable: nothing was run, because it cannot be confined here.
     """
-    command = [sys.executable, "-I", "-B", "-S", "-c", script, *arguments]
-    return Running(command, confinement(), files=files, readable=interpreter_paths(), limits=limits)
+    return Running([], confinement(), readable=interpreter_paths(), limits=limits)
 
 
 def run_command(

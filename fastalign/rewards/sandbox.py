@@ -76,7 +76,7 @@ class Running:
     """A program in a sandbox. Use it as a context: its end ends every process of the sandbox.
 
     Args:
-        command: the program and its arguments; the program as an absolute path.
+        command: the program, as an absolute path, and its arguments; empty: `jail/examine.py`.
         way: how the sandbox is built: "root" or "user" (namespaces), "uid" (a user of its own).
         files: written into its folder, which is also its current one, before it starts.
         readable: absolute files and folders that it may read.

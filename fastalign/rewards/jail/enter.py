@@ -21,6 +21,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import examine
 import kernel
 import landlock
 import root
@@ -61,7 +62,7 @@ def limit(setup: dict) -> None:
 
 
 def become(setup: dict, uid: int | None, work: str) -> None:
-    """Turns this process into the program: gives up every right, then executes it. Returns only by raising."""
+    """Turns this process into the program: gives up every right, then executes it, or `examine`. Returns only by raising."""
     os.setsid()  # a signal to its group reaches no process of ours
     os.chdir(work)
     limit(setup)
@@ -83,7 +84,26 @@ def become(setup: dict, uid: int | None, work: str) -> None:
         seccomp.restrict()
     os.dup2(setup["stdin"], 0)
     kernel.default_signals()
-    os.execve(setup["command"][0], setup["command"], setup["environment"])
+    if setup["command"]:
+        os.execve(setup["command"][0], setup["command"], setup["environment"])
+    as_examiner(setup["environment"])
+
+
+def as_examiner(environment: dict[str, str]) -> None:
+    """Becomes `examine` without starting Python again, as new as can be: no descriptor, variable or module of this file stays."""
+    try:
+        os.closerange(3, 2 * _OPEN_FILES)
+        for number in (kernel.SIGPIPE, kernel.SIGXFSZ):  # as Python has it
+            kernel.ignore_signal(number)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.dont_write_bytecode = True
+        sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
+        for module in (examine, kernel, landlock, root, seccomp, watch):
+            del sys.modules[module.__name__]
+        examine.main()
+    finally:
+        os._exit(0)
 
 
 def start(setup: dict, uid: int | None, work: str) -> int:

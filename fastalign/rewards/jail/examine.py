@@ -1,5 +1,6 @@
-"""Puts a program to its tests, inside the sandbox: requests on what was stdin, each its length, a space and a marshalled
-dictionary; replies on what was stdout, each a line of JSON.
+"""Puts a program to its tests, inside the sandbox, in the process that `enter.py` made for it.
+
+Requests come on what was stdin, each its length, a space and a marshalled dictionary; replies go to what was stdout, each a line of JSON.
 
 {"program": text, "packages": [folder], "imported": bool}: what to test, first. Imported: it is executed here at once, as a module
 that is not __main__; the reply is {"ready": true}, or {"failed": true}.
@@ -77,6 +78,7 @@ class Channel:
         empty = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(empty, standard)
+        os.close(empty)
 
     def message(self) -> bytes:
         """The next message; nothing after it is taken from the pipe."""
@@ -177,9 +179,6 @@ def run_whole(code: CodeType, text: str, most: int) -> str:
 
 
 def main() -> None:
-    import ctypes
-
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # the runs must not look into this process
     channel = Channel()
     setup = channel.request() or {}
     sys.path += setup["packages"]
@@ -197,8 +196,3 @@ def main() -> None:
             channel.reply(imported.answer(request, channel))
         else:
             channel.reply(run_whole(code, request["input"], request["output_bytes"]))
-
-
-if __name__ == "__main__":
-    main()
-    os._exit(0)
