@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from fastalign.recipes.arguments import Arguments, SamplingArguments, SearchArgu
 from fastalign.recipes.search_arguments import Method
 
 METHODS: list[Method] = ["greedy", "best_of_n", "majority", "weighted", "beam", "mcts"]
+BY_STEPS: list[Method] = ["beam", "mcts"]  # methods that the number of expansions is for
+EXPANSIONS = (4, 8)
 
 
 def train(root: Path, seed: int) -> learn_setting.Setting:
@@ -37,16 +38,15 @@ def train(root: Path, seed: int) -> learn_setting.Setting:
     return setting
 
 
-def arguments(setting: learn_setting.Setting, **changes: Any) -> Arguments:
+def arguments(setting: learn_setting.Setting, num_expansions: int, **changes: Any) -> Arguments:
     """`fastalign search`: a digit is a step."""
     own = SearchArguments(
-        output_dir=str(setting.root / "search"),
-        overwrite_output_dir=True,
-        method=METHODS,
+        output_dir=str(setting.root / f"search-{num_expansions}"),
+        method=METHODS if num_expansions == EXPANSIONS[-1] else BY_STEPS,
+        num_expansions=num_expansions,
         scorer=str(setting.root / "process"),
         step_separator="",
         max_step_tokens=1,
-        num_expansions=8,  # about as many tokens as 16 whole answers
         vote="text",
         reward=[learn_setting.REWARD],
         block_size=2,
@@ -77,12 +77,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="fastalign-search-") as temporary:
         setting = train(args.folder or Path(temporary), args.seed)
-        began = time.perf_counter()
-        summary = search.run(arguments(setting))
-        seconds = time.perf_counter() - began
+        summary = {}
+        for num_expansions in EXPANSIONS[::-1]:
+            for method, found in search.run(arguments(setting, num_expansions)).items():
+                summary[f"{method}, {num_expansions} expansions" if method in BY_STEPS else method] = found
     print(markdown(summary))
     if args.json:
-        write_record(args.json, {"seed": args.seed, "seconds": seconds, "methods": summary})
+        write_record(args.json, {"seed": args.seed, "methods": summary})
 
 
 if __name__ == "__main__":

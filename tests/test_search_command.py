@@ -229,8 +229,8 @@ def test_the_bench_goes_from_models_to_its_table(task, tmp_path):
     write_arithmetic_model(tmp_path / "sft", num_hidden_layers=1)
     write_arithmetic_judge(tmp_path / "process", step_separator="=")
     setting = learn_setting.Setting(tmp_path, {"heldout": str(task / "problems.jsonl")}, 0)
-    options = {"num_samples": 2, "num_beams": 1, "num_expansions": 2, "num_simulations": 2}
-    text = bench_search.markdown(search.run(bench_search.arguments(setting, **options)))
+    options = {"num_samples": 2, "num_beams": 1, "num_simulations": 2}
+    text = bench_search.markdown(search.run(bench_search.arguments(setting, 8, **options)))
     assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {method}" for method in METHODS]
 
 

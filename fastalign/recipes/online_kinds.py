@@ -48,9 +48,8 @@ def with_own_options(algorithm: Algorithm, args: Arguments) -> Algorithm:
             if hasattr(algorithm, name):
                 changes[name] = value
     if isinstance(algorithm, Exploring | MixturePlay) and args.environment.environment:
-        raise ValueError(
-            f"--environment {args.environment.environment}: {_readers((type(algorithm),))} compares with another policy, which has no turns; leave it out"
-        )
+        name = _readers((type(algorithm),))
+        raise ValueError(f"--environment {args.environment.environment}: {name} compares with another policy, which has no turns")
     if type(algorithm) is StepSupervised and not args.process.step_reward:
         raise ValueError(
             "--step_reward is required: a process reward model's folder, module:function or path.py:function of completions cut after"
