@@ -6,7 +6,7 @@ A policy, another one that sampled, and a third as reference are given to both s
 ratio is 1: on-policy these losses are near 0 whatever their gradient is, and it is the gradient that is compared, as a whole:
 |ours - TRL's| / |TRL's| over all parameters. TRL's side is its trainer with nothing replaced but sampling: masks, log-probs of the
 policy that sampled and of the reference, advantages, loss. Ours is what the flags of `fastalign grpo` name: advantages, token trees cut
-into micro-batches of 128 tokens, one launch a micro-batch. Differences of loss, metrics and advantages are relative above 1, absolute below.
+into micro-batches of 128 tokens. Differences of loss, metrics and advantages are relative above 1, absolute below.
 
 Where the two differ on purpose, options make them agree:
 
