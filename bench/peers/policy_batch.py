@@ -56,7 +56,7 @@ def prepare(folder: Path, given: str, seed: int) -> dict[str, str]:
         words = [f"{a}{b}{c}" for a in "bdgkmnt" for b in "aeiou" for c in "lnrs"]
         texts = (" ".join(random.Random(i).choices(words, k=20)) for i in range(400))
         where = inputs.write_model(folder, inputs.text_tokenizer(texts, inputs.TINY["vocab_size"]), inputs.TINY, seed)
-    for name, moved in (("old", 0.05), ("reference", 0.08)):
+    for name, moved in (("old", 0.03), ("reference", 0.04)):
         model = AutoModelForCausalLM.from_pretrained(where["model"], dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed + len(where))
         with torch.no_grad():

@@ -171,7 +171,7 @@ def main() -> None:
             theirs, ours = compare(case, options, states, policy)
             found = differences(case, theirs, ours)
             print(f"{told:84s}{case.ours:62s}" + "".join(f"{v:9.1e}" for v in found.values()) + f"  {case.note}", flush=True)
-            worst[f"{told} | {case.ours}"] = max(found.values())
+            worst[" | ".join(filter(None, (told, case.ours, case.note)))] = max(found.values())
     print(f"largest difference {max(worst.values()):.1e} over {len(worst)} cases")
     if max(worst.values()) > TOLERANCE:
         raise SystemExit(f"above {TOLERANCE:g}: {', '.join(k for k, v in worst.items() if v > TOLERANCE)}")
