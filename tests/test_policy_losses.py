@@ -9,6 +9,8 @@ from torch.autograd import gradcheck
 
 from fastalign.algorithms import ALGORITHMS, resolve
 from fastalign.losses.policy import AGGREGATES, KL, POLICY, cispo, clip, gmpo, gspo, gspo_token, k3, sapo, token_weights
+from fastalign.recipes.flags import build
+from fastalign.recipes.online import resolved
 
 LENGTHS = [3, 0, 4, 1]
 
@@ -99,6 +101,17 @@ def test_resolve_replaces_parts_and_checks_them():
         resolve("grpo", loss_options={"epsilom": 1})
     with pytest.raises(ValueError, match="did you mean grpo"):
         resolve("grppo")
+
+
+def test_one_epsilon_is_both_bounds_where_the_loss_has_two():
+    def options(**flags):
+        return resolved(build("grpo", flags)).loss_options
+
+    assert options(loss="gmpo", epsilon=0.3) == {"epsilon": 0.3}
+    assert options(loss="gspo", epsilon=0.3) == {"epsilon": 0.3, "epsilon_high": None}
+    assert options(algorithm="dapo", epsilon=0.3) == {"epsilon": 0.3, "epsilon_high": None}
+    with pytest.raises(ValueError, match="reinforce has no option 'epsilon'"):
+        options(loss="reinforce", epsilon=0.3)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
