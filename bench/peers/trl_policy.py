@@ -19,10 +19,9 @@ Where the two differ on purpose, options make them agree:
 - scale_rewards="batch" divides by the deviation of all rewards: --advantage lite_ppo; reinforce_pp_baseline divides by that of the
   centred ones.
 - RLOO: TRL's completion is one action: its ratio is the product over tokens, and k1 is taken from the reward before the baseline. Our
-  row `rloo` clips token by token, averages over a completion's tokens and has k3 in the loss, as our other rows of groups do. The flags
-  below make it the paper's REINFORCE of whole completions, off-policy by the product of ratios; nothing is clipped on either side,
-  the losses are of different forms (A times the ratio, and A log p weighted by it) and are not compared, and where beta is not 0 the
-  rewards are given to us with the KL taken off.
+  row `rloo` adds up log-probs too, but clips token by token, and has k3 in the loss as our other rows of groups do. The flags below make
+  it off-policy by the product of ratios; nothing is clipped on either side, the losses are of different forms (A times the ratio, and
+  A log p weighted by it) and are not compared, and where beta is not 0 the rewards are given to us with the KL taken off.
 - Clip ratios of sequence-level ratios: TRL counts sequences, ours tokens; they are left out.
 - Groups of equal rewards are not forwarded on our side, so that clip ratios and entropy are means over the rest; loss and gradient are
   those of all.
@@ -85,7 +84,7 @@ def grpo(loss_type: str, ours: str, metrics: tuple[str | tuple[str, str], ...] =
 K3 = {"beta": 0.04, "use_bias_correction_kl": False}
 SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03}
 IN_SEQUENCE = "--epsilon 0.02 --epsilon_high 0.03"
-ONE_ACTION = "--algorithm rloo --beta 0 --loss reinforce --aggregate budget --importance_correction sequence_truncate"
+ONE_ACTION = "--algorithm rloo --beta 0 --loss reinforce --importance_correction sequence_truncate"
 ONE_ACTION += " --importance_correction_high 1e8"
 CISPO_CLIP = ("cispo_clip_ratio", "clip_ratio/high_mean")
 CASES = [
