@@ -154,7 +154,7 @@ class MixturePlay(Algorithm):
 
 GRPO = Algorithm(kl_coef=0.04, loss_options={"epsilon": 0.2})
 DR_GRPO = replace(GRPO, advantage="dr_grpo", aggregate="budget", kl_coef=0.0)
-RLOO = replace(GRPO, advantage="rloo", aggregate="sequence", kl_coef=0.05)
+RLOO = replace(GRPO, advantage="rloo", aggregate="budget", kl_coef=0.05)  # a completion is one action: its log-probs are added up
 DAPO = replace(
     GRPO,
     aggregate="token",
@@ -165,9 +165,9 @@ DAPO = replace(
 )
 GSPO = replace(GRPO, loss="gspo", kl_coef=0.0, loss_options={})
 CISPO = replace(GRPO, loss="cispo", aggregate="token", kl_coef=0.0, loss_options={})
-REINFORCE = replace(GRPO, advantage="reinforce", loss="reinforce", aggregate="sequence", kl_coef=0.0, loss_options={})
+REINFORCE = replace(GRPO, advantage="reinforce", loss="reinforce", aggregate="budget", kl_coef=0.0, loss_options={})
 REINFORCE_PP = replace(GRPO, advantage="reinforce_pp", aggregate="token", kl_coef=0.01)
-REMAX = replace(REINFORCE, advantage="remax", aggregate="budget")
+REMAX = replace(REINFORCE, advantage="remax")
 OPO = replace(REINFORCE, advantage="opo", aggregate="token")
 MAXRL = replace(GRPO, advantage="maxrl", aggregate="token", kl_coef=0.0)
 PASSK = replace(GRPO, advantage="passk", aggregate="token", kl_coef=0.0)

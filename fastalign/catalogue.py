@@ -56,6 +56,7 @@ ADVANTAGES: dict[str, Entry] = {
     "reinforce": Entry("the reward itself", "Williams 1992"),
     "reinforce_pp": Entry("reward normalized over the global batch", "arXiv:2501.03262", ("eps",)),
     "reinforce_pp_baseline": Entry("reward - group mean, then normalized over the global batch", "arXiv:2501.03262", ("eps",)),
+    "lite_ppo": Entry("(reward - group mean) / (deviation of the batch's rewards + eps)", "arXiv:2508.08221", ("eps",)),
     "opo": Entry("reward - mean of the group weighted by length, the baseline of least variance", "arXiv:2505.23585"),
     "remax": Entry("reward - that of the prompt's greedy completion, sampled beside the group", "arXiv:2310.10505"),
     "maxrl": Entry("(reward - group mean) / group mean: towards the likelihood of being right", "arXiv:2602.02710"),

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from fastalign.advantages import ADVANTAGES, dr_grpo, grpo, maxrl, opo, passk, reinforce_pp, reinforce_pp_baseline, remax, rloo
+from fastalign.advantages import ADVANTAGES, dr_grpo, grpo, lite_ppo, maxrl, opo, passk, reinforce_pp, reinforce_pp_baseline, remax, rloo
 
 NAN = math.nan
 
@@ -48,6 +48,14 @@ def test_reinforce_pp_normalizes_over_the_batch():
     centred = by_group(rewards, cu, lambda g: [r - statistics.mean(g) for r in g]).tolist()
     expected = torch.tensor([(c - statistics.mean(centred)) / statistics.stdev(centred) for c in centred])
     torch.testing.assert_close(reinforce_pp_baseline(rewards, cu), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lite_ppo_divides_by_the_deviation_of_all_rewards():
+    rewards, cu = ragged()
+    deviation = statistics.stdev(rewards.tolist())
+    expected = by_group(rewards, cu, lambda g: [(r - statistics.mean(g)) / (deviation + 1e-4) for r in g])
+    torch.testing.assert_close(lite_ppo(rewards, cu), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(lite_ppo(rewards, cu), reinforce_pp_baseline(rewards, cu), rtol=0.01)  # another deviation
 
 
 def test_opo_baseline_weighs_by_length():

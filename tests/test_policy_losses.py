@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from torch.autograd import gradcheck
 
 from fastalign.algorithms import ALGORITHMS, resolve
 from fastalign.losses.policy import AGGREGATES, KL, POLICY, cispo, clip, gmpo, gspo, gspo_token, k3, sapo, token_weights
+from fastalign.recipes.flags import build
+from fastalign.recipes.online import resolved
+from fastalign.recipes.policy import build_chunks, micro_batch
+from fastalign.rollout import Rollout, Sample
 
 LENGTHS = [3, 0, 4, 1]
 
@@ -99,6 +104,29 @@ def test_resolve_replaces_parts_and_checks_them():
         resolve("grpo", loss_options={"epsilom": 1})
     with pytest.raises(ValueError, match="did you mean grpo"):
         resolve("grppo")
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce", "remax"])
+def test_whole_completions_are_one_action(name):
+    # arXiv:2402.14740, Eq. 8: A ∇ log π(y), log π(y) = Σ_t log π_t, so that a token's slope is its completion's A whatever the length
+    algorithm, lengths = replace(ALGORITHMS[name], kl_coef=0.0), torch.tensor([2, 5, 1])
+    samples = [Sample([3] * n, [0.0] * n, [0.0] * n) for n in lengths.tolist()]
+    advantages = torch.tensor([0.5, -1.0, 2.0])
+    (chunk,) = build_chunks(Rollout([[1, 2]], [samples]), advantages, algorithm, budget=8, max_tokens=100)
+    logp = torch.randn(8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    micro_batch(chunk, algorithm).objective(logp, torch.zeros(8), slice(0, 8))[0].backward()
+    torch.testing.assert_close(logp.grad, -advantages.repeat_interleave(lengths) / (3 * 8))
+
+
+def test_one_epsilon_is_both_bounds_where_the_loss_has_two():
+    def options(**flags):
+        return resolved(build("grpo", flags)).loss_options
+
+    assert options(loss="gmpo", epsilon=0.3) == {"epsilon": 0.3}
+    assert options(loss="gspo", epsilon=0.3) == {"epsilon": 0.3, "epsilon_high": None}
+    assert options(algorithm="dapo", epsilon=0.3) == {"epsilon": 0.3, "epsilon_high": None}
+    with pytest.raises(ValueError, match="reinforce has no option 'epsilon'"):
+        options(loss="reinforce", epsilon=0.3)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

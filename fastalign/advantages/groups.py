@@ -98,6 +98,19 @@ def reinforce_pp_baseline(rewards: Tensor, cu_groups: Tensor | None = None, *, e
     return g.finish(_whiten(centred, g.present, eps), rewards.shape)
 
 
+def lite_ppo(rewards: Tensor, cu_groups: Tensor | None = None, *, eps: float = 1e-4) -> Tensor:
+    """Lite PPO (arXiv:2508.08221): (r - group mean) / (std + eps), std that of all rewards of the batch, with Bessel's correction.
+
+    TRL's scale_rewards="batch". `reinforce_pp_baseline` divides by the deviation of what is left of the rewards without their group's
+    mean, which is smaller where groups differ.
+    """
+    g = _grouped(rewards, cu_groups)
+    count = g.present.sum()
+    mean = g.values.sum() / count.clamp(min=1)
+    variance = ((g.values - mean) * g.present).square().sum() / (count - 1).clamp(min=1)
+    return g.finish(torch.where(g.constant(), 0.0, (g.values - g.mean()) / (variance.sqrt() + eps)), rewards.shape)
+
+
 def reinforce(rewards: Tensor, cu_groups: Tensor | None = None) -> Tensor:
     """REINFORCE (Williams 1992): the reward itself, no baseline."""
     g = _grouped(rewards, cu_groups)
@@ -193,6 +206,7 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "reinforce": reinforce,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
+    "lite_ppo": lite_ppo,
     "opo": opo,
     "remax": remax,
     "maxrl": maxrl,

@@ -62,7 +62,7 @@ def token_weights(aggregate: str, lengths: Tensor, *, num_tokens: int, num_seque
 
     Args:
         aggregate: "token" (DAPO: every token counts the same), "sequence" (GRPO: every sequence counts the same) or
-            "budget" (Dr.GRPO: every token counts 1 / budget, whatever the length).
+            "budget" (Dr.GRPO: every token counts 1 / budget, whatever the length). TRL's bnpo is "token" of each micro-batch alone.
         lengths: scored tokens of this micro-batch's sequences.
         num_tokens: scored tokens of the whole batch.
         num_sequences: sequences of the whole batch.

@@ -90,7 +90,10 @@ def gspo(
     epsilon: float = 3e-4,
     epsilon_high: float | None = 4e-4,
 ) -> Tensor:
-    """GSPO (arXiv:2507.18071, Eq. 5–7): one ratio a sequence, exp of its mean log-ratio, clipped. Each token carries it."""
+    """GSPO (arXiv:2507.18071, Eq. 5–7): one ratio a sequence, exp of its mean log-ratio, clipped. Each token carries it.
+
+    Where tokens are added up ("budget"), a sequence counts by its length: TRL's luspo, up to the constant.
+    """
     ratio = saturated(sequence_mean(logp - old_logp, cu_targets)).exp()
     return _clipped(ratio, advantages, epsilon, epsilon_high)
 
@@ -186,7 +189,10 @@ def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL estimated as ref/π - 1 - log(ref/π) ≥ 0: unbiased, low variance (Schulman 2020; GRPO, arXiv:2402.03300, Eq. 4)."""
+    """KL estimated as ref/π - 1 - log(ref/π) ≥ 0: unbiased, low variance (Schulman 2020; GRPO, arXiv:2402.03300, Eq. 4).
+
+    TRL's GRPO weighs it by the policy's ratio unless use_bias_correction_kl is off; this is the published term.
+    """
     log_ratio = (ref_logp - logp).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio
 

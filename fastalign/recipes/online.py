@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ..advantages import ADVANTAGES
-from ..algorithms import Algorithm, OnlinePreference, resolve
+from ..algorithms import ACTOR_CRITICS, ALGORITHMS, Algorithm, OnlinePreference, resolve
 from ..data import DataOrder, Prompt, prompt_examples
 from ..generation import Engine, SamplingParams
+from ..losses.policy import POLICY
 from ..models.backbone import causal_lm, head_of
 from ..models.linear import check_quantization
 from ..ops.policy import PolicyOptions
@@ -47,10 +48,11 @@ def resolved(args: Arguments) -> Algorithm:
     for name, value in (("epsilon", online.epsilon), ("epsilon_high", online.epsilon_high)):
         if value is not None:
             options.setdefault(name, value)
-    if online.epsilon is not None and online.epsilon_high is None:
+    name = online.algorithm or args.command
+    if online.epsilon is not None and online.epsilon_high is None and _has_two_bounds(name, online.loss):
         options.setdefault("epsilon_high", None)  # one epsilon on both sides, whatever the row has above
     algorithm = resolve(
-        online.algorithm or args.command,
+        name,
         advantage=online.advantage,
         loss=online.loss,
         aggregate=online.aggregate,
@@ -65,6 +67,13 @@ def resolved(args: Arguments) -> Algorithm:
     if online.entropy_coef is not None:
         algorithm = replace(algorithm, entropy_coef=online.entropy_coef)
     return replace(algorithm, correction_options=correction_of(online, algorithm.correction_options))
+
+
+def _has_two_bounds(name: str, loss: str) -> bool:
+    """Whether the policy loss of the row, or the one that replaces it, reads epsilon_high."""
+    base = (ALGORITHMS | ACTOR_CRITICS).get(name)
+    chosen = POLICY.get(loss or (base.loss if base else ""))
+    return chosen is not None and "epsilon_high" in (chosen.function.__kwdefaults__ or {})
 
 
 def correction_of(online: OnlineArguments, own: Mapping[str, Any]) -> dict[str, Any]:
