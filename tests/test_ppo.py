@@ -199,7 +199,7 @@ def test_critic_and_policy_are_invariant_to_micro_batches(task, tmp_path, algori
     assert many > 2
     assert gradient.norm() > 1e-4
     assert own_gradient.norm() > 1e-4
-    assert abs(loss - loss_) <= 1e-6 * max(abs(loss), 1e-2)
+    assert abs(loss - loss_) <= 1e-6 * max(abs(loss), 1e-1)  # a sum of terms of size one that nearly cancel
     assert abs(value - value_) <= 1e-6 * abs(value)
     assert (gradient - gradient_).norm() <= 1e-6 * gradient.norm()
     assert (own_gradient - own_gradient_).norm() <= 1e-6 * own_gradient.norm()

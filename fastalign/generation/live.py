@@ -154,8 +154,7 @@ class LiveEngine:
         (known, place), key = request.sample_to_extend(sample), request._group.request
         params = params or replace(request.params, n=1)
         following = self.add_request([*known, *ids], params, request_id=key, sample=place, priority=priority)
-        if following.params.seed is None:
-            following._group.seed = request._group.seed
+        following._group.seed = request._group.seed if params.seed is None else following._group.seed
         return following
 
     # --- weights and memory ------------------------------------------------------------------------------------------
