@@ -30,10 +30,12 @@ def load_policy(options: dict[str, Any]) -> Policy:
     return Policy(loaded("model"), loaded("old").model, loaded("reference").model)
 
 
-def measure(flags: str, batch: Batch, policy: Policy, options: dict[str, Any], *, kl_in_reward: float = 0.0) -> Found:
+def measure(flags: str, batch: Batch, policy: Policy, options: dict[str, Any], *, engine: bool, kl_in_reward: float) -> Found:
     """Loss, metrics, advantages and gradients of one batch, of the row that the flags of `fastalign grpo` name.
 
     Args:
+        engine: the sampled log-probs are not the old policy's but the reference's. Where they are the old policy's and the row corrects
+            for them, this is a first iteration, whose ratio is 1 but for that correction.
         kl_in_reward: the rewards are given less this times the log-ratio of sampler and reference.
     """
     from fastalign.recipes.flags import build, parse
@@ -51,11 +53,9 @@ def measure(flags: str, batch: Batch, policy: Policy, options: dict[str, Any], *
     budget, most = args.sampling.max_completion_length, args.batch.max_tokens_per_micro_batch
     chunks = build_chunks(rollout, advantages, algorithm, budget=budget, max_tokens=most)
     for chunk in chunks:
-        sampled = score(policy.old, chunk.packed)
-        if algorithm.correction_options.get("correction", "none") == "none":
-            chunk.old_logp = sampled
-        else:
-            chunk.sampler_logp = sampled  # a first iteration on what another policy sampled
+        chunk.sampler_logp = score(policy.reference if engine else policy.old, chunk.packed)
+        first = algorithm.correction_options.get("correction", "none") != "none" and not engine
+        chunk.old_logp = None if first else score(policy.old, chunk.packed)
         chunk.ref_logp = score(policy.reference, chunk.packed) if algorithm.reads_reference else None
     policy.updater = policy.updater or build_updater(policy.loaded, args, 1)
     result = policy.updater.accumulate([micro_batch(chunk, algorithm) for chunk in chunks])
@@ -83,6 +83,7 @@ def metrics_of(sums: dict[str, float]) -> dict[str, float]:
         "clip_ratio/region_mean": (low + high) / targets,
         "entropy": sums["entropy"] / targets,
         "kl": sums.get("kl", math.nan) / targets,
+        "sampling/importance_sampling_ratio/mean": sums.get("correction", math.nan) / targets,
     }
 
 

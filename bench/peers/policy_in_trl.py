@@ -19,10 +19,20 @@ def load_states(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(kind: str, theirs: dict[str, Any], batch: Batch, states: dict[str, Any], options: dict[str, Any]) -> Found:
-    """Loss, metrics, advantages and gradients of one batch under `GRPOTrainer`, `RLOOTrainer` or `GMPOTrainer` (grpo, rloo, gmpo)."""
+def measure(kind: str, theirs: dict[str, Any], batch: Batch, states: dict[str, Any], options: dict[str, Any], *, engine: bool) -> Found:
+    """Loss, metrics, advantages and gradients of one batch under `GRPOTrainer`, `RLOOTrainer` or `GMPOTrainer` (grpo, rloo, gmpo).
+
+    Args:
+        engine: the sampled log-probs are not the old policy's but the reference's, as if an engine had other weights or rounding.
+    """
     trainer = build(kind, theirs, batch, options)
-    inputs = sampled(trainer, batch, states)
+    logprobs = None
+    if engine:
+        first = sampled(trainer, batch, states, "reference")
+        pairs = zip(first["old_per_token_logps"], first["completion_mask"].bool(), strict=True)
+        logprobs = [row[mask].tolist() for row, mask in pairs]
+        trainer.use_vllm = True
+    inputs = sampled(trainer, batch, states, "old", logprobs)
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
@@ -66,13 +76,17 @@ def build(kind: str, theirs: dict[str, Any], batch: Batch, options: dict[str, An
     return trainer
 
 
-def sampled(trainer: Any, batch: Batch, states: dict[str, Any]) -> dict[str, Any]:
-    """What the trainer makes of a rollout whose tokens are given: advantages, log-probs of the policy that sampled and of the reference."""
+def sampled(trainer: Any, batch: Batch, states: dict[str, Any], sampler: str, logprobs: Any = None) -> dict[str, Any]:
+    """What the trainer makes of a rollout whose tokens are given: advantages, log-probs of the policy that sampled and of the reference.
+
+    Args:
+        logprobs: those that an engine reports.
+    """
     prompts = [ids for ids in batch.prompts for _ in range(NUM_GENERATIONS)]
     completions = list(chain.from_iterable(batch.completions))
     trainer._tokenize_prompts = lambda _: (prompts, None, {})
-    trainer._generate_single_turn = lambda *_: completions if "RLOO" in type(trainer).__name__ else (completions, None)
-    trainer.model.load_state_dict(states["old"])
+    trainer._generate_single_turn = lambda *_: completions if "RLOO" in type(trainer).__name__ else (completions, logprobs)
+    trainer.model.load_state_dict(states[sampler])
     if trainer.ref_model is not None:
         trainer.ref_model.load_state_dict(states["reference"])
     inputs = trainer._generate_and_score_completions([{"prompt": "-"}] * len(prompts))

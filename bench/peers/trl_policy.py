@@ -22,6 +22,8 @@ Where the two differ on purpose, options make them agree:
   row `rloo` adds up log-probs too, but clips token by token, and has k3 in the loss as our other rows of groups do. The flags below make
   it off-policy by the product of ratios; nothing is clipped on either side, the losses are of different forms (A times the ratio, and
   A log p weighted by it) and are not compared, and where beta is not 0 the rewards are given to us with the KL taken off.
+- vllm_importance_sampling_mode is --importance_correction: TRL's clip_max and clip_min are its high and low. The engine's log-probs are the
+  third model's here; TRL reads them under use_vllm, which is set once the trainer is built.
 - Clip ratios of sequence-level ratios: TRL counts sequences, ours tokens; they are left out.
 - Groups of equal rewards are not forwarded on our side, so that clip ratios and entropy are means over the rest; loss and gradient are
   those of all.
@@ -61,6 +63,7 @@ class Case:
         metrics: what is compared besides loss, advantages and gradient; a pair where the names differ, TRL's first.
         compares_loss: whether the loss means the same.
         times: what our loss and gradient are multiplied by.
+        engine: whether the tokens came from an engine whose log-probs are not those of the policy that it served.
         kl_in_reward: coefficient of the KL that is taken off the rewards that fastalign is given.
         constant_group: all rewards of one group are equal.
         note: what differs on purpose.
@@ -72,6 +75,7 @@ class Case:
     metrics: tuple[str | tuple[str, str], ...] = TOKENS
     compares_loss: bool = True
     times: float = 1.0
+    engine: bool = False
     kl_in_reward: float = 0.0
     constant_group: bool = False
     note: str = ""
@@ -108,6 +112,15 @@ CASES = [
     grpo("luspo", f"--algorithm gspo --aggregate budget {IN_SEQUENCE}", ("entropy",), theirs=SEQUENCE, times=MAX_COMPLETION_LENGTH),
     Case("gmpo", {"epsilon": 0.1}, "--algorithm grpo --beta 0 --loss gmpo --loss.epsilon 0.1"),
 ]
+for mode, bounds in (("truncate", ("max",)), ("mask", ("min", "max"))):
+    values = {"min": 0.9, "max": 1.1}
+    cuts = {f"vllm_importance_sampling_clip_{name}": values[name] for name in bounds}
+    flags = " ".join(f"--importance_correction_{'low' if name == 'min' else 'high'} {values[name]}" for name in bounds)
+    for level in ("token_", "sequence_"):
+        theirs = {"vllm_importance_sampling_mode": f"{level}{mode}", **cuts}
+        named = f"--algorithm dapo --importance_correction {level.removeprefix('token_')}{mode} {flags}"
+        seen = (*TOKENS, "sampling/importance_sampling_ratio/mean") if level == "token_" else TOKENS
+        CASES.append(grpo("dapo", named, seen, theirs={"epsilon_high": 0.28} | theirs, engine=True))
 for coefficient in (0.0, 0.05):
     unclipped = {"beta": coefficient, "epsilon": 1.0, "epsilon_high": 1e8}
     one_action: dict[str, Any] = {"compares_loss": False, "times": MAX_COMPLETION_LENGTH, "kl_in_reward": coefficient}
@@ -140,8 +153,9 @@ def compare(case: Case, options: dict[str, Any], states: dict[str, Any], policy:
     """Both sides of a case, TRL's first."""
     batch = batch_of(options["tokenizer"], options["seed"], constant_group=case.constant_group)
     with contextlib.redirect_stdout(io.StringIO()):
-        theirs = policy_in_trl.measure(case.kind, case.theirs, batch, states, options)
-    return theirs, policy_in_fastalign.measure(case.ours, batch, policy, options, kl_in_reward=case.kl_in_reward)
+        theirs = policy_in_trl.measure(case.kind, case.theirs, batch, states, options, engine=case.engine)
+    ours = policy_in_fastalign.measure(case.ours, batch, policy, options, engine=case.engine, kl_in_reward=case.kl_in_reward)
+    return theirs, ours
 
 
 def parser() -> argparse.ArgumentParser:
@@ -162,18 +176,19 @@ def main() -> None:
         options: dict[str, Any] = {"learning_rate": 1e-5, "seed": args.seed, "device": "cpu", "dtype": "float32", "max_steps": 1}
         options |= prepare(folder, args.model, args.seed) | {"output_dir": str(folder / "out")}
         policy, states = policy_in_fastalign.load_policy(options), policy_in_trl.load_states(options)
-        print(f"{'TRL':84s}{'fastalign':62s}{'loss':>9s}{'metrics':>9s}{'advant.':>9s}{'gradient':>9s}")
+        print(f"{'loss':>8s}{'metrics':>9s}{'advant.':>9s}{'gradient':>9s}  TRL | fastalign | note")
         for case in CASES:
             told = f"{case.kind} " + " ".join(f"{k}={v}" for k, v in case.theirs.items())
             if args.only and not any(word in f"{told} {case.ours}" for word in args.only):
                 continue
             theirs, ours = compare(case, options, states, policy)
             found = differences(case, theirs, ours)
-            print(f"{told:84s}{case.ours:62s}" + "".join(f"{v:9.1e}" for v in found.values()) + f"  {case.note}", flush=True)
-            worst[" | ".join(filter(None, (told, case.ours, case.note)))] = max(found.values())
+            row = " | ".join(filter(None, (told, case.ours, case.note)))
+            print(f"{found['loss']:8.1e}{found['metrics']:9.1e}{found['advantages']:9.1e}{found['gradient']:9.1e}  {row}", flush=True)
+            worst[row] = max(found.values())
     print(f"largest difference {max(worst.values()):.1e} over {len(worst)} cases")
     if max(worst.values()) > TOLERANCE:
-        raise SystemExit(f"above {TOLERANCE:g}: {', '.join(k for k, v in worst.items() if v > TOLERANCE)}")
+        raise SystemExit(f"above {TOLERANCE:g}: {'; '.join(k for k, v in worst.items() if v > TOLERANCE)}")
 
 
 if __name__ == "__main__":
