@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import TemplateError
@@ -29,10 +30,13 @@ class Observer:
     def __init__(self, tokenizer: Any, role: str = "tool") -> None:
         self.tokenizer, self.role = tokenizer, role
         self._text, self._special = TextEncoder(tokenizer), special_ids(tokenizer)
+        written = sorted({tokenizer.convert_ids_to_tokens(token) for token in self._special}, key=len, reverse=True)
+        self._forged = re.compile("|".join(map(re.escape, written)) or r"(?!)")
         self._between: dict[str, tuple[str, str]] = {}  # by the template's options: what it writes before and behind an observation
 
     def first(self, prompt: Prompt, text: str) -> list[int]:
         """[L] the prompt's ids with a first observation, before the model has written anything."""
+        text = self._tame(text)
         if isinstance(prompt.prompt, str):
             return [*prompt.ids, *self._plain(text)]
         messages = [*prompt.prompt, {"role": "user", "content": text}]
@@ -40,11 +44,18 @@ class Observer:
 
     def next(self, prompt: Prompt, text: str, last: int) -> list[int]:
         """[K] what follows a turn whose last id is `last`."""
+        text = self._tame(text)
         if isinstance(prompt.prompt, str):
             return self._plain(text)
         before, behind = self._around(prompt)
         closing = self.tokenizer.decode([last]) if last in self._special else ""  # a turn that closed itself is not closed twice
         return self._ids((before + text + behind).removeprefix(closing))
+
+    def _tame(self, text: str) -> str:
+        """The text without the tokenizer's special tokens: with them what a tool finds could end its turn and speak for others."""
+        while self._forged.search(text):  # what is left may make another
+            text = self._forged.sub("", text)
+        return text
 
     def _plain(self, text: str) -> list[int]:
         (ids,) = self._text.pieces([text])

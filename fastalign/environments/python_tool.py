@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
-from typing import Any
+
+from ..rewards.confinement import Limits, Outcome, confinement, run_python
 
 _BLOCK = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
 
@@ -27,9 +27,8 @@ class PythonTool:
     stop = ("```\n",)  # the beginning of a block names its language, so that this is the end of one
 
     def __init__(self, *, seconds: float = 5.0, memory_mb: int = 512, max_characters: int = 1000) -> None:
-        self._runner, self.max_characters = _runner(), max_characters
-        self._runner.confinement()
-        self.limits = self._runner.Limits(seconds=seconds, memory_mb=memory_mb)
+        confinement()
+        self.limits, self.max_characters = Limits(seconds=seconds, memory_mb=memory_mb), max_characters
 
     def reset(self) -> None:
         """It has no state."""
@@ -38,21 +37,13 @@ class PythonTool:
         blocks = _BLOCK.findall(text)
         if not blocks:
             return None, None, True
-        outcome = self._runner.run_python(blocks[-1], limits=self.limits)
+        outcome = run_python(blocks[-1], limits=self.limits)
         return f"```output\n{self._shown(outcome)}\n```\n", None, False
 
-    def _shown(self, outcome: Any) -> str:
+    def _shown(self, outcome: Outcome) -> str:
         if outcome.exceeded:
             failure = f"error: the program was ended: it used too much: {outcome.exceeded}"
         else:
             failure = "".join(outcome.stderr.strip().splitlines()[-1:]) if outcome.returncode else ""
         shown, most = "\n".join(filter(None, (outcome.stdout.strip(), failure))), self.max_characters
         return shown if len(shown) <= most else f"{shown[: most // 2]} … {shown[len(shown) - most // 2 :]}"
-
-
-def _runner() -> Any:
-    """The module that runs programs confined, loaded when a run needs it."""
-    try:
-        return import_module("fastalign.rewards.confinement")
-    except ImportError as error:
-        raise ValueError(f"programs are run only where they can be confined, and this installation cannot: {error}") from error
