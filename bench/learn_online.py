@@ -45,14 +45,14 @@ def online(
     return learn
 
 
-def actor_critic(algorithm: str, learning_rate: float = 1.5e-4, *, warmup: int = 0) -> Callable[[Setting], Row]:
-    """PPO's command with a row of its table; its critic learns for a few steps alone."""
+def actor_critic(algorithm: str, learning_rate: float = 1.5e-4, *, warmup: int = 0, **advantage: float) -> Callable[[Setting], Row]:
+    """PPO's command with a row of its table; its critic learns for a few steps alone. advantage: the estimator's options."""
 
     def learn(setting: Setting) -> Row:
         from fastalign.recipes.ppo import run
 
         args = _arguments(setting, "ppo", algorithm, learning_rate)
-        run(replace(args, ppo=PPOArguments(critic_warmup=warmup, critic_learning_rate=5e-4)))
+        run(replace(args, ppo=PPOArguments(critic_warmup=warmup, critic_learning_rate=5e-4), advantage_options=advantage))
         return accuracies(setting, setting.root / algorithm)
 
     return learn
@@ -101,7 +101,7 @@ ONLINE: dict[str, Callable[[Setting], Row]] = {
     "xpo": online("xpo", beta=0.5),
     "nash_md": online("nash_md", beta=0.008),
     "ppo": actor_critic("ppo"),
-    "vapo": actor_critic("vapo", warmup=10),
+    "vapo": actor_critic("vapo", warmup=10, alpha=2.5),  # of four tokens; the row's is for thousands, lambda would be 0
     "ppo-reward-model": ppo_of_a_reward_model,
     "tools": tools,
 }
