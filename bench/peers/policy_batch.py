@@ -46,7 +46,7 @@ def batch_of(options: dict[str, str], seed: int) -> Batch:
         return model.generate(ids, min_new_tokens=length, max_new_tokens=length, **given)[0, len(prompt) :].tolist()
 
     completions = [[completion(prompt, draw.randint(3, MAX_COMPLETION_LENGTH)) for _ in range(NUM_GENERATIONS)] for prompt in prompts]
-    return Batch(prompts, completions, [[round(draw.random() * (p + 1), 2) for _ in group] for p, group in enumerate(completions)])
+    return Batch(prompts, completions, [[round(draw.random() * (p + 1), 4) for _ in group] for p, group in enumerate(completions)])
 
 
 def prepare(folder: Path, given: str, seed: int) -> dict[str, str]:
