@@ -1,4 +1,4 @@
-"""What both sides of the policy comparison are given: completions, rewards, and the models that sampled them and that they are held to."""
+"""What both sides of the policy comparison are given: completions, rewards, and the models on either side of it."""
 
 from __future__ import annotations
 
@@ -28,26 +28,30 @@ class Found(NamedTuple):
     gradients: dict[str, Any]
 
 
-def batch_of(tokenizer_folder: str, seed: int, *, constant_group: bool = False) -> Batch:
-    """Random words of uneven lengths; rewards differ in a group, except in the first one where `constant_group`."""
-    from transformers import AutoTokenizer
+def batch_of(options: dict[str, str], seed: int) -> Batch:
+    """Completions of uneven lengths that the old policy samples, under random prompts, and random rewards, wider in later groups."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     draw = random.Random(seed)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(options["tokenizer"])
+    model = AutoModelForCausalLM.from_pretrained(options["old"], dtype=torch.float32)
+    texts = inputs.random_prompts(tokenizer, [draw.randint(4, 12) for _ in range(NUM_PROMPTS)], seed)
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
 
-    def ids(count: int, low: int, high: int) -> list[list[int]]:
-        texts = inputs.random_prompts(tokenizer, [draw.randint(low, high) for _ in range(count)], draw.randrange(1 << 30))
-        return [tokenizer(text)["input_ids"][:high] for text in texts]
+    def completion(prompt: list[int], length: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        given = {"attention_mask": torch.ones_like(ids), "do_sample": True, "top_k": 0, "pad_token_id": 0}
+        return model.generate(ids, min_new_tokens=length, max_new_tokens=length, **given)[0, len(prompt) :].tolist()
 
-    completions = [ids(NUM_GENERATIONS, 3, MAX_COMPLETION_LENGTH) for _ in range(NUM_PROMPTS)]
-    rewards = [[round(draw.random() * (p + 1), 2) for _ in group] for p, group in enumerate(completions)]
-    if constant_group:
-        rewards[0] = [1.0] * NUM_GENERATIONS
-    return Batch(ids(NUM_PROMPTS, 4, 16), completions, rewards)
+    completions = [[completion(prompt, draw.randint(3, MAX_COMPLETION_LENGTH)) for _ in range(NUM_GENERATIONS)] for prompt in prompts]
+    return Batch(prompts, completions, [[round(draw.random() * (p + 1), 4) for _ in group] for p, group in enumerate(completions)])
 
 
 def prepare(folder: Path, given: str, seed: int) -> dict[str, str]:
-    """Folders of the policy (a random tiny one where none is given), its tokenizer, the policy that sampled, and the reference."""
+    """Folders of the tokenizer and of three models, each as far from the given one (a random tiny one where none is) in a direction of
+    its own, so that ratios lie on both sides of 1: the policy, the one that sampled, and the reference, a little farther."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,12 +60,13 @@ def prepare(folder: Path, given: str, seed: int) -> dict[str, str]:
         words = [f"{a}{b}{c}" for a in "bdgkmnt" for b in "aeiou" for c in "lnrs"]
         texts = (" ".join(random.Random(i).choices(words, k=20)) for i in range(400))
         where = inputs.write_model(folder, inputs.text_tokenizer(texts, inputs.TINY["vocab_size"]), inputs.TINY, seed)
-    for name, moved in (("old", 0.03), ("reference", 0.04)):
-        model = AutoModelForCausalLM.from_pretrained(where["model"], dtype=torch.float32)
-        generator = torch.Generator().manual_seed(seed + len(where))
+    start = where["model"]
+    for index, (name, moved) in enumerate((("model", 0.02), ("old", 0.02), ("reference", 0.03))):
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(3 * seed + index)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(moved * p.std() * torch.randn(p.shape, generator=generator))
-        where[name] = str(folder / name)
+        where[name] = str(folder / name / "moved")
         model.save_pretrained(where[name])
     return where
