@@ -1,28 +1,22 @@
 """Online DPO: the pair of a group, the loss in fp64 on transformers' own attention, invariance, runs, resume, errors."""
 
 import math
-import shutil
-from dataclasses import replace
 
 import pytest
 import torch
+from online_runs import assert_resumes_to_the_bit, built, online_arguments, write_task
 from preference_runs import rows_of
 from tiny_models import write_arithmetic_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from fastalign.recipes import arithmetic, online
+from fastalign.recipes import online
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
-    DataArguments,
-    ModelArguments,
     OnlineArguments,
-    OptimArguments,
-    RunArguments,
     SamplingArguments,
 )
 from fastalign.recipes.online_preference import best_and_worst
-from fastalign.recipes.setup import load, seed_everything
 from fastalign.rollout import Sample
 
 
@@ -46,36 +40,18 @@ def test_the_pair_is_the_first_best_and_the_first_worst_with_a_reward():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("online-preference")
-    for name, seed in (("model", 0), ("other", 1)):
-        write_arithmetic_model(root / name, seed=seed)
-    (train,) = arithmetic.problems(0)
-    arithmetic.write_jsonl(root / "train.jsonl", train[:24], ("prompt", "answer"))
-    (root / "reward.py").write_text(
+    write_arithmetic_model(root / "other", seed=1)
+    return write_task(
+        root,
         "def digits(completions, **k):\n    return [sum(c.isdigit() for c in text) / 5 for text in completions]\n\n"
-        "def same(completions, **k):\n    return [1.0] * len(completions)\n"
+        "def same(completions, **k):\n    return [1.0] * len(completions)\n",
     )
-    return root
 
 
 def arguments(task, output, **changes) -> Arguments:
-    args = Arguments(
-        command="grpo",
-        model=ModelArguments(model_name_or_path=str(task / "model"), dtype="float32", device="cpu"),
-        data=DataArguments(dataset_name=str(task / "train.jsonl"), max_length=48),
-        optim=OptimArguments(learning_rate=1e-3, max_steps=4, lr_scheduler_type="constant"),
-        batch=BatchArguments(per_device_train_batch_size=16),
-        run=RunArguments(output_dir=str(output)),
-        sampling=SamplingArguments(max_completion_length=5),
-        online=OnlineArguments(algorithm="online_dpo", num_generations=4, reward=[f"{task / 'reward.py'}:digits"]),
-    )
-    return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
-
-
-def built(args):
-    seed_everything(0)
-    loaded = load(args.model)
-    prompts, held_out = online.both_prompts(args, loaded)
-    return online.build_task(args, loaded, prompts, held_out, 4)
+    given = OnlineArguments(algorithm="online_dpo", num_generations=4, reward=[f"{task / 'reward.py'}:digits"])
+    sections = {"batch": BatchArguments(per_device_train_batch_size=16), "sampling": SamplingArguments(max_completion_length=5)}
+    return online_arguments(task, output, changes, online=given, **sections)
 
 
 def pairs_of(job):
@@ -141,15 +117,7 @@ def test_online_preference_trains_and_raises_the_reward_of_what_is_preferred(tas
 
 
 def test_resume_continues_to_the_bit(task, tmp_path):
-    args = arguments(task, tmp_path / "whole", run={"save_steps": 2})
-    online.run(args)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for stale in ("model.safetensors", "summary.json"):
-        (tmp_path / "part" / stale).unlink()
-    part = replace(args.run, output_dir=str(tmp_path / "part"), resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    online.run(replace(args, run=part))
-    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
-    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert_resumes_to_the_bit(online.run, arguments(task, tmp_path, run={"save_steps": 2}), tmp_path)
 
 
 def test_a_batch_without_a_pair_changes_nothing(task, tmp_path, caplog):

@@ -2,33 +2,28 @@
 
 import copy
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from online_runs import assert_resumes_to_the_bit, built, online_arguments, write_task
 from preference_runs import rows_of
-from tiny_models import FAMILIES, gemma2, llama, ready, write_arithmetic_model
+from tiny_models import FAMILIES, gemma2, llama, ready
 from transformers import AutoModelForCausalLM
 
 import fastalign as fa
 from fastalign.generation import SamplingParams
 from fastalign.models.attention import UnsupportedModelError
 from fastalign.models.mixture import GeometricMixture
-from fastalign.recipes import arithmetic, online
+from fastalign.recipes import online
 from fastalign.recipes.arguments import (
     Arguments,
-    BatchArguments,
-    DataArguments,
     ModelArguments,
     OnlineArguments,
     OpponentArguments,
-    OptimArguments,
-    RunArguments,
-    SamplingArguments,
 )
 from fastalign.recipes.policy import micro_batch
-from fastalign.recipes.setup import load, seed_everything
+from fastalign.recipes.setup import load
 
 
 def moved(model, amount, seed=0):
@@ -95,38 +90,22 @@ def test_models_that_do_not_mix_are_refused():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("opponents")
-    write_arithmetic_model(root / "model")
-    (train,) = arithmetic.problems(0)
-    arithmetic.write_jsonl(root / "train.jsonl", train[:24], ("prompt", "answer"))
-    (root / "reward.py").write_text(
+    return write_task(
+        tmp_path_factory.mktemp("opponents"),
         "def digits(completions, **k):\n    return [sum(c.isdigit() for c in text) / 3 for text in completions]\n\n"
         "def some(completions, **k):\n    return [None if len(c) % 3 == 2 else len(c) / 2 for c in completions]\n\n"
-        "def same(completions, **k):\n    return [1.0] * len(completions)\n"
+        "def same(completions, **k):\n    return [1.0] * len(completions)\n",
     )
-    return root
 
 
 def arguments(task, output, algorithm, **changes) -> Arguments:
-    args = Arguments(
-        command="grpo",
-        model=ModelArguments(model_name_or_path=str(task / "model"), dtype="float32", device="cpu"),
-        data=DataArguments(dataset_name=str(task / "train.jsonl"), max_length=48),
-        optim=OptimArguments(learning_rate=1e-3, max_steps=4, lr_scheduler_type="constant"),
-        batch=BatchArguments(per_device_train_batch_size=8),
-        run=RunArguments(output_dir=str(output)),
-        sampling=SamplingArguments(max_completion_length=6),
-        online=OnlineArguments(algorithm=algorithm, num_generations=2, reward=[f"{task / 'reward.py'}:digits"]),
-    )
-    return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
+    given = OnlineArguments(algorithm=algorithm, num_generations=2, reward=[f"{task / 'reward.py'}:digits"])
+    return online_arguments(task, output, changes, online=given)
 
 
-def built(args):
+def moved_task(args):
     """The task, its policy moved away from the reference."""
-    seed_everything(0)
-    loaded = load(args.model)
-    prompts, held_out = online.both_prompts(args, loaded)
-    job = online.build_task(args, loaded, prompts, held_out, 4)
+    job = built(args)
     with job.engine.updating_weights():
         moved(job.updater.model, 0.03)
     return job
@@ -150,7 +129,7 @@ def gradient_of(job, batches):
 
 
 def test_xpo_is_the_papers_loss(task, tmp_path):
-    job = built(arguments(task, tmp_path / "run", "xpo", opponent={"exploration_coef": 0.2}))
+    job = moved_task(arguments(task, tmp_path / "run", "xpo", opponent={"exploration_coef": 0.2}))
     rollout = job.sample(job.prompts[:4])
     pairs = job.find_pairs(rollout)
     assert 0 < len(pairs) <= 8
@@ -183,7 +162,7 @@ def test_xpo_is_the_papers_loss(task, tmp_path):
 
 def test_nash_md_is_the_papers_policy_gradient(task, tmp_path):
     reward = {"online": {"reward": [f"{task / 'reward.py'}:some"], "beta": 0.1}}
-    job = built(arguments(task, tmp_path / "run", "nash_md", **reward, opponent={"mixture_coef": 0.4}))
+    job = moved_task(arguments(task, tmp_path / "run", "nash_md", **reward, opponent={"mixture_coef": 0.4}))
     rollout = job.sample(job.prompts[:4])
     policy = plain_copy(job.updater.model, tmp_path / "policy")
     reference = AutoModelForCausalLM.from_pretrained(task / "model", dtype=torch.float64)
@@ -217,11 +196,7 @@ def test_nash_md_is_the_papers_policy_gradient(task, tmp_path):
 
 def test_opponents_draw_independently_of_an_equal_policy(task, tmp_path):
     for algorithm in ("xpo", "nash_md"):
-        seed_everything(0)
-        args = arguments(task, tmp_path, algorithm)
-        loaded = load(args.model)
-        prompts, held_out = online.both_prompts(args, loaded)
-        job = online.build_task(args, loaded, prompts, held_out, 4)
+        job = built(arguments(task, tmp_path, algorithm))
         rollout = job.sample(job.prompts[:8])
         own, others = ([s.ids for samples in side for s in samples] for side in (rollout.samples, rollout.opponents))
         assert own != others
@@ -230,27 +205,15 @@ def test_opponents_draw_independently_of_an_equal_policy(task, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["xpo", "nash_md"])
 def test_resume_continues_to_the_bit(task, tmp_path, algorithm):
-    args = arguments(task, tmp_path / "whole", algorithm, run={"save_steps": 2})
-    online.run(args)
-    rows = rows_of(tmp_path / "whole")
-    assert len(rows) == 4
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for stale in ("model.safetensors", "summary.json"):
-        (tmp_path / "part" / stale).unlink()
-    part = replace(args.run, output_dir=str(tmp_path / "part"), resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    online.run(replace(args, run=part))
-    assert rows_of(tmp_path / "part") == rows
-    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert_resumes_to_the_bit(online.run, arguments(task, tmp_path, algorithm, run={"save_steps": 2}), tmp_path)
+    assert len(rows_of(tmp_path / "whole")) == 4
 
 
 def test_with_an_adapter_xpo_samples_from_the_base(task, tmp_path):
-    args = arguments(task, tmp_path, "xpo", model={"use_peft": True, "lora_r": 4})
-    seed_everything(0)
-    loaded = load(args.model)
-    prompts, held_out = online.both_prompts(args, loaded)
-    job = online.build_task(args, loaded, prompts, held_out, 4)
+    job = built(arguments(task, tmp_path, "xpo", model={"use_peft": True, "lora_r": 4}))
+    prompts = job.prompts
     with job.engine.updating_weights(), torch.no_grad():
-        for name, p in loaded.model.named_parameters():
+        for name, p in job.updater.model.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.5)
     base = load(ModelArguments(model_name_or_path=str(task / "model"), dtype="float32", device="cpu"))

@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from online_runs import assert_resumes_to_the_bit, online_arguments, write_task
 from preference_runs import rows_of
-from tiny_models import write_arithmetic_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fastalign.advantages import generalized
@@ -17,13 +16,9 @@ from fastalign.losses.value import value_loss
 from fastalign.recipes import arithmetic, online, ppo
 from fastalign.recipes.arguments import (
     Arguments,
-    BatchArguments,
-    DataArguments,
     ModelArguments,
     OnlineArguments,
-    OptimArguments,
     PPOArguments,
-    RunArguments,
     SamplingArguments,
 )
 from fastalign.recipes.policy import build_chunks, micro_batch
@@ -95,30 +90,17 @@ def test_running_moments_are_those_of_all_that_was_seen():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ppo")
-    write_arithmetic_model(root / "model")
-    (train,) = arithmetic.problems(0)
-    arithmetic.write_jsonl(root / "train.jsonl", train[:24], ("prompt", "answer"))
-    (root / "reward.py").write_text(
+    return write_task(
+        tmp_path_factory.mktemp("ppo"),
         "def parity(completions, **k):\n    return [float(len(c) % 2) for c in completions]\n\n"
-        "def sometimes(completions, **k):\n    return [None if len(c) == 3 else float(len(c)) for c in completions]\n"
+        "def sometimes(completions, **k):\n    return [None if len(c) == 3 else float(len(c)) for c in completions]\n",
     )
-    return root
 
 
 def arguments(task, output, **changes) -> Arguments:
-    args = Arguments(
-        command="ppo",
-        model=ModelArguments(model_name_or_path=str(task / "model"), dtype="float32", device="cpu"),
-        data=DataArguments(dataset_name=str(task / "train.jsonl"), max_length=48),
-        optim=OptimArguments(learning_rate=1e-3, max_steps=4, lr_scheduler_type="constant"),
-        batch=BatchArguments(per_device_train_batch_size=8),
-        run=RunArguments(output_dir=str(output)),
-        sampling=SamplingArguments(max_completion_length=5),
-        online=OnlineArguments(num_generations=2, reward=[f"{task / 'reward.py'}:parity"]),
-        ppo=PPOArguments(critic_warmup=0),
-    )
-    return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
+    given = OnlineArguments(num_generations=2, reward=[f"{task / 'reward.py'}:parity"])
+    sections = {"sampling": SamplingArguments(max_completion_length=5), "ppo": PPOArguments(critic_warmup=0)}
+    return online_arguments(task, output, changes, command="ppo", online=given, **sections)
 
 
 def built(args):
@@ -240,17 +222,8 @@ def test_resume_continues_to_the_bit(task, tmp_path):
         "ppo": {"critic_warmup": 1, "kl_target": 0.5, "kl_horizon": 20},
         "run": {"save_steps": 2},
     }
-    args = arguments(task, tmp_path / "whole", **changes)
-    ppo.run(args)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for stale in ("model.safetensors", "critic", "summary.json"):
-        path = tmp_path / "part" / stale
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    part = replace(args.run, output_dir=str(tmp_path / "part"), resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    ppo.run(replace(args, run=part))
-    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole")
-    for name in ("model.safetensors", "critic/model.safetensors"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    args = arguments(task, tmp_path, **changes)
+    part = assert_resumes_to_the_bit(ppo.run, args, tmp_path, (".", "critic"))
     coefficients = [row["objective/kl_coef"] for row in rows_of(tmp_path / "whole")]
     assert len(set(coefficients)) > 1, "the coefficient is steered"
     with pytest.raises(ValueError, match="was written by another command: it has critic beside the policy"):

@@ -2,14 +2,12 @@
 
 import itertools
 import math
-import shutil
 import statistics
-from dataclasses import replace
 
 import pytest
 import torch
+from online_runs import assert_resumes_to_the_bit, built, online_arguments, write_task
 from preference_runs import rows_of
-from tiny_models import write_arithmetic_model
 from transformers import LlamaForCausalLM
 
 from fastalign.advantages import prime, process
@@ -25,10 +23,8 @@ from fastalign.recipes.arguments import (
     ProcessArguments,
     RewardArguments,
     RunArguments,
-    SamplingArguments,
 )
 from fastalign.recipes.prime_task import outcome_objective
-from fastalign.recipes.setup import load, seed_everything
 from fastalign.recipes.step_task import Step, offsets, spread, steps_of
 from fastalign.rollout import Sample
 from fastalign.training.step import score
@@ -109,41 +105,22 @@ def test_every_token_of_a_step_has_its_advantage_and_unscored_ones_none():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("process")
-    write_arithmetic_model(root / "model")
-    (train,) = arithmetic.problems(0)
-    arithmetic.write_jsonl(root / "train.jsonl", train[:24], ("prompt", "answer"))
-    (root / "reward.py").write_text(
+    return write_task(
+        tmp_path_factory.mktemp("process"),
         "def parity(completions, **k):\n    return [float(len(c) % 2) for c in completions]\n\n"
         "def digit(completions, **k):\n    return [float(c[-1:].isdigit()) if c else None for c in completions]\n\n"
-        "def none(completions, **k):\n    return [None for c in completions]\n"
+        "def none(completions, **k):\n    return [None for c in completions]\n",
     )
-    return root
 
 
 def arguments(task, output, **changes) -> Arguments:
-    args = Arguments(
-        command="grpo",
-        model=ModelArguments(model_name_or_path=str(task / "model"), dtype="float32", device="cpu"),
-        data=DataArguments(dataset_name=str(task / "train.jsonl"), max_length=48),
-        optim=OptimArguments(learning_rate=1e-3, max_steps=4, lr_scheduler_type="constant"),
-        batch=BatchArguments(per_device_train_batch_size=8),
-        run=RunArguments(output_dir=str(output)),
-        sampling=SamplingArguments(max_completion_length=6),
-        online=OnlineArguments(algorithm="process_grpo", num_generations=4, reward=[f"{task / 'reward.py'}:parity"]),
-        process=ProcessArguments(step_reward=f"{task / 'reward.py'}:digit", step_separator="+"),
-    )
-    return replace(args, **{name: replace(getattr(args, name), **values) for name, values in changes.items()})
+    reward = task / "reward.py"
+    given = OnlineArguments(algorithm="process_grpo", num_generations=4, reward=[f"{reward}:parity"])
+    process = ProcessArguments(step_reward=f"{reward}:digit", step_separator="+")
+    return online_arguments(task, output, changes, online=given, process=process)
 
 
 PRIME = {"online": {"algorithm": "prime"}, "process": {"step_reward": "", "step_separator": "\\n"}}
-
-
-def built(args):
-    seed_everything(0)
-    loaded = load(args.model)
-    prompts, held_out = online.both_prompts(args, loaded)
-    return online.build_task(args, loaded, prompts, held_out, 4)
 
 
 @pytest.mark.parametrize("outcome_coef", [0.0, 0.5])
@@ -235,20 +212,11 @@ def test_token_advantages_are_invariant_to_micro_batches(task, tmp_path, changes
 
 @pytest.mark.parametrize("changes", [{}, PRIME], ids=["process_grpo", "prime"])
 def test_resume_continues_to_the_bit(task, tmp_path, changes):
-    args = arguments(task, tmp_path / "whole", **changes, run={"save_steps": 2})
-    online.run(args)
+    args = arguments(task, tmp_path, **changes, run={"save_steps": 2})
+    assert_resumes_to_the_bit(online.run, args, tmp_path, (".", "prm") if changes else (".",))
     rows = rows_of(tmp_path / "whole")
     assert len(rows) == 4
     assert set(rows[0]) >= ({"prm/loss", "prm/accuracy"} if changes else {"steps/mean_number", "rewards/steps/mean"})
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for stale in ("model.safetensors", "prm", "summary.json"):
-        path = tmp_path / "part" / stale
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    part = replace(args.run, output_dir=str(tmp_path / "part"), resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    online.run(replace(args, run=part))
-    assert rows_of(tmp_path / "part") == rows
-    for name in ("model.safetensors", *(["prm/model.safetensors"] if changes else [])):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_prime_trains_its_model_and_keeps_it(task, tmp_path):
