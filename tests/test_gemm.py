@@ -140,8 +140,10 @@ def test_packed_bf16_has_the_bits_of_the_dense_product(width, out, bias):
     torch.manual_seed(width)
     x, w = torch.randn(600, width).bfloat16(), torch.randn(out, width).bfloat16()
     b = torch.randn(out).bfloat16() if bias else None
-    whole, packs = gemm.linear(x, w, b), gemm.PackedWeights()
-    for rows in (2, 3, 7, 16, 31, 64, 256, 511):
+    whole, packs, counts = gemm.linear(x, w, b), gemm.PackedWeights(), (2, 3, 7, 16, 31, 64, 256, 511)
+    if not all(torch.equal(F.linear(x[5 : 5 + rows], w, b), whole[5 : 5 + rows]) for rows in counts):
+        pytest.skip("on this CPU a row of torch's own bf16 product depends on the others (AMX)")
+    for rows in counts:
         with torch.no_grad(), packs.active():
             assert torch.equal(gemm.linear(x[5 : 5 + rows], w, b), whole[5 : 5 + rows])
 

@@ -29,7 +29,7 @@ def test_linear_kl_is_at_least_as_exact_as_torch(rows, vocab, divergence, beta, 
         assert all(t.abs().max() < 1e-6 for t in ours)
         return
     for mine, other, name in zip(relative(ours, exact), relative(theirs, exact), ("value", "hidden", "weight", "bias"), strict=True):
-        assert mine <= 1.2 * other + 4 * torch.finfo(dtype).eps, (name, mine, other)
+        assert mine <= 1.2 * other + 8 * torch.finfo(dtype).eps, (name, mine, other)
 
 
 @pytest.mark.slow
