@@ -16,7 +16,6 @@ from fastalign.recipes.arguments import (
     OnlineArguments,
     PPOArguments,
     ProcessArguments,
-    RewardArguments,
     SamplingArguments,
 )
 
@@ -58,19 +57,6 @@ def actor_critic(algorithm: str, learning_rate: float = 1.5e-4, *, warmup: int =
     return learn
 
 
-def ppo_of_a_reward_model(setting: Setting) -> Row:
-    """PPO that never sees the verifier: its reward is a model of correct answers against the SFT model's own wrong ones."""
-    from fastalign.recipes.ppo import run as train
-    from fastalign.recipes.reward import run as learn_reward
-
-    judge = setting.arguments("reward", "judge", setting.files["pairs"], 128, optim=optimizer(1e-3, 300))
-    learn_reward(replace(judge, reward=RewardArguments(loss="bradley_terry", center_rewards_coefficient=0.01)))
-    args = _arguments(setting, "ppo", "ppo", 1.5e-4, reward=[str(setting.root / "judge")])
-    args = replace(args, run=replace(args.run, output_dir=str(setting.root / "ppo-judged")))
-    train(replace(args, ppo=PPOArguments(critic_learning_rate=5e-4, normalize_rewards=True)))
-    return accuracies(setting, setting.root / "ppo-judged")
-
-
 def tools(setting: Setting) -> Row:
     """GRPO with a calculator on sums of three digits, from a cold start of its own that seldom calls it."""
     from fastalign.recipes import online as recipe
@@ -102,6 +88,5 @@ ONLINE: dict[str, Callable[[Setting], Row]] = {
     "nash_md": online("nash_md", beta=0.008),
     "ppo": actor_critic("ppo"),
     "vapo": actor_critic("vapo", warmup=10, alpha=2.5),  # of four tokens; the row's is for thousands, lambda would be 0
-    "ppo-reward-model": ppo_of_a_reward_model,
     "tools": tools,
 }
