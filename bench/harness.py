@@ -110,13 +110,18 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
 
 def write_record(path: Path, found: Mapping[str, object]) -> None:
     """What was found, with the device, date, commit and torch it was found on, as JSON; written whole or not at all."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {torch.get_num_threads()} threads"
-    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    record = {"device": name, "date": today, "commit": commit(), "torch": torch.__version__, **found}
+    record = {**taken(), **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def taken() -> dict[str, str]:
+    """The device, date, commit and torch of what is measured now."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {torch.get_num_threads()} threads"
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    return {"device": name, "date": today, "commit": commit(), "torch": torch.__version__}
 
 
 def commit() -> str:

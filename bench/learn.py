@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.harness import write_record
+from bench.harness import taken, write_record
 from bench.learn_offline import OFFLINE
 from bench.learn_online import ONLINE
 from bench.learn_setting import Row, Setting, prepare
@@ -40,11 +40,12 @@ order.
 
 def table(rows: list[Row]) -> str:
     """Markdown: one line a method and seed."""
-    lines = ["| method | seed | measure | before | after | seconds |", "|---|---|---|---|---|---|"]
+    lines = ["| method | seed | measure | before | after | seconds | taken |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         teacher = f" (teacher {row['teacher']:.1%})" if "teacher" in row else ""
         numbers = f"{row['before']:.1%} | {row['after']:.1%} | {row['seconds']:.0f}"
-        lines.append(f"| {row['method']} | {row['seed']} | {row['measure']}{teacher} | {numbers} |")
+        where = ", ".join(row[name] for name in ("date", "commit", "device") if name in row)
+        lines.append(f"| {row['method']} | {row['seed']} | {row['measure']}{teacher} | {numbers} | {where} |")
     return "\n".join(lines)
 
 
@@ -90,7 +91,8 @@ def one_seed(args: argparse.Namespace) -> list[Row]:
         setting = prepare(Path(folder), seed)
         for method in args.only:
             began = time.perf_counter()
-            rows.append({"method": method, "seed": seed, **METHODS[method](setting), "seconds": time.perf_counter() - began})
+            found = METHODS[method](setting)
+            rows.append({"method": method, "seed": seed, **found, "seconds": time.perf_counter() - began, **taken()})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             save(rows, args)
     return rows
@@ -120,8 +122,10 @@ def save(rows: list[Row], args: argparse.Namespace) -> None:
     """The rows in order of their method, wherever they were asked for; with them those of the record that were not asked for."""
     if args.json and args.json.exists():
         measured = {(row["method"], row["seed"]) for row in rows}
-        known = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
-        rows = [*rows, *(row for row in known if (row["method"], row["seed"]) not in measured and row["method"] in METHODS)]
+        record = json.loads(args.json.read_text(encoding="utf-8"))
+        facts = {name: record[name] for name in ("device", "date", "commit", "torch") if name in record}
+        known = [facts | row for row in record["rows"] if row["method"] in METHODS]
+        rows = [*rows, *(row for row in known if (row["method"], row["seed"]) not in measured)]
     rows = sorted(rows, key=lambda row: (list(METHODS).index(row["method"]), row["seed"]))
     if args.table:
         args.table.write_text(PAGE + table(rows) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ SECONDS_PEERS = {  # file, what, command
     "dpo": ("DPO step, 8 pairs of ≈290 + 2 × 70 tokens, reference included", "python -m bench.peers.trl_dpo"),
     "sft": ("SFT step, 16 GSM8K records", "python -m bench.peers.trl_sft"),
 }
-PROCESSORS = {"": "a CPU with AVX-512", "avx2/": "a CPU with AVX2 and no AVX-512"}  # folder of the results
+PROCESSORS = {"": "a CPU with AVX-512", "amx/": "a CPU with AMX", "avx2/": "a CPU with AVX2 and no AVX-512"}  # folder of the results
 
 
 def records(pattern: str) -> list[dict[str, Any]]:
