@@ -82,6 +82,12 @@ def test_plain_text_is_asked_in_plain_text(task, tmp_path):
     assert lines_of(tmp_path / "sft.jsonl")[1] == {"prompt": ASKS[1], "completion": step["revision"]["text"]}
 
 
+def lines_without_scores(path):
+    """The objects of a file without their probabilities, and these."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines, [line.pop(name) for line in lines for name in ("score", "probability") if name in line]
+
+
 @pytest.mark.parametrize("feedback", ["revise", "compare"])
 def test_a_broken_off_run_goes_on_to_the_same_data(task, tmp_path, feedback):
     flags = ["--feedback", feedback, "--finished_only", "false", "--max_num_seqs", "1"]
@@ -93,7 +99,9 @@ def test_a_broken_off_run_goes_on_to_the_same_data(task, tmp_path, feedback):
     (tmp_path / "part" / "pairs.jsonl").unlink()
     assert critique(task, tmp_path / "part", *flags) == 0
     for name in ("transcripts.jsonl", "sft.jsonl", "pairs.jsonl"):
-        assert (tmp_path / "part" / name).read_text() == (tmp_path / "whole" / name).read_text()
+        part, whole = (lines_without_scores(tmp_path / folder / name) for folder in ("part", "whole"))
+        assert part[0] == whole[0]
+        assert part[1] == pytest.approx(whole[1], abs=1e-6), "on plain torch a probability depends on its batch in the last bits"
     assert (tmp_path / "whole" / "pairs.jsonl").read_text()
 
 
