@@ -53,7 +53,9 @@ def trainers(folder: str) -> list[str]:
             peak = {side: max(turn["peak_mib"] for turn in turns) for side, turns in record["turns"].items()}
             cells = [f"{number(seconds[side])} s, {peak[side]:,.0f} MiB" for side in ("trl", "fastalign")]
             faster = f"**{seconds['trl'] / seconds['fastalign']:.1f}×**"
-            rows.append(f"| {what} | {' | '.join(cells)} | {faster} | {record['date']}, {record['commit']} | `{command}` |")
+            measured = len(next(iter(record["turns"].values())))
+            steps = f" --steps {measured}" if stem.startswith("grpo") and measured != 2 else ""  # as it was run, where not by default
+            rows.append(f"| {what} | {' | '.join(cells)} | {faster} | {record['date']}, {record['commit']} | `{command}{steps}` |")
     if not rows:
         return []
     first = records(f"{folder}grpo-*.json")[0]
