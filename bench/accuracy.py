@@ -25,7 +25,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,15 +129,9 @@ def backends(op: str, device: str) -> Iterator[str]:
     cuda = device == "cuda"
     if module is not None and op in (module.cuda_ops if cuda else module.ops):
         with use_backend("native"):
-            for name in ("cuda",) if cuda else ("baseline", "avx2", "avx512"):
-                if cuda:
-                    yield "native cuda"
-                    continue
-                try:
-                    with _isa(name):
-                        yield f"native {name}"
-                except ValueError:  # this machine has no such instructions
-                    continue
+            for name in ("cuda",) if cuda else module.isas():
+                with nullcontext() if cuda else _isa(name):
+                    yield f"native {name}"
     if has_triton(op):
         with use_backend("triton"):
             yield "triton" if cuda else INTERPRETED

@@ -12,7 +12,7 @@ namespace {
 
 bool has_dot() {
 #if defined(__x86_64__) || defined(_M_X64)
-  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

@@ -1,5 +1,10 @@
 // The one PYBIND11_MODULE. Each op binds itself in csrc/bind_<op>.cpp's function; every call releases the GIL while it computes.
 #include <pybind11/pybind11.h>
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -22,29 +27,48 @@ void bind_gemm(py::module_& m);
 
 namespace {
 
+// AMX for bf16: the machine has it, and the kernel saves its state for this process, which has to ask for that once.
+bool has_tiles() {
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__linux__)
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1u) && (d >> 24 & 1u);
+  return there && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa widest() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx2 && avx512) return has_tiles() ? Isa::amx : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
 }
 
-Isa chosen = widest();
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+const Isa kWidest = widest();
+Isa chosen = kWidest;
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+
+py::tuple isas() {
+  py::tuple names(static_cast<int>(kWidest) + 1);
+  for (size_t i = 0; i < names.size(); ++i) names[i] = kNames[i];
+  return names;
+}
 
 void set_isa(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(widest()); ++i)
+  for (int i = 0; i <= static_cast<int>(kWidest); ++i)
     if (name == kNames[i]) {
       chosen = static_cast<Isa>(i);
       return;
     }
-  throw std::invalid_argument("set_isa: expected an instruction set up to '" + std::string(kNames[static_cast<int>(widest())]) +
-                              "' (baseline, avx2, avx512), got '" + name + "'");
+  throw std::invalid_argument("set_isa: expected an instruction set up to '" + std::string(kNames[static_cast<int>(kWidest)]) +
+                              "' (baseline, avx2, avx512, amx), got '" + name + "'");
 }
 
 }  // namespace
@@ -56,6 +80,7 @@ Isa isa() { return chosen; }
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastalign's native kernels; torch-free. Import torch first: OpenMP comes from the runtime that torch has loaded.";
   m.def("isa", [] { return std::string(fa::kNames[static_cast<int>(fa::isa())]); }, "The CPU instruction set in use.");
+  m.def("isas", &fa::isas, "The instruction sets that this machine has, the widest last.");
   m.def("set_isa", &fa::set_isa, py::arg("name"), "Use a narrower instruction set than the machine has (tests).");
   py::list ops, cuda_ops;  // what this build has, by the stem of the source
 #ifdef HAS_linear_logp

@@ -76,11 +76,11 @@ def test_tree_attention_is_as_exact_as_plain_torch(tree, options, dtype):
 
 @needs_native
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 8), (3, 3, 17), (6, 1, 80), (9, 3, 1), (130, 1, 8), (2, 1, 256)])
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_tree_attention_any_shape(heads, kv_heads, head_dim, isa):
     native = load_native()[0]
     widest = native.isa()
-    if isa not in ("baseline", "avx2", "avx512")[: ("baseline", "avx2", "avx512").index(widest) + 1]:
+    if isa not in native.isas():
         pytest.skip(f"this machine has no {isa}")
     layout = layout_of(*TREES["deep"])
     q, k, v = inputs(204, heads, kv_heads, head_dim)

@@ -176,7 +176,7 @@ def test_wide_product_indexes_beyond_two_to_the_31():
     assert torch.equal(out[15], gemm.wide_product(x, w)[15])
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 3), (8, 48, 2), (17, 97, 31), (70, 1003, 48), (33, 100, 65), (1030, 70, 50)])
+@pytest.mark.parametrize("shape", [(1, 7, 3), (8, 48, 2), (17, 97, 31), (70, 1003, 48), (33, 100, 65), (1030, 70, 50), (65, 130, 97)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_wide_product_is_as_exact_as_an_fp32_product(isa, shape, biased):
     rows, vocab, width = shape
@@ -195,7 +195,7 @@ def test_wide_product_is_as_exact_as_an_fp32_product(isa, shape, biased):
 
 
 @native
-@pytest.mark.parametrize("shape", [(1, 7, 3), (8, 48, 2), (17, 97, 31), (33, 100, 65), (1030, 70, 50)])
+@pytest.mark.parametrize("shape", [(1, 7, 3), (8, 48, 2), (17, 97, 31), (33, 100, 65), (1030, 70, 50), (40, 300, 130)])
 @pytest.mark.parametrize("first", [False, True])
 def test_product_is_added_to_fp32_sums(isa, shape, first):
     rows, vocab, width = shape
@@ -207,7 +207,25 @@ def test_product_is_added_to_fp32_sums(isa, shape, first):
     assert relative(total, exact) <= 1e-6 + 2e-7 * rows**0.5
 
 
-def test_product_skips_no_nan():
+@native
+def test_wide_product_of_a_row_has_its_bits_in_any_batch(isa):
+    x, w = torch.randn(70, 131).bfloat16(), torch.randn(200, 131).bfloat16()
+    whole = gemm.wide_product(x, w)
+    for first, last in [(0, gemm.MIN_ROWS), (3, 20), (40, 70)]:
+        assert torch.equal(gemm.wide_product(x[first:last], w), whole[first:last])
+
+
+@native
+def test_products_leave_those_of_torch_alone(isa):
+    """The tiles' configuration is a thread's: oneDNN's kernels find theirs again."""
+    x, w, total = torch.randn(64, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.zeros(96, 96)
+    before = F.linear(x, w)
+    gemm.wide_product(x, w)
+    load_native()[0].bf16_product_columns(x, x, total, 1.0, True)
+    assert torch.equal(F.linear(x, w), before)
+
+
+def test_product_skips_no_nan(isa):
     """A row's NaN reaches that row's logits and no other's, also where the width is odd and pairs cross rows."""
     x, w = torch.randn(20, 7).bfloat16(), torch.randn(50, 7).bfloat16()
     x[3, 6] = math.nan

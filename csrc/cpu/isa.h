@@ -6,7 +6,7 @@
 
 namespace fa {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };  // amx: the AVX-512 sources, and tiles for bf16 products
 
 Isa isa();  // in use: the widest that the machine has, unless a test has chosen a narrower one
 
@@ -18,7 +18,7 @@ Isa isa();  // in use: the widest that the machine has, unless a test has chosen
   namespace fa::avx2 { __VA_ARGS__ }     \
   namespace fa::avx512 { __VA_ARGS__ }
 #define FA_CALL(fn, ...)                                              \
-  (::fa::isa() == ::fa::Isa::avx512 ? ::fa::avx512::fn(__VA_ARGS__)   \
+  (::fa::isa() >= ::fa::Isa::avx512 ? ::fa::avx512::fn(__VA_ARGS__)   \
    : ::fa::isa() == ::fa::Isa::avx2 ? ::fa::avx2::fn(__VA_ARGS__) \
                                     : ::fa::baseline::fn(__VA_ARGS__))
 #else

@@ -213,7 +213,8 @@ def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bo
     """total [M, N] (+)= alpha · a [K, M]ᵀ · b [K, N] in bf16 as one kernel; False, and nothing done, where torch's GEMM is faster.
 
     torch rounds the product to bf16 and adds it in a second pass. Measured as above, K=512 M=75968 N=896: torch's GEMM alone
-    358 ms, with the sums in blocks 405, this 348.
+    358 ms, with the sums in blocks 405, this 348. On 2 cores of an Intel Xeon with AMX, K=512 M=151936 N=896: torch's GEMM, which
+    writes bf16, 123 ms, this 101.
     """
     if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or total.device.type != "cpu":
         return False
@@ -225,7 +226,7 @@ def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bo
         gemm_native.store_(module, total, a.t(), b, alpha=alpha)
         return True
     module = _native_bf16(a, b)
-    if module is None or not module.has_bf16_dot() or module.has_bf16_tiles() or total.dtype != torch.float32 or total.stride(1) != 1:
+    if module is None or not module.has_bf16_dot() or total.dtype != torch.float32 or total.stride(1) != 1:
         return False
     module.bf16_product_columns(a, b, total, alpha, not first)
     return True
