@@ -10,6 +10,20 @@ namespace py = pybind11;
 namespace fa {
 namespace {
 
+#if defined(__x86_64__) || defined(_M_X64)
+bool by_tiles(bool bf16) { return bf16 && isa() == Isa::amx; }
+void multiply(const Gemm& g) { g.tiles ? avx512::gemm_by_tiles(g) : FA_CALL(gemm, g); }
+void pack(const Gemm& g, void* packed) { g.tiles ? avx512::gemm_pack_by_tiles(g, packed) : FA_CALL(gemm_pack, g, packed); }
+int64_t side(const Gemm& g) { return g.tiles ? avx512::tile_side() : FA_CALL(gemm_panel); }
+int64_t depth(const Gemm& g) { return g.tiles ? (g.k + avx512::tile_step() - 1) / avx512::tile_step() * avx512::tile_step() : g.k; }
+#else
+bool by_tiles(bool) { return false; }
+void multiply(const Gemm& g) { FA_CALL(gemm, g); }
+void pack(const Gemm& g, void* packed) { FA_CALL(gemm_pack, g, packed); }
+int64_t side(const Gemm&) { return FA_CALL(gemm_panel); }
+int64_t depth(const Gemm& g) { return g.k; }
+#endif
+
 // a [m, k] and b [k, n] with any strides, on the CPU.
 Gemm operands(const Tensor& a, const Tensor& b) {
   if ((a.dtype != DType::f32 && a.dtype != DType::bf16) || a.dim() != 2)
@@ -17,28 +31,42 @@ Gemm operands(const Tensor& a, const Tensor& b) {
   b.check("gemm: b", a.dtype, {a.size(1), -1});
   if (a.cuda || b.cuda) throw std::invalid_argument("gemm: expected tensors on the CPU, got one on a GPU");
   Gemm g{};
-  g.a = a.data, g.b = b.data, g.bf16 = a.dtype == DType::bf16;
+  g.a = a.data, g.b = b.data, g.bf16 = a.dtype == DType::bf16, g.tiles = by_tiles(g.bf16);
   g.a_row = a.stride(0), g.a_column = a.stride(1), g.b_row = b.stride(0), g.b_column = b.stride(1);
   g.m = a.size(0), g.k = a.size(1), g.n = b.size(1);
   return g;
 }
 
+std::vector<int64_t> packed_shape(const Gemm& g) { return {(g.n + side(g) - 1) / side(g), depth(g), side(g)}; }
+
 void check_packed(const Tensor& packed, const Gemm& g) {
-  const int64_t panel = FA_CALL(gemm_panel);
-  packed.check("gemm: packed", g.bf16 ? DType::bf16 : DType::f32, {(g.n + panel - 1) / panel, g.k, panel}).contiguous("gemm: packed");
+  packed.check("gemm: packed", g.bf16 ? DType::bf16 : DType::f32, packed_shape(g)).contiguous("gemm: packed");
   if (packed.cuda) throw std::invalid_argument("gemm: packed: expected a tensor on the CPU");
+}
+
+// The results are fp32 or, on tiles and where nothing is added, bf16.
+DType result(const Gemm& g, const Tensor& out, bool add) {
+  return g.tiles && !add && out.dtype == DType::bf16 ? DType::bf16 : DType::f32;
+}
+void into(Gemm& g, const Tensor& out, bool add) {
+  g.add = add;
+  if (out.dtype == DType::bf16)
+    g.narrow = out.ptr<uint16_t>();
+  else
+    g.c = out.ptr<float>();
 }
 
 // out (+)= alpha * (a * b + bias); bias empty: none.
 void gemm_into(const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& out, float alpha, bool add) {
   Gemm g = operands(a, b);
-  out.check("gemm: out", DType::f32, {g.m, g.n});
+  out.check("gemm: out", result(g, out, add), {g.m, g.n});
   if (out.cuda || (g.n > 1 && out.stride(1) != 1)) throw std::invalid_argument("gemm: out: expected contiguous rows on the CPU");
   if (bias.numel()) g.bias = bias.check("gemm: bias", DType::f32, {g.n}).contiguous("gemm: bias").ptr<float>();
-  g.c = out.ptr<float>(), g.c_row = out.stride(0), g.alpha = alpha, g.add = add;
+  g.c_row = out.stride(0), g.alpha = alpha;
+  into(g, out, add);
   if (g.m == 0 || g.n == 0) return;
   py::gil_scoped_release release;
-  FA_CALL(gemm, g);
+  multiply(g);
 }
 
 // out [..., n] = x [..., k] * packed + bias, both contiguous: the call of a decode step, with little to check and nothing to make.
@@ -47,20 +75,21 @@ void gemm_packed(const Tensor& x, const Tensor& packed, const Tensor& bias, cons
     throw std::invalid_argument("gemm_packed: x: expected float32 or bfloat16 [.., K], got " + Tensor::describe(x.dtype, x.shape));
   Gemm g{};
   g.k = x.shape.back(), g.n = out.shape.back();
-  g.a = x.contiguous("gemm_packed: x").data, g.bf16 = x.dtype == DType::bf16;
+  g.a = x.contiguous("gemm_packed: x").data, g.bf16 = x.dtype == DType::bf16, g.tiles = by_tiles(g.bf16);
   g.a_row = g.k, g.a_column = 1;
   std::vector<int64_t> shape = x.shape;
   shape.back() = g.n;
-  out.check("gemm_packed: out", DType::f32, shape).contiguous("gemm_packed: out");
+  out.check("gemm_packed: out", result(g, out, false), shape).contiguous("gemm_packed: out");
   g.m = g.n ? out.numel() / g.n : 0;
   check_packed(packed, g);
   g.packed = packed.data;
   if (bias.numel()) g.bias = bias.check("gemm_packed: bias", DType::f32, {g.n}).contiguous("gemm_packed: bias").ptr<float>();
-  g.c = out.ptr<float>(), g.c_row = g.n, g.alpha = 1.0f;
+  g.c_row = g.n, g.alpha = 1.0f;
+  into(g, out, false);
   if (x.cuda || out.cuda) throw std::invalid_argument("gemm_packed: expected tensors on the CPU, got one on a GPU");
   if (g.m == 0 || g.n == 0) return;
   py::gil_scoped_release release;
-  FA_CALL(gemm, g);
+  multiply(g);
 }
 
 void pack_into(const Tensor& b, const Tensor& packed) {
@@ -68,7 +97,13 @@ void pack_into(const Tensor& b, const Tensor& packed) {
   const Gemm g = operands(row, b);
   check_packed(packed, g);
   py::gil_scoped_release release;
-  FA_CALL(gemm_pack, g, packed.data);
+  pack(g, packed.data);
+}
+
+py::tuple packed_shape_of(const Tensor& b) {
+  const Tensor row{nullptr, {0, b.dim() ? b.size(0) : 0}, {1, 1}, b.dtype, b.cuda};
+  const std::vector<int64_t> shape = packed_shape(operands(row, b));
+  return py::make_tuple(shape[0], shape[1], shape[2]);
 }
 
 // total fp32 += alpha * part bf16, both contiguous and of one shape.
@@ -87,7 +122,7 @@ void bind_gemm(py::module_& m) {
   m.def("gemm_packed", &gemm_packed, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"));
   m.def("gemm_pack", &pack_into, py::arg("b"), py::arg("packed"));
   m.def("add_widened", &add_widened, py::arg("total"), py::arg("part"), py::arg("alpha"));
-  m.def("gemm_panel", [] { return FA_CALL(gemm_panel); }, "Columns of a panel of a packed operand, with the instruction set in use.");
+  m.def("gemm_packed_shape", &packed_shape_of, py::arg("b"), "What `gemm_pack` writes of b [k, n], with the instruction set in use.");
 }
 
 }  // namespace fa

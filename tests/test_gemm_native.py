@@ -106,9 +106,10 @@ def test_gemm_says_what_does_not_fit(isa, a, b, out, words):
 @pytest.fixture
 def in_use(isa):
     """The native module, where its products are the ones that linear layers take."""
-    if isa != "avx2":
-        pytest.skip("these products are used with AVX2 alone")
-    return load_native()[0]
+    module = gemm_native.native_products(torch.bfloat16)
+    if module is None:
+        pytest.skip(f"with {isa} linear layers take torch's products")
+    return module
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -143,5 +144,34 @@ def test_bf16_head_gradient_is_summed_in_fp32(in_use):
     assert (weight.main_grad - wide.grad).norm() <= (plain.grad - wide.grad).norm()
 
 
-def test_native_products_are_for_avx2_alone(isa):
-    assert (gemm_native.native_products() is not None) == (isa == "avx2")
+def test_native_products_are_for_avx2_and_in_bf16_for_amx(isa):
+    assert (gemm_native.native_products(torch.float32) is not None) == (isa == "avx2")
+    assert (gemm_native.native_products(torch.bfloat16) is not None) == (isa in ("avx2", "amx"))
+    assert gemm_native.native_products(torch.float64) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 100), (70, 33, 1000), (40, 20, 9000), (300, 65, 129)])
+def test_bf16_results_are_fp32_ones_rounded_once_and_a_rows_bits_are_its_own(isa, shape):
+    rows, columns, depth = shape
+    module = load_native()[0]
+    a, b, bias = torch.randn(rows, depth).bfloat16(), torch.randn(depth, columns).bfloat16(), torch.randn(columns)
+    got = gemm_native.product(module, a, b, bias)
+    sums = times(module, a, b, bias=bias)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), sums, rtol=2**-8, atol=1e-4)
+    if depth <= 1024:
+        assert torch.equal(got, sums.bfloat16()), "one rounding"
+    assert torch.equal(gemm_native.product(module, a[1:3], b, bias), got[1:3])
+    packed = gemm_native.pack(module, b.t().contiguous())
+    assert torch.equal(gemm_native.multiply_packed(module, a, packed, columns, bias), got)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 300])
+def test_linear_has_a_rows_bits_in_any_batch_dense_and_packed(in_use, rows):
+    """What the sampler's log-probs being the trainer's rests on; torch's product has other bits from 256 rows on with AMX."""
+    x, w = torch.randn(600, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    whole = gemm.linear(x, w)
+    assert torch.equal(gemm.linear(x[:rows], w), whole[:rows])
+    with torch.no_grad(), gemm.packed_weights():
+        assert torch.equal(gemm.linear(x[:rows], w), whole[:rows])
+    assert torch.equal(gemm.linear(x[:rows].requires_grad_(), w), whole[:rows])

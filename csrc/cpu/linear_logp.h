@@ -42,7 +42,6 @@ struct Bf16Product {
   float alpha;  // product_columns alone
   bool add;     // to what is in out; product_columns alone
   bool dot;     // the machine has vdpbf16ps
-  bool tiles;   // it has AMX, and lets this process use it
 };
 
 }  // namespace fa
@@ -54,9 +53,3 @@ FA_DECLARE(void logp_rows(const LogpRows<float>& rows); void logp_rows(const Log
            void product_rows(const Bf16Product& product);
            // out (+)= alpha * a [k, m]^T * b [k, n]
            void product_columns(const Bf16Product& product);)
-
-// The same on AMX; where `tiles`.
-namespace fa::avx512 {
-void product_rows_by_tiles(const Bf16Product& product);
-void product_columns_by_tiles(const Bf16Product& product);
-}  // namespace fa::avx512

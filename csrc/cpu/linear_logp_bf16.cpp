@@ -2,8 +2,7 @@
 // added straight into an fp32 sum.
 //   layout: two consecutive k are one 32-bit word. B is packed once a panel into [k/2][kPanel] words; a word of A is broadcast.
 //   tile:   kRows x kPanel sums stay in registers over the whole k, so that a result is one running sum, whatever the rows around it.
-//   dot:    vdpbf16ps where the machine has it (two products a lane and instruction), AMX where that is there
-//           (linear_logp_tiles.cpp); elsewhere two fp32 FMAs on the widened halves.
+//   dot:    vdpbf16ps where the machine has it (two products a lane and instruction); elsewhere two fp32 FMAs on the widened halves.
 #include <algorithm>
 #include <memory>
 
@@ -207,16 +206,12 @@ void product_columns_with(const Bf16Product& product, int64_t begin, int64_t dep
 
 void product_rows(const Bf16Product& product) {
 #if defined(__AVX512F__)
-  if (product.tiles) return product_rows_by_tiles(product);
   if (product.dot) return product_rows_with<true>(product);
 #endif
   product_rows_with<false>(product);
 }
 
 void product_columns(const Bf16Product& product) {
-#if defined(__AVX512F__)
-  if (product.tiles) return product_columns_by_tiles(product);
-#endif
   for (int64_t begin = 0; begin < product.k; begin += kDepth) {
     const int64_t depth = std::min(kDepth, product.k - begin);
     const bool add = product.add || begin > 0;

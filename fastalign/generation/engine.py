@@ -23,10 +23,10 @@ Progress = bool | Callable[[int], object]
 class Engine(LiveEngine):
     """Generates with a live model: no copy of the weights, a prompt forwarded once for all its samples.
 
-    The log-probs are bitwise those that training computes for the same weights on the native CPU backend, in bf16 as far as torch's
-    own products give a row the same bits in any batch (not on a CPU with AMX). `generate` and
-    `rollout` take a batch and return when it is done. `add_request`, `step`, `abort` and `extend` serve requests as they come;
-    all calls belong to one thread (`AsyncEngine` is for several).
+    The log-probs are bitwise those that training computes for the same weights on the native CPU backend, in bf16 with AVX-512 and no
+    AMX as far as torch's own products give a row the same bits in any batch. `generate` and `rollout` take a batch and return when it is
+    done. `add_request`, `step`, `abort` and `extend` serve requests as they come; all calls belong to one thread (`AsyncEngine` is for
+    several).
 
     Args:
         model: a causal LM with the "fastalign" attention (`models.load.load_causal_lm`), or a PEFT model around one.

@@ -7,8 +7,8 @@ Measured on 2 cores of an AMD EPYC with AVX-512, [64, 512] · [32000, 512]ᵀ: M
 packed weights give the same bits (tested), so the sampler packs and the trainer does not. bf16 is oneDNN's in `F.linear` already,
 and packing it saves the same copy: on one core of that machine 16 rows of [1408, 512] take 0.53 ms dense and 0.29 packed, of
 [32000, 512] 10.1 and 3.4, of [512, 512] 0.25 and 0.12; the bits agree from 2 rows on, and every shape is looked at before its
-first use (`_packs_exactly`). Where there is AVX2 and no AVX-512 both dtypes take our own product (`gemm_native`). Everything else
-goes to `F.linear`.
+first use (`_packs_exactly`). Where there is AVX2 and no AVX-512 both dtypes take our own product (`gemm_native`), where there is AMX
+bf16 does. Everything else goes to `F.linear`.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ _packing: ContextVar[PackedWeights | None] = ContextVar("fastalign_packing", def
 
 def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` takes these operands: oneDNN's fp32, or ours; anything unusual goes to torch, which says what is wrong with it."""
-    if native_products() is not None:
-        return x.dtype in gemm_native.DTYPES and _takes(x, weight, bias)
-    return AVAILABLE and x.dtype == torch.float32 and _takes(x, weight, bias)
+    ours = native_products(x.dtype) is not None or (AVAILABLE and x.dtype == torch.float32)
+    return ours and _takes(x, weight, bias)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -136,7 +135,7 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def _multiply(x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     if packed is not None and packed.dim() == 3:  # by `gemm_native.pack`
         return gemm_native.multiply_packed(load_native()[0], x, packed, weight.shape[0], bias)  # type: ignore[arg-type]
-    module = native_products()
+    module = native_products(x.dtype)
     if module is not None:
         return gemm_native.multiply(module, x, weight, bias)
     weight = weight if packed is None else packed
@@ -145,7 +144,7 @@ def _multiply(x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | N
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The packed form of a dense weight, if its products are those of the dense one."""
-    module = native_products()
+    module = native_products(weight.dtype)
     if module is not None:
         return gemm_native.pack(module, weight)
     key = (*weight.shape, weight.dtype, torch.get_num_threads())
@@ -192,7 +191,7 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Ten
     if x.is_cuda:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
         return out if bias is None else out.add_(bias)
-    module = native_products()
+    module = native_products(torch.bfloat16)
     if module is not None and x.dtype == weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
         gemm_native.add_(module, out, x, weight.t(), bias=bias, first=True)
         return out
@@ -218,7 +217,7 @@ def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bo
     """
     if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or total.device.type != "cpu":
         return False
-    module = native_products()
+    module = native_products(torch.bfloat16)
     if module is not None and total.dtype == torch.float32:
         gemm_native.add_(module, total, a.t(), b, alpha=alpha, first=first)
         return True
@@ -257,7 +256,7 @@ def packed_weights() -> Iterator[None]:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] · b [K, N], as torch.mm; in bf16 by our own product where that is the one to use."""
-    module = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else native_products()
+    module = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else native_products(torch.bfloat16)
     ours = module is not None and a.dtype == b.dtype == torch.bfloat16 and type(a) in _PLAIN and type(b) in _PLAIN
     if ours and a.device.type == b.device.type == "cpu":
         return gemm_native.product(module, a, b)  # type: ignore[arg-type]

@@ -1,8 +1,11 @@
-"""Our matrix product (csrc/cpu/gemm.cpp), for CPUs with AVX2 and no AVX-512, where torch's bf16 products take the slow way.
+"""Our matrix product (csrc/cpu/gemm.cpp, gemm_tiles.cpp), for CPUs whose products in torch are slow or depend on the batch.
 
-fp32 sums of fp32 or bf16 operands; a row's bits are its own, whatever the batch, the threads and the packing. Measured on 2 cores of
-an AMD EPYC with AVX2: torch's bf16 products of [512, 896] and [32000, 896] reach 17 GFLOP/s forward, 5 and 0.9 for the two gradients;
-in fp32 16 rows of [512, 512] take oneDNN's packed product 0.16 ms and this 0.08. bench/bench_gemm.py measures it.
+- AVX2 and no AVX-512: torch's bf16 products take the slow way. Measured on 2 cores of an AMD EPYC, [512, 896] and [32000, 896]: 17 GFLOP/s
+  forward, 5 and 0.9 for the two gradients; in fp32 16 rows of [512, 512] take oneDNN's packed product 0.16 ms and this 0.08.
+- AMX, bf16 alone: a row of torch's product has other bits from some 256 rows on.
+
+fp32 sums of fp32 or bf16 operands; a row's bits are its own, whatever the batch, the threads and the packing. Measured by
+bench/bench_gemm.py.
 """
 
 from __future__ import annotations
@@ -14,15 +17,23 @@ from torch import Tensor
 
 from fastalign.ops.backend import backend_for, load_native
 
-DTYPES = (torch.float32, torch.bfloat16)
+TAKEN = {"avx2": (torch.float32, torch.bfloat16), "amx": (torch.bfloat16,)}  # instruction set → the dtypes that are multiplied here
 STORE_BYTES = 8 << 20
+TILES_DEPTH = 8192  # the deepest product that tiles round to bf16 themselves; a deeper one's fp32 sums leave the tiles on the way
 _NONE = torch.empty(0)
 
 
-def native_products() -> ModuleType | None:
-    """The native module where its products are the ones to use, else None."""
+def native_products(dtype: torch.dtype) -> ModuleType | None:
+    """The native module where its products of this dtype are the ones to use, else None."""
     module = load_native()[0]
-    return module if module is not None and module.isa() == "avx2" and backend_for("gemm", "cpu") == "native" else None
+    if module is None or dtype not in TAKEN.get(module.isa(), ()) or backend_for("gemm", "cpu") != "native":
+        return None
+    return module
+
+
+def _rounds(module: ModuleType, dtype: torch.dtype, depth: int) -> bool:
+    """Whether the product itself writes bf16."""
+    return dtype == torch.bfloat16 and depth <= TILES_DEPTH and module.isa() == "amx"
 
 
 def multiply(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,9 +43,10 @@ def multiply(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None 
 
 def multiply_packed(module: ModuleType, x: Tensor, packed: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
     """The same from the packed form of a weight of `out` rows; the call of every layer of a decode step."""
-    result = torch.empty(*x.shape[:-1], out)
+    dtype = torch.bfloat16 if _rounds(module, x.dtype, x.shape[-1]) else torch.float32
+    result = torch.empty(*x.shape[:-1], out, dtype=dtype)
     module.gemm_packed(x.contiguous(), packed, _NONE if bias is None else bias.float(), result)
-    return result if x.dtype == torch.float32 else result.to(x.dtype)
+    return result if x.dtype == dtype else result.to(x.dtype)
 
 
 def product(module: ModuleType, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,7 +69,9 @@ def add_(
 def store_(module: ModuleType, out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, bias: Tensor | None = None) -> None:
     """out [M, N] bf16 = alpha · (a [M, K] · b [K, N] + bias [N]), rounded once; its fp32 sums a part at a time, along the longer side."""
     rows, columns = out.shape
-    if rows >= columns:
+    if _rounds(module, out.dtype, a.shape[1]) and out.stride(1) == 1:
+        module.gemm(a, b, _NONE if bias is None else bias.float(), out, alpha, False)
+    elif rows >= columns:
         step = max(16, STORE_BYTES // (4 * max(1, columns)))
         for m in range(0, rows, step):
             out[m : m + step] = _sums(module, a[m : m + step], b, alpha, bias)
@@ -74,9 +88,7 @@ def _sums(module: ModuleType, a: Tensor, b: Tensor, alpha: float, bias: Tensor |
 
 
 def pack(module: ModuleType, weight: Tensor) -> Tensor:
-    """weight [N, K] as panels that are read in order; products with it have the bits of the dense ones."""
-    out, width = weight.shape
-    panel = module.gemm_panel()
-    packed = torch.empty(-(-out // panel), width, panel, dtype=weight.dtype)
+    """weight [N, K] as panels [·, ·, ·] that are read in order; products with it have the bits of the dense ones."""
+    packed = torch.empty(module.gemm_packed_shape(weight.t()), dtype=weight.dtype)
     module.gemm_pack(weight.t(), packed)
     return packed

@@ -16,6 +16,7 @@ from torch import nn
 from ..models.adapters import MERGE_4BIT, AdapterOptions, attach_adapter
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm, load_tokenizer
+from ..training.allocator import keep_freed_memory
 from ..training.checkpoint import latest_checkpoint
 from ..training.loop import StopAt
 from ..training.optimizer import build_optimizer, build_schedule
@@ -44,6 +45,8 @@ def load(arguments: ModelArguments) -> Loaded:
     if not arguments.model_name_or_path:
         raise ValueError("--model_name_or_path is required: a local folder in Hugging Face format, or a Hub name")
     device = pick_device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path, arguments.chat_template)
     method = arguments.peft_method or ("lora" if arguments.use_peft else "")
     four_bits = arguments.load_in_4bit or method == "qlora"
