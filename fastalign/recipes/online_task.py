@@ -23,7 +23,7 @@ from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
 from .rollout_metrics import group_metrics, reward_metrics
 from .samplers import Sampler, single_turn
-from .scored_rollouts import evaluate, greedy_params, score, show
+from .scored_rollouts import ScoringGroups, evaluate, greedy_params, score, show
 
 log = logging.getLogger("fastalign")
 MAX_REFILLS = 10
@@ -132,23 +132,22 @@ class OnlineTask:
         return kept if kept.prompts else rollout
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
-        with self.timed("rollout"):
-            keys = list(range(self.num_requests, self.num_requests + len(prompts)))
-            rollout = self.sampler(self.engine, prompts, self.params, keys)
-            self.num_requests += len(prompts)
-            most_probable = None
-            if READS.get(self.algorithm.advantage) == "greedy":
-                most_probable = self.sampler(self.engine, prompts, greedy_params(self.params))
-        with self.timed("reward"):
-            self.score(prompts, rollout)
-            if most_probable is not None:
-                self.score(prompts, most_probable)
-                rollout.greedy = most_probable.flat
+        """Groups of completions of these prompts, with their rewards; what of them may be scored early is scored meanwhile."""
+        with ScoringGroups(self.rewards, prompts, self.params.n) as groups:
+            with self.timed("rollout"):
+                keys = list(range(self.num_requests, self.num_requests + len(prompts)))
+                rollout = self.sampler(self.engine, prompts, self.params, keys, on_group=groups.on_group)
+                self.num_requests += len(prompts)
+                most_probable = None
+                if READS.get(self.algorithm.advantage) == "greedy":
+                    most_probable = self.sampler(self.engine, prompts, greedy_params(self.params))
+            with self.timed("reward"):
+                score(self.rewards, prompts, rollout, groups)
+                if most_probable is not None:
+                    score(self.rewards, prompts, most_probable)
+                    rollout.greedy = most_probable.flat
+        self.timing["reward_overlapped"] += groups.seconds
         return rollout
-
-    def score(self, prompts: list[Prompt], rollout: Rollout) -> None:
-        """Fills in every sample's rewards."""
-        score(self.rewards, prompts, rollout)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""
