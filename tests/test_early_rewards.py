@@ -206,7 +206,7 @@ def test_what_breaks_the_generation_off_leaves_no_reward_waiting(task, tmp_path)
     job = built(online_arguments(task, tmp_path, {"online": {"reward": ["gsm8k"]}}))
     before = {thread.name for thread in threading.enumerate() if thread.name.startswith("fastalign-reward")}
 
-    def broken(engine, prompts, params, request_ids, on_group):
+    def broken(engine, prompts, params, request_ids, progress, on_group):
         on_group(0, engine.rollout([prompts[0].ids], params).samples[0])
         raise FloatingPointError("the weights are gone")
 
