@@ -9,6 +9,7 @@ from tiny_models import write_arithmetic_model
 
 from fastalign.models.adapters import AdapterOptions, attach_adapter, merged, reference_disabled
 from fastalign.models.backbone import hidden_states
+from fastalign.models.copies import ModelCopy
 from fastalign.models.load import load_causal_lm
 from fastalign.packing import group, pack
 from fastalign.recipes import arithmetic, online, sft
@@ -137,3 +138,16 @@ def test_grpo_samples_from_the_model_that_it_trains(task, tmp_path, given):
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows[-1]["kl"] > 0
+
+
+def test_a_copy_that_samples_ahead_shares_the_quantized_base(task, tmp_path):
+    args = arguments(task, tmp_path, "grpo")
+    online.run(replace(args, optim=replace(args.optim, max_steps=2), online=replace(args.online, max_staleness=1)))
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert [row["sampling/staleness"] for row in rows] == [0.0, 1.0]
+    assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4, "the copy computes what the policy does"
+    adapted = attach_adapter(load_causal_lm(str(task / "model"), dtype="float32", load_in_4bit=True), "qlora", AdapterOptions(r=3))
+    copied = ModelCopy(adapted)
+    pairs = list(zip(copied.model.parameters(), adapted.parameters(), strict=True))
+    assert any(type(theirs) is bitsandbytes.nn.Params4bit for _, theirs in pairs)
+    assert all((own is theirs) != theirs.requires_grad for own, theirs in pairs)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data import Prompt
 from ..generation import Engine, SamplingParams
 from ..generation.requests import Limits, Request
-from ..rollout import Rollout
+from ..rollout import Rollout, Sample
 from .calls import Calls, Failure
 from .conversation import Conversation, turn_text
 from .observations import Observer
 from .protocol import Kind
 
 logger = logging.getLogger("fastalign")
+
+OnGroup = Callable[[int, list[Sample]], object]
 
 _PROMPT_CHARACTERS = 200
 _MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads the parts of a seed
@@ -56,6 +58,7 @@ class MultiTurn:
         params: SamplingParams,
         request_ids: Sequence[int] | None = None,
         progress: Callable[[int], object] = lambda _: None,
+        on_group: OnGroup | None = None,
     ) -> Rollout:
         """Samples each prompt `params.n` times; arguments as of `Engine.rollout`.
 
@@ -67,16 +70,24 @@ class MultiTurn:
         if engine.tokenizer is None:
             raise ValueError("MultiTurn: turns are text, which needs a tokenizer: Engine(model, tokenizer)")
         keys = list(range(len(prompts)) if request_ids is None else request_ids)
-        return _Round(self, engine, prompts, params, keys, progress).run()
+        return _Round(self, engine, prompts, params, keys, _Watch(progress, on_group)).run()
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who is told of samples and of groups that have ended."""
+
+    progress: Callable[[int], object]
+    on_group: OnGroup | None
 
 
 class _Round:
     """One call of a sampler."""
 
     def __init__(
-        self, sampler: MultiTurn, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, keys: list[int], progress: Any
+        self, sampler: MultiTurn, engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, keys: list[int], watch: _Watch
     ) -> None:
-        self.kind, self.max_turns, self.engine, self.progress = sampler.kind, sampler.max_turns, engine, progress
+        self.kind, self.max_turns, self.engine, self.watch = sampler.kind, sampler.max_turns, engine, watch
         self.params = replace(params, stop=(*params.stop, *self.kind.stop), logprobs=True)
         self.calls = Calls(sampler.timeout, immediate=self.kind.immediate)
         self.observer = Observer(engine.tokenizer, self.kind.role)
@@ -85,6 +96,8 @@ class _Round:
             [Conversation(prompt, key, j, None, keeps_mass=params.truncates) for j in range(params.n)]
             for prompt, key in zip(prompts, keys, strict=True)
         ]
+        self.places = {one: p for p, group in enumerate(self.groups) for one in group}
+        self.open = [params.n] * len(self.groups)  # samples of each prompt that have not ended
         self.running: dict[int, tuple[Request, list[Conversation]]] = {}  # by the request's id
 
     def run(self) -> Rollout:
@@ -163,7 +176,11 @@ class _Round:
         one.end(finish_reason, self.engine.tokenizer, self.kind.stop)
         if self.kind.gives_reward:
             one.sample.rewards[self.kind.reward] = one.given()
-        self.progress(1)
+        self.watch.progress(1)
+        place = self.places[one]
+        self.open[place] -= 1
+        if not self.open[place] and self.watch.on_group is not None:
+            self.watch.on_group(place, [other.sample for other in self.groups[place]])
 
     # --- the engine ------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from fastalign.generation.weights import evaluating
 from fastalign.rollout import Rollout, Sample
 
 Progress = bool | Callable[[int], object]
+OnGroup = Callable[[int, list[Sample]], object]
 
 
 class Engine(LiveEngine):
@@ -82,16 +83,28 @@ class Engine(LiveEngine):
         request_ids: Sequence[int] | None = None,
         progress: Progress = False,
         logprobs: bool = True,
+        on_group: OnGroup | None = None,
     ) -> Rollout:
         """Samples each prompt `params.n` times, for training: `generate`, as a Rollout that has log-probs whatever `params` say.
 
         Args:
             logprobs: False leaves them to `params`.
+            on_group: called with a prompt's place and its samples as soon as the last of them has ended, between two steps.
         """
         read = read_requests(list(prompts), params, self.tokenizer, request_ids)
-        groups, rows = self._complete(read, None, progress, logprobs=logprobs)
-        samples = [[_sample(out) for out in request_output(group, None, self.tokenizer, rows).outputs] for group in groups]
+        known: dict[int, list[Sample]] = {}  # by the group's index
+
+        def tell(group: Group, rows: Rows) -> None:
+            known[group.index] = self._samples(group, rows)
+            if on_group is not None:
+                on_group(group.place, known[group.index])
+
+        groups, rows = self._complete(read, None, progress, logprobs=logprobs, on_done=tell if on_group is not None else None)
+        samples = [known.get(group.index) or self._samples(group, rows) for group in groups]
         return Rollout([prompt.ids.tolist() for prompt in read], samples, [{} for _ in read])
+
+    def _samples(self, group: Group, rows: Rows) -> list[Sample]:
+        return [_sample(out) for out in request_output(group, None, self.tokenizer, rows).outputs]
 
     def score(self, sequences: Sequence[Sequence[int]], *, temperature: float = 1.0, top_logprobs: int = 0) -> list[SequenceScores]:
         """Log-probs of given sequences, as `raw_logprobs` would have them if they had been sampled (`scoring.score_sequences`).
@@ -117,6 +130,7 @@ class Engine(LiveEngine):
         *,
         logprobs: bool = False,
         extended: bool = False,
+        on_done: Callable[[Group, Rows], object] | None = None,
     ) -> tuple[list[Group], Rows]:
         if not prompts:
             return [], Rows(0, 0, 0, 0)
@@ -127,10 +141,13 @@ class Engine(LiveEngine):
             total = sum(group.params.n for group in groups)
             with tqdm(total=total, disable=progress is not True, unit="sample") as bar, self._forwarding():
                 run.on_finish, run.tracks = progress if callable(progress) else bar.update, bool(self._requests)
+                if on_done is not None:
+                    own = {group.index for group in groups}
+                    run.on_done = lambda group: on_done(group, run.rows) if group.index in own else None
                 try:
                     self._finish(run, groups)
                 finally:
-                    run.on_finish = _nothing
+                    run.on_finish, run.on_done = _nothing, None
             assert finished(groups), "the scheduler has nothing left to do, so every sample must have ended"
             assert self._requests or run.scheduler.pool.num_used == 0, "every sample has ended, so every block must be free"
         return groups, run.rows
@@ -148,6 +165,7 @@ class Engine(LiveEngine):
             run.step()
             self._tell(run.touched)
             failed = [group for group in run.touched.values() if group.error is not None and group in groups]
+            run.on_done = None if failed else run.on_done  # nothing is returned: what is broken off now is nobody's
             for group in groups if failed else ():
                 if not group.done:
                     run.end(group, "abort")

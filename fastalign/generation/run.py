@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopScanner, StopTable
 
 Ended = Callable[[int], object]
+Done = Callable[[Group], object]
 
 
 class Run:
@@ -29,6 +30,7 @@ class Run:
 
     Attributes:
         touched: groups that drew or ended in the last step, when `tracks` is set.
+        on_done: called with each group whose last sample has ended.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Run:
     ) -> None:
         self.rows, self.scheduler, self.runner, self.sampler, self.stops = rows, scheduler, runner, sampler, stops
         self.tokenizer, self.version, self.on_finish = tokenizer, version, on_finish
+        self.on_done: Done | None = None
         self.tracks = False
         self.touched: dict[int, Group] = {}
 
@@ -74,6 +77,7 @@ class Run:
             member.finish_reason, member.stop_reason = finish_reason, stop_reason
         self._touch(group)
         self.on_finish(len(ended))
+        self._tell_done([group])
         return ended
 
     def restart(self, version: int, root: bytes | None) -> None:
@@ -165,6 +169,12 @@ class Run:
         if ended.any():
             self.scheduler.finish([owners[i] for i in np.flatnonzero(ended) if owners[i].row >= 0])
             self.on_finish(int(ended.sum()))
+            self._tell_done({owners[i].group.index: owners[i].group for i in np.flatnonzero(ended)}.values())
+
+    def _tell_done(self, groups: Iterable[Group]) -> None:
+        for group in groups if self.on_done is not None else ():
+            if group.done and group.error is None:
+                self.on_done(group)  # type: ignore[misc]
 
     def _without_failed(self, drawing: NDArray[np.int64], draws: Draws, drawn: Drawn) -> tuple[NDArray[np.int64], Draws, Drawn]:
         """Ends the requests of draws that came to nothing, and leaves their rows out."""

@@ -10,6 +10,7 @@ below 12 (MKL), and never from 16 on; fp64 differs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def even_chunks(start: int, stop: int, rows: int) -> list[slice]:
 
 _free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 MAX_FREE = 2  # work buffers kept a device and dtype
+_lending = threading.RLock()  # an engine may sample beside an update; re-entered where a loan ends by garbage collection
 
 
 def take(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -105,21 +107,23 @@ def take(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     A fresh one of this size goes back to the system at every free, and its page faults cost more than the row pass.
     """
-    kept = _free.setdefault((device, dtype), [])
-    for i, flat in enumerate(kept):  # ascending in size
-        if flat.numel() >= numel:
-            return kept.pop(i)
-    if kept:
-        kept.pop(0)
+    with _lending:
+        kept = _free.setdefault((device, dtype), [])
+        for i, flat in enumerate(kept):  # ascending in size
+            if flat.numel() >= numel:
+                return kept.pop(i)
+        if kept:
+            kept.pop(0)
     return torch.empty(numel, dtype=dtype, device=device)
 
 
 def give(flat: Tensor) -> None:
     """Takes a buffer back; beyond two the smallest is freed."""
-    kept = _free.setdefault((flat.device, flat.dtype), [])
-    kept.append(flat)
-    kept.sort(key=Tensor.numel)
-    del kept[: max(0, len(kept) - MAX_FREE)]
+    with _lending:
+        kept = _free.setdefault((flat.device, flat.dtype), [])
+        kept.append(flat)
+        kept.sort(key=Tensor.numel)
+        del kept[: max(0, len(kept) - MAX_FREE)]
 
 
 @contextmanager

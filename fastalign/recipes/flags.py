@@ -32,7 +32,7 @@ _NOT_NEGATIVE = {
     *("port", "max_waiting", "label_smoothing", "desirable_weight", "undesirable_weight", "center_rewards_coefficient"),
     *("f_alpha_divergence_coef", "ld_alpha", "jsd_beta", "lmbda", "prompts_per_round"),
     *("critic_warmup", "value_clip", "kl_target", "reward_clip", "nll_coef", "outcome_coef", "exploration_coef", "mixture_coef"),
-    *("max_step_tokens", "min_margin"),
+    *("max_step_tokens", "min_margin", "max_staleness"),
 }
 _AT_MOST_ONE = {
     "top_p",

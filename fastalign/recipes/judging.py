@@ -171,12 +171,17 @@ def _verifier(options: JudgeOptions, template: Template, policy: Loaded) -> Veri
 
 
 class InJudge(InProcess):
-    """Calls a judge as a reward: it wants the columns that its template names, and is named where the data lack one."""
+    """Calls a judge as a reward: it wants the columns that its template names, and is named where the data lack one.
+
+    One behind a server judges completions while others are generated; one in this process would take turns with the generation.
+    """
 
     def __init__(self, judge: Grader) -> None:
         super().__init__(judge)
         self.columns: Sequence[str] = judge.template.columns if isinstance(judge, Judge) else ()
+        model = judge.model if isinstance(judge, Judge) else None
+        self.remote = isinstance(model.model if isinstance(model, Remembering) else model, ServerModel)
 
     def signature(self) -> dict[str, Any]:
         wanted = ["prompts", "completions", *self.columns]
-        return {"names": wanted, "required": wanted, "any": False}
+        return {"names": wanted, "required": wanted, "any": False, "per_sample": self.remote}

@@ -12,7 +12,7 @@ import torch
 from ..advantages import ADVANTAGES
 from ..algorithms import ACTOR_CRITICS, ALGORITHMS, Algorithm, OnlinePreference, resolve
 from ..data import DataOrder, Prompt, prompt_examples
-from ..generation import Engine, SamplingParams
+from ..generation import SamplingParams
 from ..losses.policy import POLICY
 from ..models.backbone import causal_lm, head_of
 from ..models.linear import check_quantization
@@ -24,6 +24,16 @@ from .online_kinds import task_of, with_own_options
 from .online_task import OnlineTask
 from .reading import prompts_named_by
 from .reference import Reference
+from .rollout_engines import (
+    check_staleness,
+    engine_of,
+    is_off_policy,
+    planned_copy,
+    quantization_of,
+    rollouts_ahead,
+    sampling_engine,
+    uncorrected,
+)
 from .samplers import sampler_of
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .training import Job, execute
@@ -66,6 +76,7 @@ def resolved(args: Arguments) -> Algorithm:
         raise ValueError(f"--{flag}: {online.algorithm} has no policy loss that reads it; leave it out")
     if online.entropy_coef is not None:
         algorithm = replace(algorithm, entropy_coef=online.entropy_coef)
+    check_staleness(args, algorithm)
     return replace(algorithm, correction_options=correction_of(online, algorithm.correction_options))
 
 
@@ -85,7 +96,7 @@ def correction_of(online: OnlineArguments, own: Mapping[str, Any]) -> dict[str, 
     options = dict(own)
     if online.importance_correction != "auto":
         options["correction"] = online.importance_correction
-    elif online.rollout_quantization != "none" and options.get("correction", "none") == "none":
+    elif is_off_policy(online) and online.off_policy_objective != "plain" and options.get("correction", "none") == "none":
         options["correction"] = "truncate"
     correction = options.get("correction", "none")
     read = {"none": (), "truncate": ("high",)}.get(correction.removeprefix("sequence_"), ("low", "high"))
@@ -101,11 +112,6 @@ def correction_of(online: OnlineArguments, own: Mapping[str, Any]) -> dict[str, 
         options["correction_low"] = 0.0  # not read, and a cut below its default is a cut all the same
     PolicyOptions(**options)
     return options
-
-
-def quantization_of(online: OnlineArguments) -> str | None:
-    """What the engine that samples is given; evaluation always runs the weights themselves."""
-    return None if online.rollout_quantization == "none" else online.rollout_quantization
 
 
 def prompts_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> list[Prompt]:
@@ -194,18 +200,25 @@ def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out:
 
 
 def parts_of(
-    args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int, algorithm: Algorithm
+    args: Arguments,
+    loaded: Loaded,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    max_steps: int,
+    algorithm: Algorithm,
+    *,
+    num_rollouts: int | None = None,
 ) -> dict[str, Any]:
-    """What every online task is made of."""
+    """What every online task is made of. max_steps: steps of the policy; num_rollouts: of the run, where these are more."""
     reference = Reference(loaded.model) if algorithm.reads_reference else None
-    quantization = quantization_of(args.online)
-    if quantization and algorithm.correction_options.get("correction") == "none":
-        log.warning("the rollouts are quantized, and --importance_correction none weighs their tokens as if they were the policy's own")
-    engine = _engine(args, loaded, quantization)
+    if uncorrected(args.online, algorithm):
+        log.warning("the rollouts are another policy's, and --importance_correction none weighs their tokens as if they were its own")
+    live = engine_of(args, loaded.model, loaded.tokenizer)
+    ahead = rollouts_ahead(args, loaded, live, num_rollouts or max_steps)
     return {
         "updater": build_updater(loaded, args, max_steps * args.online.num_iterations, temperature=args.sampling.temperature),
-        "engine": engine,
-        "exact_engine": _engine(args, loaded, None) if quantization else engine,
+        "engine": ahead.engine if ahead is not None else sampling_engine(args, loaded, live),
+        "exact_engine": live,
         "reference": reference,
         "rewards": rewards_of(args, algorithm, loaded),
         "prompts": prompts,
@@ -217,18 +230,9 @@ def parts_of(
         "num_iterations": args.online.num_iterations,
         "max_tokens_per_micro_batch": args.batch.max_tokens_per_micro_batch,
         "sampler": sampler_of(args.environment),
+        "ahead": ahead,
+        "plain_ratio": args.online.off_policy_objective == "plain",
     }
-
-
-def _engine(args: Arguments, loaded: Loaded, quantization: str | None) -> Engine:
-    sampling = args.sampling
-    return Engine(
-        loaded.model,
-        loaded.tokenizer,
-        kv_cache_tokens=sampling.kv_cache_tokens or None,
-        max_num_seqs=sampling.max_num_seqs,
-        quantization=quantization,
-    )
 
 
 def evaluate(args: Arguments) -> dict[str, float]:
@@ -269,6 +273,7 @@ def run(args: Arguments) -> dict[str, Any]:
     check_rewards(args, algorithm, loaded, prompts, held_out)
     if args.run.dry_run:
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(algorithm)}
+        extra |= planned_copy(args, loaded)
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task = build_task(args, loaded, prompts, held_out, max_steps)
     try:

@@ -52,7 +52,10 @@ class OnlineArguments:
         aggregate: replaces the algorithm's aggregation: token, sequence or budget.
         entropy_coef: coefficient of the entropy bonus; unset: the algorithm's.
         rollout_quantization: int8: sample with 8-bit weights (CPU), train the weights as they are; none: sample with the weights.
-        importance_correction: weight of tokens that another policy sampled; auto: truncate for a quantized rollout, else the algorithm's.
+        max_staleness: 1: sample each rollout while the step before updates, from a copy of the weights; 0: from the policy as it is.
+        off_policy_objective: decoupled: ratios to the policy before the update, weighed by its to the sampler; plain: to the sampler.
+        rollout_device: where the copy of --max_staleness 1 lies and samples, as in cuda:1; empty: beside the policy.
+        importance_correction: weight of what another policy sampled; auto: truncate if stale or quantized, else the algorithm's.
         importance_correction_low: the mask corrections drop ratios below this; unset: the algorithm's, or 0.5.
         importance_correction_high: ratios are cut at this, or dropped above it by the mask corrections; unset: the algorithm's, or 2.
     """
@@ -73,6 +76,9 @@ class OnlineArguments:
     aggregate: str = ""
     entropy_coef: float | None = None
     rollout_quantization: Literal["none", "int8"] = "none"
+    max_staleness: int = 0
+    off_policy_objective: Literal["decoupled", "plain"] = "decoupled"
+    rollout_device: str = ""
     importance_correction: Literal["auto", "none", "truncate", "mask", "sequence_truncate", "sequence_mask"] = "auto"
     importance_correction_low: float | None = None
     importance_correction_high: float | None = None

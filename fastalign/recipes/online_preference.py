@@ -15,7 +15,6 @@ from ..rollout import Rollout, Sample
 from ..training.step import MicroBatch
 from .online_task import OnlineTask, log
 from .pair_objective import PairBatch, PairObjective, Term
-from .rollout_metrics import group_metrics, reward_metrics
 
 _PACKED = ("entropy", "correct", "targets", "flops_tvh", "num_chunks")
 
@@ -61,8 +60,7 @@ class OnlinePreferenceTask(OnlineTask):
 
     def step(self, index: int) -> dict[str, float]:
         self.timing.clear()
-        rollout = self.collect()
-        self.engine.release_cache()  # the update has the memory
+        rollout = self.next_rollout(index)
         pairs = self.find_pairs(rollout)
         if not pairs:
             log.warning("step %d: no group has two different rewards, nothing is learned from it", index + 1)
@@ -77,15 +75,12 @@ class OnlinePreferenceTask(OnlineTask):
             "loss": result.loss if pairs else math.nan,
             "grad_norm": result.grad_norm,
             "learning_rate": lr,
-            "epoch": self.order.progress,
-            "num_tokens": float(sum(len(s.ids) for s in rollout.flat) + sum(len(p) for p in rollout.prompts)),
             "num_pairs": float(len(pairs)),
             "entropy": sums["entropy"] / sums["targets"] if sums.get("targets") else math.nan,
             **{name: value / count for name, value in sums.items() if name not in _PACKED},
             "skipped_updates": float(not result.applied),
         }
-        out |= reward_metrics(rollout.flat, self.reward_weights) | group_metrics(rollout, self.reward_weights)
-        return out | {f"timing_s/{name}": value for name, value in self.timing.items()}
+        return out | self.sampled_metrics(rollout) | {f"timing_s/{name}": value for name, value in self.timing.items()}
 
     def find_pairs(self, rollout: Rollout) -> list[FoundPair]:
         """What is compared: each group's best and worst completion."""

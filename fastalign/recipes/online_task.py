@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from ..generation import Engine, SamplingParams
 from ..rewards import RewardSet
 from ..rollout import Rollout
 from ..training.step import Update, Updater
+from .ahead import Ahead, Collected
 from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
 from .rollout_metrics import group_metrics, reward_metrics
-from .samplers import Sampler, single_turn
-from .scored_rollouts import evaluate, greedy_params, score, show
+from .samplers import Progress, Sampler, single_turn
+from .scored_rollouts import ScoringGroups, evaluate, greedy_params, score, show
 
 log = logging.getLogger("fastalign")
 MAX_REFILLS = 10
@@ -49,22 +51,36 @@ class OnlineTask:
         num_iterations: int,
         max_tokens_per_micro_batch: int,
         sampler: Sampler = single_turn,
+        ahead: Ahead | None = None,
+        plain_ratio: bool = False,
     ):
         self.updater, self.engine, self.reference, self.rewards = updater, engine, reference, rewards
-        self.exact_engine = exact_engine  # runs what is evaluated and shown; another one only where the rollouts are quantized
+        self.exact_engine = exact_engine  # of what is evaluated and shown; another one where rollouts are quantized, or of a copy
+        self.ahead, self.plain_ratio = ahead, plain_ratio
+        self.progress: Progress = _nobody_asks if ahead is None else ahead.still_wanted
         self.prompts, self.eval_prompts, self.order = prompts, eval_prompts, order
         self.algorithm, self.params = algorithm, params
         self.num_prompts, self.num_iterations = num_prompts, num_iterations
         self.max_tokens = max_tokens_per_micro_batch
         self.num_requests = 0  # counts groups over the whole run: the random key of each, so that a resumed run repeats
-        self.timing: dict[str, float] = defaultdict(float)
+        self.epoch, self.staleness = 0.0, 0.0  # of the step's rollout
+        self._timings = threading.local()  # a thread that collects ahead counts on its own
         self.sampler = sampler
         self.reward_weights = rewards.weights | sampler.weights
         self.companions: dict[str, tuple[Updater, Any]] = {}  # models that learn beside the policy, with their tokenizers
 
     def close(self) -> None:
-        """Ends the rewards' processes."""
+        """Ends what is sampled ahead, and the rewards' processes."""
+        if self.ahead is not None:
+            self.ahead.close()
         self.rewards.close()
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """Seconds of this step by name, as this thread counts them."""
+        if not hasattr(self._timings, "seconds"):
+            self._timings.seconds = defaultdict(float)
+        return self._timings.seconds
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -74,8 +90,7 @@ class OnlineTask:
 
     def step(self, index: int) -> dict[str, float]:
         self.timing.clear()
-        rollout = self.collect()
-        self.engine.release_cache()  # the update has the memory
+        rollout = self.next_rollout(index)
         chunks, told = self.judge(rollout)
         if self.reference is not None:
             with self.timed("reference"):
@@ -86,6 +101,23 @@ class OnlineTask:
             updates = [self.update(chunks, first=i == 0) for i in range(self.num_iterations)]
         return self.metrics(rollout, chunks, updates) | told
 
+    def next_rollout(self, index: int) -> Rollout:
+        """The rollout of step `index`: sampled now, or while the step before updated."""
+        if self.ahead is None:
+            rollout, self.epoch = self.collect(), self.order.progress
+            self.engine.release_cache()  # the update has the memory
+            return rollout
+        with self.timed("rollout_wait"):
+            batch = self.ahead.take(index, self._collected)
+        self.timing.update(batch.timing)
+        self.epoch, self.staleness = batch.epoch, self.ahead.lag(batch.rollout)
+        return batch.rollout
+
+    def _collected(self) -> Collected:
+        """In the thread that is ahead."""
+        self.timing.clear()
+        return Collected(self.collect(), self.order.progress, dict(self.timing))
+
     def judge(self, rollout: Rollout) -> tuple[list[PolicyChunk], dict[str, float]]:
         """The rollout's micro-batches with their advantages, and metrics of the judgement."""
         return self.chunks_of(rollout, group_advantages(rollout, self.algorithm, self.reward_weights)), {}
@@ -95,13 +127,16 @@ class OnlineTask:
         return build_chunks(rollout, advantages, self.algorithm, budget=self.params.max_tokens, max_tokens=self.max_tokens)
 
     def update(self, chunks: list[PolicyChunk], *, first: bool) -> Update:
-        """One optimizer step on the whole batch. The first forward gives the old log-probs of later iterations."""
+        """One optimizer step on the whole batch. The first forward gives the old log-probs of later iterations, unless those are to
+        be the sampler's."""
         lr = self.updater.schedule.get_last_lr()[0]
+        for chunk in chunks if self.plain_ratio else ():
+            chunk.old_logp = chunk.sampler_logp
         result = self.updater.update([micro_batch(c, self.algorithm) for c in chunks], commit=self.commit)
         result.sums["learning_rate"] = lr
         if first:
             for chunk, logp in zip(chunks, result.logps, strict=True):
-                chunk.old_logp = logp
+                chunk.old_logp = chunk.sampler_logp if self.plain_ratio else logp
                 gap = (logp - chunk.sampler_logp.to(logp.device)).abs()
                 result.sums["gap_sum"] = result.sums.get("gap_sum", 0.0) + float(gap.sum())
                 result.sums["gap_max"] = max(result.sums.get("gap_max", 0.0), float(gap.max()) if gap.numel() else 0.0)
@@ -109,7 +144,7 @@ class OnlineTask:
 
     def commit(self, apply) -> None:
         with ExitStack() as stack:
-            for engine in {self.engine, self.exact_engine}:
+            for engine in {self.exact_engine} if self.ahead is not None else {self.engine, self.exact_engine}:
                 stack.enter_context(engine.updating_weights())
             apply()
 
@@ -132,31 +167,45 @@ class OnlineTask:
         return kept if kept.prompts else rollout
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
-        with self.timed("rollout"):
-            keys = list(range(self.num_requests, self.num_requests + len(prompts)))
-            rollout = self.sampler(self.engine, prompts, self.params, keys)
-            self.num_requests += len(prompts)
-            most_probable = None
-            if READS.get(self.algorithm.advantage) == "greedy":
-                most_probable = self.sampler(self.engine, prompts, greedy_params(self.params))
-        with self.timed("reward"):
-            self.score(prompts, rollout)
-            if most_probable is not None:
-                self.score(prompts, most_probable)
-                rollout.greedy = most_probable.flat
+        """Groups of completions of these prompts, with their rewards; what of them may be scored early is scored meanwhile."""
+        with ScoringGroups(self.rewards, prompts, self.params.n) as groups:
+            with self.timed("rollout"):
+                keys = list(range(self.num_requests, self.num_requests + len(prompts)))
+                rollout = self.sampler(self.engine, prompts, self.params, keys, self.progress, on_group=groups.on_group)
+                self.num_requests += len(prompts)
+                most_probable = None
+                if READS.get(self.algorithm.advantage) == "greedy":
+                    most_probable = self.sampler(self.engine, prompts, greedy_params(self.params), progress=self.progress)
+            with self.timed("reward"):
+                score(self.rewards, prompts, rollout, groups)
+                if most_probable is not None:
+                    score(self.rewards, prompts, most_probable)
+                    rollout.greedy = most_probable.flat
+        self.timing["reward_overlapped"] += groups.seconds
         return rollout
-
-    def score(self, prompts: list[Prompt], rollout: Rollout) -> None:
-        """Fills in every sample's rewards."""
-        score(self.rewards, prompts, rollout)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""
+        self.settle()
         return evaluate(self.exact_engine, self.rewards, self.eval_prompts, self.params, self.sampler)
 
     def show(self) -> list[dict]:
         """Greedy completions of a few prompts."""
+        self.settle()
         return show(self.exact_engine, self.rewards, self.eval_prompts or self.prompts, self.params, self.sampler)
+
+    def settle(self) -> None:
+        """Waits for what is sampled ahead: rewards and tokenizer serve one thread at a time."""
+        if self.ahead is not None:
+            self.ahead.settle()
+
+    def sampled_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """What the step's rollout was like."""
+        generated = sum(len(s.ids) for s in rollout.flat)
+        out = {"epoch": self.epoch, "num_tokens": float(generated + sum(len(p) for p in rollout.prompts))}
+        if self.ahead is not None:
+            out["sampling/staleness"] = self.staleness
+        return out | reward_metrics(rollout.flat, self.reward_weights) | group_metrics(rollout, self.reward_weights)
 
     def metrics(self, rollout: Rollout, chunks: list[PolicyChunk], updates: list[Update]) -> dict[str, float]:
         first = updates[0].sums
@@ -164,13 +213,10 @@ class OnlineTask:
         last, steps = updates[-1].sums, len(updates)
         targets = max(sum(u.sums.get("targets", 0.0) for u in updates), 1.0)
         clips = {k: sum(u.sums.get(k, 0.0) for u in updates) / targets for k in ("clip_low", "clip_high")}
-        generated = sum(len(s.ids) for s in rollout.flat)
         out = {
             "loss": sum(u.loss for u in updates) / steps,
             "grad_norm": updates[-1].grad_norm,
             "learning_rate": last["learning_rate"],
-            "epoch": self.order.progress,
-            "num_tokens": float(generated + sum(len(p) for p in rollout.prompts)),
             "entropy": first.get("entropy", 0.0) / count,
             "clip_ratio/low_mean": clips["clip_low"],
             "clip_ratio/high_mean": clips["clip_high"],
@@ -184,12 +230,20 @@ class OnlineTask:
         if "correction" in first:
             out["sampling/importance_sampling_ratio/mean"] = first["correction"] / count
             out["sampling/importance_sampling_ratio/clipped"] = first["correction_clipped"] / count
-        out |= reward_metrics(rollout.flat, self.reward_weights) | group_metrics(rollout, self.reward_weights)
-        return out | {f"timing_s/{name}": value for name, value in self.timing.items()}
+        return out | self.sampled_metrics(rollout) | {f"timing_s/{name}": value for name, value in self.timing.items()}
 
     def state_dict(self) -> dict:
-        return {"order": self.order.state_dict(), "num_requests": self.num_requests}
+        ahead = {} if self.ahead is None else {"ahead": self.ahead.state_dict()}  # first: it waits, and the order stands still
+        return {"order": self.order.state_dict(), "num_requests": self.num_requests, **ahead}
 
     def load_state_dict(self, state: dict) -> None:
+        if self.ahead is None and "ahead" in state:
+            raise ValueError("the checkpoint holds a rollout that was sampled one step ahead; resume with --max_staleness 1")
         self.order.load_state_dict(state["order"])
         self.num_requests = state["num_requests"]
+        if self.ahead is not None and "ahead" in state:
+            self.ahead.load_state_dict(state["ahead"])
+
+
+def _nobody_asks(count: int) -> None:
+    """Samples have ended, and the rollout goes on."""

@@ -15,6 +15,7 @@ from . import online
 from .arguments import Arguments
 from .critic import Critic
 from .ppo_task import PPOTask
+from .rollout_engines import planned_copy, quantization_of
 from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
 from .training import Job, execute
 
@@ -67,7 +68,7 @@ def build_task(
     """The task, and the models that are trained beside the policy."""
     row = algorithm_of(args)
     updates = max(1, max_steps - row.critic_warmup)
-    parts = online.parts_of(args, loaded, prompts, held_out, updates, row)
+    parts = online.parts_of(args, loaded, prompts, held_out, updates, row, num_rollouts=max_steps)
     critic, tokenizer = load_critic(args, loaded, max_steps, row)
     return PPOTask(critic=critic, **parts), {CRITIC: (critic.updater, tokenizer)}
 
@@ -79,7 +80,7 @@ def run(args: Arguments) -> dict[str, Any]:
     online.require_reward(args)
     seed_everything(args.run.seed)
     loaded = load(args.model)
-    check_quantization(causal_lm(loaded.model), online.quantization_of(args.online))
+    check_quantization(causal_lm(loaded.model), quantization_of(args.online))
     prompts, held_out = online.both_prompts(args, loaded)
     max_steps = num_steps(args.optim, len(prompts), num_prompts)
     if max_steps <= row.critic_warmup:
@@ -87,9 +88,10 @@ def run(args: Arguments) -> dict[str, Any]:
     online.check_rewards(args, row, loaded, prompts, held_out)
     if args.run.dry_run:
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(row)}
+        extra |= planned_copy(args, loaded)
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task, companions = build_task(args, loaded, prompts, held_out, max_steps)
     try:
         return execute(Job(f"Actor and critic: {args.online.algorithm or args.command}", args, loaded, task, max_steps, resume, companions))
     finally:
-        task.rewards.close()
+        task.close()

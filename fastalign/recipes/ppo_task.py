@@ -36,8 +36,7 @@ class PPOTask(OnlineTask):
 
     def step(self, index: int) -> dict[str, float]:
         self.timing.clear()
-        rollout = self._with_rewards(self.collect())
-        self.engine.release_cache()  # the updates have the memory
+        rollout = self._with_rewards(self.next_rollout(index))
         every_token = torch.ones(len(rollout.flat))
         chunks = build_chunks(rollout, every_token, self.row, budget=self.params.max_tokens, max_tokens=self.max_tokens)
         if self.reference is not None:

@@ -126,11 +126,12 @@ class RejectionTask:
         chosen = self.order.next_batch(self.prompts_per_round)
         prompts = [self.prompts[i] for i in chosen]
         keys = list(range(self.num_requests, self.num_requests + len(prompts)))
-        rollout = self.sampler(self.engine, prompts, self.params, keys)
-        self.engine.release_cache()  # the update has the memory
-        self.num_requests += len(prompts)
-        sampled = time.perf_counter()
-        scored_rollouts.score(self.rewards, prompts, rollout)
+        with scored_rollouts.ScoringGroups(self.rewards, prompts, self.params.n) as groups:
+            rollout = self.sampler(self.engine, prompts, self.params, keys, on_group=groups.on_group)
+            self.engine.release_cache()  # the update has the memory
+            self.num_requests += len(prompts)
+            sampled = time.perf_counter()
+            scored_rollouts.score(self.rewards, prompts, rollout, groups)
         weights = self.rewards.weights | self.sampler.weights
         best = [self.selection.best(samples, weights) for samples in rollout.samples]
         self.round += 1
@@ -144,7 +145,8 @@ class RejectionTask:
         if not self.kept:
             raise ValueError(self.nothing(metrics))
         self.training = self.supervised()
-        return metrics | {"timing_s/rollout": sampled - began, "timing_s/reward": time.perf_counter() - sampled}
+        times = {"rollout": sampled - began, "reward": time.perf_counter() - sampled, "reward_overlapped": groups.seconds}
+        return metrics | {f"timing_s/{name}": seconds for name, seconds in times.items()}
 
     def nothing(self, metrics: dict[str, float]) -> str:
         """Why a round keeps no completion, and what can be done."""

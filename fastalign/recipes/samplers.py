@@ -10,10 +10,11 @@ from ..data import Prompt
 from ..environments import MultiTurn, load_environment
 from ..environments.specifications import check_columns
 from ..generation import Engine, SamplingParams
-from ..rollout import Rollout
+from ..rollout import Rollout, Sample
 from .online_arguments import EnvironmentArguments
 
 Progress = Callable[[int], object]
+OnGroup = Callable[[int, list[Sample]], object]
 
 
 class Sampler(Protocol):
@@ -32,6 +33,7 @@ class Sampler(Protocol):
         params: SamplingParams,
         request_ids: Sequence[int] | None = None,
         progress: Progress = ...,
+        on_group: OnGroup | None = None,
     ) -> Rollout:
         """Samples each prompt `params.n` times; arguments as of `Engine.rollout`."""
 
@@ -49,8 +51,10 @@ class SingleTurn:
         params: SamplingParams,
         request_ids: Sequence[int] | None = None,
         progress: Progress = lambda _: None,
+        on_group: OnGroup | None = None,
     ) -> Rollout:
-        rollout = engine.rollout([p.ids for p in prompts], params, request_ids=request_ids, progress=progress, logprobs=params.logprobs)
+        options = {"progress": progress, "logprobs": params.logprobs, "on_group": on_group}
+        rollout = engine.rollout([p.ids for p in prompts], params, request_ids=request_ids, **options)  # type: ignore[arg-type]
         rollout.columns = [p.columns for p in prompts]
         return rollout
 

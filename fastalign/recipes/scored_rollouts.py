@@ -9,15 +9,55 @@ from ..data import Prompt, columns_of_prompts
 from ..generation import Engine, SamplingParams
 from ..rewards import RewardSet
 from ..rewards.combinations import COMBINATIONS
-from ..rollout import Rollout
+from ..rollout import Rollout, Sample
 from .rollout_metrics import reward_metrics, turn_metrics
-from .samplers import Sampler, single_turn
+from .samplers import OnGroup, Sampler, single_turn
 
 NUM_SHOWN = 6
 
 
-def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout) -> None:
-    """Fills in every sample's rewards; one that was broken off has none."""
+class ScoringGroups:
+    """Gives a rollout's groups to the rewards as they end.
+
+    Args:
+        rewards: that `score` will be called with.
+        prompts: of the rollout.
+        size: samples of a prompt.
+    """
+
+    def __init__(self, rewards: RewardSet, prompts: list[Prompt], size: int) -> None:
+        self.prompts, self.size, self.early = prompts, size, rewards.begin()
+        self.columns = sorted({name for prompt in prompts for name in prompt.columns})
+
+    @property
+    def on_group(self) -> OnGroup | None:
+        """For the sampler; None where no reward of the set can begin early."""
+        return self._begin if self.early.begins else None
+
+    def _begin(self, place: int, samples: list[Sample]) -> None:
+        prompt, count = self.prompts[place], len(samples)
+        self.early.add(
+            range(place * self.size, place * self.size + count),
+            [prompt.prompt] * count,
+            [sample.text for sample in samples],
+            [sample.ids for sample in samples],
+            {name: [prompt.columns.get(name)] * count for name in self.columns},
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the rewards' calls, added up, that passed while completions were generated."""
+        return self.early.seconds
+
+    def __enter__(self) -> ScoringGroups:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.early.close()
+
+
+def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout, groups: ScoringGroups | None = None) -> None:
+    """Fills in every sample's rewards; one that was broken off has none. `groups`: what has been begun."""
     owners = [prompt for prompt, samples in zip(prompts, rollout.samples, strict=True) for _ in samples]
     samples = rollout.flat
     scores = rewards.score(
@@ -25,6 +65,7 @@ def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout) -> None:
         [sample.text for sample in samples],
         [sample.ids for sample in samples],
         dict(sorted(columns_of_prompts(owners).items())),
+        early=None if groups is None else groups.early,
     )
     for name, values in scores.items():
         for sample, value in zip(samples, values, strict=True):

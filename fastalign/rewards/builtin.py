@@ -44,6 +44,7 @@ class WithParameters:
 
     function: Callable[..., list[float | None]]
     parameters: dict[str, Any]
+    per_sample = True  # every row of the table looks at one completion at a time
 
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         return self.function(completions, **{**columns, **self.parameters})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .callers import Caller, CallFailed
@@ -21,11 +22,25 @@ _PROMPT_CHARACTERS = 200
 
 
 @dataclass
+class Hangs:
+    """Samples that ran past their time, over all the calls that share this count, and how many may."""
+
+    most: int = MAX_HUNG
+    places: list[int] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return len(self.places) >= self.most
+
+
+@dataclass
 class _Batch:
     arguments: dict[str, list[Any]]
     prompts: list[Any]
     timeout: float
     values: list[float]
+    places: Sequence[int]
+    hangs: Hangs | None
 
 
 class IsolatedReward:
@@ -53,8 +68,21 @@ class IsolatedReward:
             prompts: [B] for the log.
             timeout: seconds that one sample may take. A batch gets as long, or twice what it was seen to need.
         """
+        values = self.score_part(arguments, prompts, timeout, range(len(prompts)))
+        self.look(values)
+        return values
+
+    def score_part(
+        self, arguments: dict[str, list[Any]], prompts: list[Any], timeout: float, places: Sequence[int], hangs: Hangs | None = None
+    ) -> list[float]:
+        """`score` of some samples of a batch.
+
+        Args:
+            places: [B] where in the batch they are, for the log.
+            hangs: the count that the parts of the batch share; None: each call has its own.
+        """
         count = len(prompts)
-        batch = _Batch(arguments, prompts, timeout, [math.nan] * count)
+        batch = _Batch(arguments, prompts, timeout, [math.nan] * count, places, hangs)
         shards = max(1, min(self.caller.shards, count // _SMALLEST_SHARD))
         parts = [list(range(i, count, shards)) for i in range(shards)]
         if shards == 1:
@@ -62,12 +90,19 @@ class IsolatedReward:
         else:
             with ThreadPoolExecutor(shards) as pool:
                 list(pool.map(lambda part: self._halving(batch, part), parts))
-        if prompts and not self._warned and all(map(math.isnan, batch.values)):
-            self._warned = True
-            logger.warning("reward %r: none of the %d samples of a batch has a reward; are its columns the right ones?", self.name, count)
         return batch.values
 
+    def look(self, values: list[float]) -> None:
+        """Says, once, that no sample of a batch has a reward."""
+        if values and not self._warned and all(map(math.isnan, values)):
+            self._warned = True
+            message = "reward %r: none of the %d samples of a batch has a reward; are its columns the right ones?"
+            logger.warning(message, self.name, len(values))
+
     def _halving(self, batch: _Batch, indices: list[int]) -> None:
+        if batch.hangs is not None and batch.hangs.over:
+            self._one_by_one(batch, indices)
+            return
         stack = [indices] if indices else []
         while stack:
             part = stack.pop()
@@ -76,6 +111,8 @@ class IsolatedReward:
                 self._call(batch, part, limit)
             except CallFailed as failure:
                 if len(part) == 1:
+                    if failure.hung and batch.hangs is not None:
+                        batch.hangs.places.append(batch.places[part[0]])
                     self._lose(batch, part[0], str(failure))
                 elif failure.hung:
                     self._one_by_one(batch, part)
@@ -83,15 +120,18 @@ class IsolatedReward:
                     stack += [part[len(part) // 2 :], part[: len(part) // 2]]
 
     def _one_by_one(self, batch: _Batch, part: list[int]) -> None:
-        began, hung = time.monotonic(), 0
+        began, hangs, hung = time.monotonic(), batch.hangs or Hangs(), False
         for i in part:
-            if hung >= MAX_HUNG:
-                self._lose(batch, i, f"not called: {hung} samples of its batch ran past {batch.timeout:g} s before it")
+            if hangs.over:
+                hung = True
+                self._lose(batch, i, f"not called: {len(hangs.places)} samples of its batch ran past {batch.timeout:g} s before it")
                 continue
             try:
                 self._call(batch, [i], batch.timeout)
             except CallFailed as failure:
-                hung += failure.hung
+                if failure.hung:
+                    hung = True
+                    hangs.places.append(batch.places[i])
                 self._lose(batch, i, str(failure))
         if not hung:
             self._seconds_per_sample = (time.monotonic() - began) / len(part)
@@ -111,4 +151,4 @@ class IsolatedReward:
     def _lose(self, batch: _Batch, i: int, reason: str) -> None:
         prompt = repr(batch.prompts[i])
         short = prompt if len(prompt) <= _PROMPT_CHARACTERS else prompt[:_PROMPT_CHARACTERS] + "…"
-        logger.warning("reward %r: sample %d has no reward: %s; prompt: %s", self.name, i, reason, short)
+        logger.warning("reward %r: sample %d has no reward: %s; prompt: %s", self.name, batch.places[i], reason, short)

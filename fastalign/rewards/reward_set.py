@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from .early import EarlyScoring, part_of
 from .isolation import IsolatedReward
 
 Prompt = str | list[dict[str, Any]]
@@ -35,6 +36,11 @@ class Reward:
     @functools.cached_property
     def signature(self) -> dict[str, Any]:
         return self.isolated.caller.signature()
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether a sample's reward is said to depend on that sample alone, so that it may be called with any part of a batch."""
+        return bool(self.signature.get("per_sample"))
 
     def check(self, columns: Sequence[str]) -> None:
         """Raises ValueError when the data lacks a column that the reward needs."""
@@ -81,6 +87,8 @@ class RewardSet:
         completion_ids: Sequence[Sequence[int]] | None = None,
         columns: dict[str, list[Any]] | None = None,
         timeout: float | None = None,
+        *,
+        early: EarlyScoring | None = None,
     ) -> dict[str, list[float]]:
         """The rewards of B samples.
 
@@ -90,6 +98,7 @@ class RewardSet:
             completion_ids: [B] token ids.
             columns: every other column of the data, [B] each.
             timeout: overrides the set's, in seconds.
+            early: what was begun with parts of this batch (`begin`): those results are waited for, the rest is called now.
 
         Returns:
             One list [B] a reward; NaN where a sample has no reward (None, NaN, an error, a time-out).
@@ -97,23 +106,41 @@ class RewardSet:
         Raises:
             ValueError: for lists of different lengths, or a column that a reward needs and the data has not.
         """
-        columns = columns or {}
+        batch = self.batch(prompts, completions, completion_ids, columns)
+        self.check_columns(list(columns or {}))
+        limit = self.timeout if timeout is None else timeout
+        begun = () if early is None else early.finish(batch)
+        rest = [reward for reward in self._rewards if reward.name not in begun]
+        with ThreadPoolExecutor(max(1, len(rest) - 1)) as pool:
+            jobs = {r.name: pool.submit(_score, r, batch, limit) for r in rest[1:]}
+            found = {r.name: _score(r, batch, limit) for r in rest[:1]}  # one alone needs no thread
+            found |= {name: job.result() for name, job in jobs.items()}
+        found |= {name: early.values(name, len(prompts)) for name in begun if early is not None}
+        return {name: found[name] for name in self.names}
+
+    def begin(self, timeout: float | None = None) -> EarlyScoring:
+        """Scoring of a batch whose parts come one by one: rewards that judge each sample alone begin with the first part.
+
+        Close it, or use it as a context; `score` with it gives what `score` without it gives.
+        """
+        return EarlyScoring(self, [reward for reward in self._rewards if reward.per_sample], self.timeout if timeout is None else timeout)
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        columns: dict[str, list[Any]] | None = None,
+    ) -> dict[str, list[Any]]:
+        """What functions are called with, by name; arguments and errors as of `score`."""
         batch: dict[str, list[Any]] = {"prompts": list(prompts), "completions": _conversational(prompts, completions)}
         if completion_ids is not None:
             batch["completion_ids"] = [list(ids) for ids in completion_ids]
-        batch.update({name: values for name, values in columns.items() if name not in _GIVEN})
+        batch.update({name: values for name, values in (columns or {}).items() if name not in _GIVEN})
         for name, values in batch.items():
             if len(values) != len(prompts):
                 raise ValueError(f"RewardSet.score: expected {len(prompts)} {name}, one a prompt, got {len(values)}")
-        self.check_columns(list(columns))
-        limit = self.timeout if timeout is None else timeout
-        if not self._rewards:
-            return {}
-        if len(self._rewards) == 1:
-            return {self._rewards[0].name: _score(self._rewards[0], batch, limit)}
-        with ThreadPoolExecutor(len(self._rewards)) as pool:
-            jobs = {r.name: pool.submit(_score, r, batch, limit) for r in self._rewards}
-            return {name: job.result() for name, job in jobs.items()}
+        return batch
 
     def combine(self, scores: dict[str, list[float]]) -> list[float]:
         """[B] weighted sums of the rewards that exist; NaN where a sample has none."""
@@ -147,6 +174,4 @@ def _conversational(prompts: Sequence[Prompt], completions: Sequence[Any]) -> li
 
 
 def _score(reward: Reward, batch: dict[str, list[Any]], timeout: float) -> list[float]:
-    accepted = reward.signature
-    arguments = batch if accepted["any"] else {k: v for k, v in batch.items() if k in accepted["names"]}
-    return reward.isolated.score(arguments, batch["prompts"], timeout)
+    return reward.isolated.score(part_of(batch, reward.signature), batch["prompts"], timeout)

@@ -72,16 +72,19 @@ async def _awaited(awaitable: Any) -> Any:
 
 
 def signature(function: Callable[..., Any]) -> dict[str, Any]:
-    """The function's parameters: their names, those without a default, and whether it takes any keyword."""
+    """The function's parameters: their names, those without a default, and whether it takes any keyword; and whether it says
+    (`function.per_sample = True`) that a sample's reward depends on that sample alone."""
+    alone = getattr(function, "per_sample", False) is True
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a built-in that does not say
-        return {"names": [], "required": [], "any": True}
+        return {"names": [], "required": [], "any": True, "per_sample": alone}
     keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {
         "names": [p.name for p in keyword],
         "required": [p.name for p in keyword if p.default is p.empty],
         "any": any(p.kind is p.VAR_KEYWORD for p in parameters),
+        "per_sample": alone,
     }
 
 
