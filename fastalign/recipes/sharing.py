@@ -1,0 +1,94 @@
+"""--share_backbone: policy, reference, critic and reward models as adapters of one set of base weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..judges import RewardModel
+from ..models.adapters import load_adapter
+from ..models.attention import disable_dropout
+from ..models.backbone import causal_lm
+from ..models.load import load_tokenizer
+from ..models.shared import CONFIG, ScoringAdapter, attach_scores, begin_scores, keep_reference, why_apart
+from ..models.switching import recompute_contexts
+from .arguments import Arguments, ModelArguments
+from .setup import Loaded, load
+
+log = logging.getLogger("fastalign")
+KINDS = ("lora", "rslora", "dora", "qlora")  # adapters of which a layer can hold several
+
+
+def load_policy(args: Arguments) -> Loaded:
+    """The policy; under --share_backbone such that others can be put beside its adapter.
+
+    Where its name is an adapter's, that adapter is trained on and its beginning is the reference; otherwise a new adapter is, and the
+    reference is the base.
+
+    Raises:
+        ValueError: --share_backbone without a LoRA adapter; else as `setup.load`.
+    """
+    given = args.model
+    if not args.online.share_backbone:
+        return load(given)
+    method = given.peft_method or ("lora" if given.use_peft else "")
+    if method not in KINDS:
+        found = f"--peft_method {method} is none of them" if method else "the policy has none"
+        raise ValueError(f"--share_backbone: models that share weights are LoRA adapters, and {found}; give --use_peft")
+    loaded = load_continued(given) if (Path(given.model_name_or_path) / CONFIG).is_file() else load(given)
+    if given.gradient_checkpointing:
+        options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, loaded.model)}
+        causal_lm(loaded.model).gradient_checkpointing_enable(options)
+    return replace(loaded, shared={})
+
+
+def load_continued(given: ModelArguments) -> Loaded:
+    """The base of a saved adapter with that adapter on it, to be trained, and a frozen copy of it as the reference."""
+    folder = given.model_name_or_path
+    base = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"--share_backbone: {folder}/{CONFIG} names no base model; merge the adapter into its base with peft first")
+
+    def attach(model: Any) -> nn.Module:
+        wrapped = load_adapter(model, folder, trainable=True)
+        disable_dropout(wrapped)
+        keep_reference(wrapped)
+        return wrapped
+
+    return load(replace(given, model_name_or_path=base, tokenizer_name_or_path=given.tokenizer_name_or_path or folder), attach)
+
+
+def scores_on(policy: Loaded, folder: str, adapter: str, flag: str, *, trainable: bool = False) -> tuple[ScoringAdapter, Any] | None:
+    """A saved reward model as an adapter on the policy's base, and its tokenizer; None, and a word why, where it cannot be one.
+
+    Args:
+        adapter: what it is called there.
+        flag: which names the folder.
+    """
+    reason = why_apart(policy.model, folder)
+    if reason:
+        log.warning("%s %s is loaded as a model of its own: %s; --share_backbone is for adapters of one base", flag, folder, reason)
+        return None
+    tokenizer = load_tokenizer(folder)
+    return attach_scores(policy.model, adapter, folder, tokenizer, trainable=trainable), tokenizer
+
+
+def reward_model(policy: Loaded, name: str, index: int) -> RewardModel:
+    """A reward model that --reward names: on the policy's base where it is an adapter of that and sharing was asked for."""
+    found = scores_on(policy, name, f"reward_{index}", "--reward") if policy.shared is not None else None
+    return RewardModel(*found, policy.tokenizer) if found else RewardModel.load(name, policy.tokenizer, device=policy.device)
+
+
+def shared_critic(args: Arguments, policy: Loaded, adapter: str) -> tuple[ScoringAdapter, Any] | None:
+    """The critic as an adapter on the policy's base, and its tokenizer; None where it must be a model of its own."""
+    name = args.ppo.critic_model_name_or_path
+    if name:
+        return scores_on(policy, name, adapter, "--critic_model_name_or_path", trainable=True)
+    tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or args.model.model_name_or_path)
+    return begin_scores(policy.model, adapter, tokenizer), tokenizer
