@@ -10,8 +10,9 @@ from tiny_models import write_arithmetic_model
 from fastalign.models.adapters import AdapterOptions, attach_adapter, merged, reference_disabled
 from fastalign.models.backbone import hidden_states
 from fastalign.models.load import load_causal_lm
+from fastalign.models.shared import weights_bytes
 from fastalign.packing import group, pack
-from fastalign.recipes import arithmetic, online, sft
+from fastalign.recipes import arithmetic, online, ppo, sft
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
@@ -19,9 +20,11 @@ from fastalign.recipes.arguments import (
     ModelArguments,
     OnlineArguments,
     OptimArguments,
+    PPOArguments,
     RunArguments,
     SamplingArguments,
 )
+from fastalign.recipes.setup import load
 
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -137,3 +140,14 @@ def test_grpo_samples_from_the_model_that_it_trains(task, tmp_path, given):
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows[-1]["kl"] > 0
+
+
+def test_a_critic_shares_the_quantized_base(task, tmp_path):
+    args = arguments(task, tmp_path, "grpo")
+    args = replace(args, command="ppo", online=replace(args.online, share_backbone=True), ppo=PPOArguments(critic_warmup=0))
+    ppo.run(replace(args, optim=replace(args.optim, max_steps=2)))
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert all(row["grad_norm"] > 0 and row["loss/value_avg"] > 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["memory/weights_mb"] < 2 * weights_bytes([load(args.model).model]) / 2**20
+    assert (tmp_path / "critic" / "adapter_model.safetensors").is_file()

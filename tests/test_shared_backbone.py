@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,6 @@ from fastalign.recipes.arguments import (
     RunArguments,
     SamplingArguments,
 )
-from fastalign.recipes.critic import Critic
 from fastalign.recipes.sharing import load_policy
 from fastalign.training.step import score
 
@@ -258,13 +258,15 @@ def test_a_fresh_critic_learns_and_loads_in_peft(task, tmp_path):
     ours = load_file(tmp_path / "critic" / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert any(value.abs().max() > 0 for name, value in ours.items() if "lora_B" in name)
-    plain = AutoModelForSequenceClassification.from_pretrained(task / "model", num_labels=1, pad_token_id=0)
-    plain = peft.PeftModel.from_pretrained(plain, tmp_path / "critic").eval()
     policy = load_policy(arguments(task, tmp_path)).model
-    critic = attach_scores(policy, "critic", str(tmp_path / "critic"), load_tokenizer(str(tmp_path / "critic")))
-    with torch.no_grad():
-        expected = plain(torch.tensor([[3, 5, 7, 9]])).logits.flatten()
-        torch.testing.assert_close(scores_at(critic, pack(group([3, 5, 7, 9], [[4]])), torch.tensor([3])), expected, atol=1e-5, rtol=1e-5)
+    for name, folder in (("critic", tmp_path / "critic"), ("reward_0", task / "rm")):
+        plain = AutoModelForSequenceClassification.from_pretrained(task / "model", num_labels=1, pad_token_id=0)
+        plain = peft.PeftModel.from_pretrained(plain, folder).eval()
+        ours = attach_scores(policy, name, str(folder), load_tokenizer(str(folder)))
+        with torch.no_grad():
+            expected = plain(torch.tensor([[3, 5, 7, 9]])).logits.flatten()
+            found = scores_at(ours, pack(group([3, 5, 7, 9], [[4]])), torch.tensor([3]))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     saved = load_adapter(load_causal_lm(str(task / "model")), str(tmp_path))
     assert list(saved.peft_config) == ["default"]
     assert not (tmp_path / "reward_0").exists()
@@ -302,17 +304,9 @@ def test_grpo_shares_its_reward_model(task, tmp_path, caplog):
     own = online.with_reward_models([str(task / "rm")], load_policy(arguments(task, tmp_path, online={"share_backbone": False})))
     prompts, answers = ["1+2=", "3+4="], ["3", "5"]
     assert judge(prompts, answers) == pytest.approx(own[0].isolated.caller.function(prompts, answers), abs=1e-5)
-    online.run(
-        Arguments(
-            **(
-                vars(args)
-                | {
-                    "command": "grpo",
-                    "online": OnlineArguments(num_generations=4, reward=args.online.reward, share_backbone=True, beta=0.1),
-                }
-            )
-        )
-    )
+    given = replace(args.online, num_generations=4, beta=0.1)
+    online.run(replace(args, command="grpo", online=given))
+    assert rows_of(tmp_path)[-1]["kl"] > 0
     assert "model of its own" not in caplog.text
 
 
@@ -329,13 +323,8 @@ def test_models_that_cannot_share_are_loaded_apart_with_a_word_why(task, tmp_pat
     whole, own = (each.isolated.caller.function for each in found[1:])
     assert whole(["1+2="], ["3"]) == pytest.approx(own(["1+2="], ["3"]), abs=1e-5)
     assert list(loaded.model.peft_config) == ["default", "reward_2"]
-    critic, _ = ppo.load_critic(
-        arguments(task, tmp_path, ppo={"critic_model_name_or_path": str(tmp_path / "whole")}),
-        loaded,
-        2,
-        ppo.algorithm_of(arguments(task, tmp_path)),
-    )
-    assert isinstance(critic, Critic)
+    args = arguments(task, tmp_path, ppo={"critic_model_name_or_path": str(tmp_path / "whole")})
+    critic, _ = ppo.load_critic(args, loaded, 2, ppo.algorithm_of(args))
     assert "--critic_model_name_or_path" in caplog.text
     assert weights_bytes([critic.updater.model]) > weights_bytes([load_causal_lm(str(task / "model"))]) / 2
 

@@ -27,6 +27,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SCORE = "base_model.model.score."  # what PEFT calls a classifier's head
 _HEADS = ["classifier", "score"]  # what it saves in full beside a classifier's adapter
 
+_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # of LoRA's ways to begin
+
 
 class ScoringAdapter(nn.Module):
     """A critic or reward model that is one adapter of a policy and a score: `models.reward` runs it like any other.
@@ -76,12 +78,18 @@ class ScoringAdapter(nn.Module):
 
 def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     """One adapter's parameters, in the model's order."""
-    return [p for name, p in model.named_parameters() if f".{adapter}." in name or name.endswith(f".{adapter}")]
+    return [p for name, p in model.named_parameters() if _belongs(name, adapter)]
+
+
+def _belongs(parameter: str, adapter: str) -> bool:
+    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")
 
 
 def begin_scores(policy: nn.Module, name: str, tokenizer: Any) -> ScoringAdapter:
     """A trainable adapter of the policy's kind and rank that changes nothing yet, and a score drawn from torch's generator."""
-    _add(policy, name, copy.deepcopy(policy.peft_config[POLICY]))  # type: ignore[index]
+    own = copy.deepcopy(policy.peft_config[POLICY])  # type: ignore[index]
+    own.modules_to_save, own.lora_dropout = None, 0.0
+    _add(policy, name, own)
     config = causal_lm(policy).config.get_text_config()
     score = nn.Linear(config.hidden_size, 1, bias=False)
     nn.init.normal_(score.weight, std=getattr(config, "initializer_range", 0.02))
@@ -129,7 +137,7 @@ def attach_weights(policy: nn.Module, name: str, folder: str, weights: Mapping[s
         result = set_peft_model_state_dict(policy, known, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: the adapter does not fit {config.base_model_name_or_path}: {error}") from error
-    strange = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}" in key)]
+    strange = [*result.unexpected_keys, *(key for key in result.missing_keys if _belongs(key, name))]
     if strange:
         raise ValueError(f"{folder}: the adapter does not fit {config.base_model_name_or_path}: {len(strange)} weights, {strange[0]} first")
     disable_dropout(policy)
@@ -146,6 +154,7 @@ def keep_reference(policy: nn.Module) -> None:
 
 def _add(policy: nn.Module, name: str, config: Any) -> None:
     """A new frozen adapter; whatever required a gradient before still does."""
+    config.init_lora_weights = True  # others may take from the base's weights what they begin with
     trained = [p for p in policy.parameters() if p.requires_grad]
     policy.add_adapter(name, config)  # type: ignore[operator]
     for parameter in parameters_of(policy, name):
@@ -164,9 +173,13 @@ def why_apart(policy: nn.Module, folder: str) -> str:
     if not path.is_file():
         return "it is a whole model" if (Path(folder) / "config.json").is_file() else "it is no local folder of an adapter"
     config = json.loads(path.read_text(encoding="utf-8"))
+    ours = policy.peft_config[POLICY]  # type: ignore[index]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         return f"its adapter is {config.get('peft_type')} with bias {config.get('bias')!r}, and only LoRA without biases shares a base"
-    own, theirs = policy.peft_config[POLICY].base_model_name_or_path, config.get("base_model_name_or_path")  # type: ignore[index]
+    for whose, begun in (("its", config.get("init_lora_weights")), ("the policy's", ours.init_lora_weights)):
+        if str(begun).startswith(_MOVE_THE_BASE):
+            return f"{whose} adapter was begun by {begun}, which changes the base's weights"
+    own, theirs = ours.base_model_name_or_path, config.get("base_model_name_or_path")
     return "" if same_model(own, theirs) else f"its base is {theirs}, and the policy's is {own}"
 
 

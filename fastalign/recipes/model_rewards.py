@@ -76,6 +76,6 @@ def names_model(specification: str, flag: str = "--reward") -> bool:
 def _reward(specification: str, policy: Loaded) -> Reward:
     known = _loaded.setdefault(policy.model, {}) if policy.shared is None else policy.shared
     if specification not in known:
-        known[specification] = reward_model(policy, specification, len(known))
+        known[specification] = reward_model(policy, specification, f"reward_{len(known)}")
     name = reward_name(specification)
     return Reward(name, IsolatedReward(name, InProcess(known[specification])))

@@ -79,9 +79,9 @@ def scores_on(policy: Loaded, folder: str, adapter: str, flag: str, *, trainable
     return attach_scores(policy.model, adapter, folder, tokenizer, trainable=trainable), tokenizer
 
 
-def reward_model(policy: Loaded, name: str, index: int) -> RewardModel:
-    """A reward model that --reward names: on the policy's base where it is an adapter of that and sharing was asked for."""
-    found = scores_on(policy, name, f"reward_{index}", "--reward") if policy.shared is not None else None
+def reward_model(policy: Loaded, name: str, adapter: str, flag: str = "--reward") -> RewardModel:
+    """A reward model that a flag names: on the policy's base where it is an adapter of that and sharing was asked for."""
+    found = scores_on(policy, name, adapter, flag) if policy.shared is not None else None
     return RewardModel(*found, policy.tokenizer) if found else RewardModel.load(name, policy.tokenizer, device=policy.device)
 
 
