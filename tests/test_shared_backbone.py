@@ -19,8 +19,8 @@ from fastalign.models.attention import disable_dropout
 from fastalign.models.backbone import hidden_states
 from fastalign.models.load import load_causal_lm, load_tokenizer
 from fastalign.models.reward import load_reward_model, score_head, scores_at
-from fastalign.models.shared import attach_scores, begin_scores, parameters_of, same_model, weights_bytes, why_apart
-from fastalign.models.switching import current_adapter, using_adapter
+from fastalign.models.shared import attach_scores, begin_scores, same_model, weights_bytes, why_apart
+from fastalign.models.switching import current_adapter, parameters_of, using_adapter
 from fastalign.packing import group, pack
 from fastalign.recipes import online, ppo, reward
 from fastalign.recipes.arguments import (
@@ -35,6 +35,7 @@ from fastalign.recipes.arguments import (
     RunArguments,
     SamplingArguments,
 )
+from fastalign.recipes.setup import Loaded, build_updater
 from fastalign.recipes.sharing import load_policy
 from fastalign.training.step import score
 
@@ -183,6 +184,16 @@ def test_gradients_are_those_of_separate_models_however_calls_interleave(task, c
             assert other.grad.norm() > 0
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-6, rtol=1e-5)
     assert all(p.grad is None for p in judge.parameters())
+
+
+def test_each_optimizer_has_its_own_adapter(task):
+    """Both models require gradients; neither's step may move, decay or count the other's."""
+    policy, critic, _ = together(task)
+    args = arguments(task, task / "unused")
+    updaters = [build_updater(Loaded(model, None, torch.device("cpu")), args, 4) for model in (policy, critic)]
+    for updater, own in zip(updaters, (parameters_of(policy, "default"), list(critic.parameters())), strict=True):
+        held = [p for options in updater.optimizer.param_groups for p in options["params"]]
+        assert [id(p) for p in held] == [id(p) for p in updater.gradients.parameters] == [id(p) for p in own]
 
 
 def test_the_base_is_in_memory_once(task):

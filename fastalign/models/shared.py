@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from fastalign.models.attention import disable_dropout
 from fastalign.models.backbone import causal_lm
 from fastalign.models.reward import notes_of, settle_padding
-from fastalign.models.switching import POLICY, REFERENCE, using_adapter
+from fastalign.models.switching import POLICY, REFERENCE, belongs, parameters_of, using_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SCORE = "base_model.model.score."  # what PEFT calls a classifier's head
@@ -76,15 +76,6 @@ class ScoringAdapter(nn.Module):
         save_file(weights, Path(folder) / WEIGHTS, metadata={"format": "pt"})
 
 
-def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """One adapter's parameters, in the model's order."""
-    return [p for name, p in model.named_parameters() if _belongs(name, adapter)]
-
-
-def _belongs(parameter: str, adapter: str) -> bool:
-    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")
-
-
 def begin_scores(policy: nn.Module, name: str, tokenizer: Any) -> ScoringAdapter:
     """A trainable adapter of the policy's kind and rank that changes nothing yet, and a score drawn from torch's generator."""
     own = copy.deepcopy(policy.peft_config[POLICY])  # type: ignore[index]
@@ -93,7 +84,7 @@ def begin_scores(policy: nn.Module, name: str, tokenizer: Any) -> ScoringAdapter
     config = causal_lm(policy).config.get_text_config()
     score = nn.Linear(config.hidden_size, 1, bias=False)
     nn.init.normal_(score.weight, std=getattr(config, "initializer_range", 0.02))
-    return _ready(ScoringAdapter(policy, name, score, tokenizer), trainable=True)
+    return ScoringAdapter(policy, name, score, tokenizer).requires_grad_(True)
 
 
 def attach_scores(policy: nn.Module, name: str, folder: str, tokenizer: Any, *, trainable: bool = False) -> ScoringAdapter:
@@ -115,7 +106,7 @@ def attach_scores(policy: nn.Module, name: str, folder: str, tokenizer: Any, *, 
     attach_weights(policy, name, folder, weights)
     score = nn.Linear(head["weight"].shape[1], head["weight"].shape[0], bias="bias" in head)
     score.load_state_dict(head)
-    return _ready(ScoringAdapter(policy, name, score, tokenizer), trainable=trainable)
+    return ScoringAdapter(policy, name, score, tokenizer).requires_grad_(trainable)
 
 
 def attach_weights(policy: nn.Module, name: str, folder: str, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -137,7 +128,7 @@ def attach_weights(policy: nn.Module, name: str, folder: str, weights: Mapping[s
         result = set_peft_model_state_dict(policy, known, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: the adapter does not fit {config.base_model_name_or_path}: {error}") from error
-    strange = [*result.unexpected_keys, *(key for key in result.missing_keys if _belongs(key, name))]
+    strange = [*result.unexpected_keys, *(key for key in result.missing_keys if belongs(key, name))]
     if strange:
         raise ValueError(f"{folder}: the adapter does not fit {config.base_model_name_or_path}: {len(strange)} weights, {strange[0]} first")
     disable_dropout(policy)
@@ -161,10 +152,6 @@ def _add(policy: nn.Module, name: str, config: Any) -> None:
         parameter.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-
-
-def _ready(scores: ScoringAdapter, *, trainable: bool) -> ScoringAdapter:
-    return scores.requires_grad_(trainable)
 
 
 def why_apart(policy: nn.Module, folder: str) -> str:

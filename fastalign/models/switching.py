@@ -28,6 +28,23 @@ def current_adapter(model: nn.Module) -> str | None:
     return None if layer.disable_adapters else layer.active_adapters[0]
 
 
+def belongs(parameter: str, adapter: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return f".{adapter}." in parameter or parameter.endswith(f".{adapter}")
+
+
+def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """One adapter's parameters, in the model's order."""
+    return [p for name, p in model.named_parameters() if belongs(name, adapter)]
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that require a gradient; of several adapters only the current one's, for the others are other models'."""
+    known: Any = getattr(model, "peft_config", {})
+    others = known.keys() - {current_adapter(model)} if len(known) > 1 else ()
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and not any(belongs(name, each) for each in others)]
+
+
 @contextmanager
 def using_adapter(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
     """Inside, forward passes run with one adapter; no parameter's `requires_grad` changes.

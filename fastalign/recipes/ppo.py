@@ -80,7 +80,7 @@ def build_task(
     """The task, and the models that are trained beside the policy."""
     row = algorithm_of(args)
     updates = max(1, max_steps - row.critic_warmup)
-    parts = online.parts_of(args, loaded, prompts, held_out, updates, row)  # its optimizer before the critic's parameters are there
+    parts = online.parts_of(args, loaded, prompts, held_out, updates, row)
     critic, tokenizer = load_critic(args, loaded, max_steps, row)
     reference = [] if parts["reference"] is None else [parts["reference"].model]
     held = weights_bytes([loaded.model, critic.updater.model, *reference, *reward_modules(loaded)])

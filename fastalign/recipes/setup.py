@@ -17,6 +17,7 @@ from torch import nn
 from ..models.adapters import MERGE_4BIT, AdapterOptions, attach_adapter
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm, load_tokenizer
+from ..models.switching import trained_parameters
 from ..training.checkpoint import latest_checkpoint
 from ..training.loop import StopAt
 from ..training.optimizer import build_optimizer, build_schedule
@@ -166,7 +167,7 @@ def plan(loaded: Loaded, args: Arguments, *, max_steps: int, num_records: int, e
     from ..environment import env
 
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    trainable = [p for p in loaded.model.parameters() if p.requires_grad]
+    trainable = [p for _, p in trained_parameters(loaded.model)]
     count = sum(p.numel() for p in trainable)
     tails = sum(2 * p.numel() for p in trainable if p.dtype == torch.bfloat16)
     embedding = loaded.model.get_input_embeddings().weight  # type: ignore[operator]
