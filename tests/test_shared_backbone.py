@@ -294,7 +294,9 @@ def test_a_policy_that_is_an_adapter_goes_on_from_it_and_its_beginning_is_the_re
     own = load_adapter(load_causal_lm(str(task / "model")), str(task / "sft"))
     expected = score(own, PACKED)
     assert torch.equal(score(loaded.model, PACKED), expected)
+    critic = begin_scores(loaded.model, "critic", load_tokenizer(str(task / "sft")))
     stir(parameters_of(loaded.model, "default"), 1)
+    assert torch.equal(hidden_states(critic, PACKED), hidden_states(own, PACKED)), "it begins as the policy"
     assert not torch.allclose(score(loaded.model, PACKED), expected, atol=1e-2)
     with reference_disabled(loaded.model):
         assert torch.equal(score(loaded.model, PACKED), expected)
@@ -352,10 +354,20 @@ def test_a_policy_without_lora_cannot_share(task, tmp_path, model, message):
         ppo.run(arguments(task, tmp_path, model=model))
 
 
+def test_a_policy_that_is_another_kind_of_adapter_is_refused(task, tmp_path):
+    for config, message in (({"peft_type": "IA3", "base_model_name_or_path": "b"}, "is an adapter of IA3"), ({}, "names no base model")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            load_policy(arguments(task, tmp_path, model={"model_name_or_path": str(tmp_path)}))
+
+
 def test_an_adapter_that_does_not_fit_is_refused(task, tmp_path):
     write_arithmetic_model(tmp_path / "wide", hidden_size=64)
     policy = load_policy(arguments(task, tmp_path, model={"model_name_or_path": str(tmp_path / "wide")})).model
     assert "its base is" in why_apart(policy, str(task / "rm"))
+    config = json.loads((task / "rm" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    assert "its adapter was begun by pissa, which changes the base's weights" in why_apart(policy, str(tmp_path))
     with pytest.raises(ValueError, match="the adapter does not fit"):
         attach_scores(policy, "reward_0", str(task / "rm"), load_tokenizer(str(task / "rm")))
     with pytest.raises(ValueError, match=r"has no base_model\.model\.score\.weight"):

@@ -77,10 +77,11 @@ class ScoringAdapter(nn.Module):
 
 
 def begin_scores(policy: nn.Module, name: str, tokenizer: Any) -> ScoringAdapter:
-    """A trainable adapter of the policy's kind and rank that changes nothing yet, and a score drawn from torch's generator."""
+    """A trainable adapter that begins as the policy's is now, and a score drawn from torch's generator."""
     own = copy.deepcopy(policy.peft_config[POLICY])  # type: ignore[index]
     own.modules_to_save, own.lora_dropout = None, 0.0
     _add(policy, name, own)
+    _copy(policy, name)
     config = causal_lm(policy).config.get_text_config()
     score = nn.Linear(config.hidden_size, 1, bias=False)
     nn.init.normal_(score.weight, std=getattr(config, "initializer_range", 0.02))
@@ -136,11 +137,17 @@ def attach_weights(policy: nn.Module, name: str, folder: str, weights: Mapping[s
 
 def keep_reference(policy: nn.Module) -> None:
     """Keeps the policy's adapter as it is now as a frozen one, which is its reference from here on."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict  # deferred: peft is an extra
-
     _add(policy, REFERENCE, copy.deepcopy(policy.peft_config[POLICY]))  # type: ignore[index]
-    now = get_peft_model_state_dict(policy, adapter_name=POLICY, save_embedding_layers=False)
-    set_peft_model_state_dict(policy, now, adapter_name=REFERENCE)
+    _copy(policy, REFERENCE)
+
+
+def _copy(policy: nn.Module, name: str) -> None:
+    """Gives an adapter the policy's weights."""
+    known = dict(policy.named_parameters())
+    with torch.no_grad():
+        for own, parameter in known.items():
+            if belongs(own, name):
+                parameter.copy_(known[own.replace(f".{name}", f".{POLICY}")])
 
 
 def _add(policy: nn.Module, name: str, config: Any) -> None:

@@ -41,7 +41,9 @@ def load_policy(args: Arguments) -> Loaded:
     if method not in KINDS:
         found = f"--peft_method {method} is none of them" if method else "the policy has none"
         raise ValueError(f"--share_backbone: models that share weights are LoRA adapters, and {found}; give --use_peft")
-    loaded = load_continued(given) if (Path(given.model_name_or_path) / CONFIG).is_file() else load(given)
+    folder = Path(given.model_name_or_path)
+    continued = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    loaded = load_continued(given) if continued else load(given)
     if given.gradient_checkpointing:
         options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, loaded.model)}
         causal_lm(loaded.model).gradient_checkpointing_enable(options)
@@ -51,9 +53,11 @@ def load_policy(args: Arguments) -> Loaded:
 def load_continued(given: ModelArguments) -> Loaded:
     """The base of a saved adapter with that adapter on it, to be trained, and a frozen copy of it as the reference."""
     folder = given.model_name_or_path
-    base = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"--share_backbone: {folder}/{CONFIG} names no base model; merge the adapter into its base with peft first")
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    if not base or kind != "LORA":
+        found = f"is an adapter of {kind}" if base else "names no base model"
+        raise ValueError(f"--share_backbone: {folder} {found}, expected LoRA on a base; merge it into its base with peft first")
 
     def attach(model: Any) -> nn.Module:
         wrapped = load_adapter(model, folder, trainable=True)
