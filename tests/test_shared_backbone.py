@@ -309,7 +309,7 @@ def test_a_policy_that_is_an_adapter_goes_on_from_it_and_its_beginning_is_the_re
 
 
 def test_grpo_shares_its_reward_model(task, tmp_path, caplog):
-    args = arguments(task, tmp_path, optim={"max_steps": 2})
+    args = arguments(task, tmp_path, optim={"max_steps": 2}, model={"merge_adapter": True, "gradient_checkpointing": True})
     loaded = load_policy(args)
     (named,) = online.with_reward_models([str(task / "rm")], loaded)
     judge = named.isolated.caller.function
@@ -320,6 +320,8 @@ def test_grpo_shares_its_reward_model(task, tmp_path, caplog):
     given = replace(args.online, num_generations=4, beta=0.1)
     online.run(replace(args, command="grpo", online=given))
     assert rows_of(tmp_path)[-1]["kl"] > 0
+    assert not hasattr(load_causal_lm(str(tmp_path)), "peft_config")
+    assert not (tmp_path / "adapter_config.json").exists(), "merged: a plain model"
     assert "model of its own" not in caplog.text
 
 
