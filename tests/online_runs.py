@@ -58,23 +58,29 @@ def built(args: Arguments) -> Any:
 
 
 def assert_resumes_to_the_bit(
-    run: Callable[[Arguments], Any], args: Arguments, folder: Path, models: Sequence[str] = (".",), checkpoint: str = "checkpoint-2"
+    run: Callable[[Arguments], Any],
+    args: Arguments,
+    folder: Path,
+    models: Sequence[str] = (".",),
+    checkpoint: str = "checkpoint-2",
+    weights: str = "model.safetensors",
 ) -> RunArguments:
     """Runs whole, and again from a checkpoint: the same metrics and the same weights; the arguments of the second run.
 
     Args:
         args: with save_steps.
         models: folders in output_dir that hold one each.
+        weights: the file of each that is compared.
     """
     whole, part = folder / "whole", folder / "part"
     run(replace(args, run=replace(args.run, output_dir=str(whole))))
     shutil.copytree(whole, part)
     (part / "summary.json").unlink()
     for model in models:
-        (part / model / "model.safetensors").unlink()
+        (part / model / weights).unlink()
     again = replace(args.run, output_dir=str(part), resume_from_checkpoint=str(part / checkpoint))
     run(replace(args, run=again))
     assert rows_of(part) == rows_of(whole)
     for model in models:
-        assert (part / model / "model.safetensors").read_bytes() == (whole / model / "model.safetensors").read_bytes()
+        assert (part / model / weights).read_bytes() == (whole / model / weights).read_bytes()
     return again

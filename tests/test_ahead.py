@@ -369,6 +369,7 @@ def test_a_rollout_is_saved_exactly():
         ({"online": {"max_staleness": 2}}, "--max_staleness 2: one rollout is sampled ahead, .* give 1"),
         ({"online": {"algorithm": "xpo"}}, "xpo also samples its opponent, .* give --max_staleness 0"),
         ({"online": {"algorithm": "nash_md"}}, "nash_md also samples its opponent"),
+        ({"online": {"share_backbone": True}}, "would switch adapters under the running update; leave one of them out"),
         ({"online": {"reward": ["judge:model=self"]}}, "name the model's folder instead of self"),
         ({"online": {"max_staleness": 0, "rollout_device": "cuda:1"}}, "add --max_staleness 1"),
         ({"online": {"max_staleness": 0, "off_policy_objective": "plain"}}, "it goes with --max_staleness 1"),

@@ -11,8 +11,9 @@ from fastalign.models.adapters import AdapterOptions, attach_adapter, merged, re
 from fastalign.models.backbone import hidden_states
 from fastalign.models.copies import ModelCopy
 from fastalign.models.load import load_causal_lm
+from fastalign.models.shared import weights_bytes
 from fastalign.packing import group, pack
-from fastalign.recipes import arithmetic, online, sft
+from fastalign.recipes import arithmetic, online, ppo, sft
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
@@ -20,9 +21,11 @@ from fastalign.recipes.arguments import (
     ModelArguments,
     OnlineArguments,
     OptimArguments,
+    PPOArguments,
     RunArguments,
     SamplingArguments,
 )
+from fastalign.recipes.setup import load
 
 pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -151,3 +154,14 @@ def test_a_copy_that_samples_ahead_shares_the_quantized_base(task, tmp_path):
     pairs = list(zip(copied.model.parameters(), adapted.parameters(), strict=True))
     assert any(type(theirs) is bitsandbytes.nn.Params4bit for _, theirs in pairs)
     assert all((own is theirs) != theirs.requires_grad for own, theirs in pairs)
+
+
+def test_a_critic_shares_the_quantized_base(task, tmp_path):
+    args = arguments(task, tmp_path, "grpo")
+    args = replace(args, command="ppo", online=replace(args.online, share_backbone=True), ppo=PPOArguments(critic_warmup=0))
+    ppo.run(replace(args, optim=replace(args.optim, max_steps=2)))
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert all(row["grad_norm"] > 0 and row["loss/value_avg"] > 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["memory/weights_mb"] < 2 * weights_bytes([load(args.model).model]) / 2**20
+    assert (tmp_path / "critic" / "adapter_model.safetensors").is_file()

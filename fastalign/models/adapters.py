@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fastalign.catalogue import nearest
 from fastalign.models.backbone import head_of
+from fastalign.models.switching import REFERENCE, using_adapter
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,13 @@ def _is_peft(model: nn.Module) -> bool:
 
 @contextmanager
 def reference_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the adapter is off: the model is its own frozen reference.
+    """Inside, the adapter is off, or the one that is called "reference" is on: the model is its own frozen reference.
 
     Raises:
         TypeError: for a model without an adapter, whose reference must be another copy.
     """
     if _is_peft(model):
-        with model.disable_adapter():  # type: ignore[operator]
+        with using_adapter(model, REFERENCE if REFERENCE in model.peft_config else None):  # type: ignore[operator]
             yield model
         return
     if not is_adapted(model):

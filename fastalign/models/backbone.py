@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,8 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
         position_ids = nn.functional.pad(position_ids, (0, padding))
     made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # a 4-D mask counts as ready; our attention reads the layout
     arguments: dict[str, Any] = {"attention_mask": made, "use_cache": False, "return_dict": True, "attention_layout": layout}
-    with reading_layout():
+    activated = getattr(model, "activated", nullcontext)  # one adapter of several says when it is its turn
+    with reading_layout(), activated():
         out = base.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
     return out.last_hidden_state[0, :rows]
 

@@ -124,7 +124,7 @@ def _load_merged(folder: Path, tokenizer: Any, dtype: str, device: torch.device 
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base or not is_reward_model(folder):
         raise ValueError(f"{folder}: the adapter names no base model, or is none of a reward model (task_type SEQ_CLS)")
-    notes = {name: tokenizer.init_kwargs[name] for name in _NOTES if name in tokenizer.init_kwargs}
+    notes = notes_of(tokenizer)
     attributes = dict(zip(notes.get("attribute_names", ()), notes.get("attribute_weights", ()), strict=True))
     model = _load(base, dtype, start=True, attributes=attributes).to(device)
     settle_padding(model, tokenizer)
@@ -141,6 +141,11 @@ def note(model: nn.Module, tokenizer: Any, **notes: Any) -> None:
         assert name in _NOTES, name
         setattr(causal_lm(model).config, name, value)
         tokenizer.init_kwargs[name] = value
+
+
+def notes_of(tokenizer: Any) -> dict[str, Any]:
+    """What `note` has left in a tokenizer."""
+    return {name: tokenizer.init_kwargs[name] for name in _NOTES if name in tokenizer.init_kwargs}
 
 
 def settle_padding(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -169,7 +174,7 @@ def score_head(model: nn.Module) -> nn.Linear:
         UnsupportedModelError: no linear layer `score`.
     """
     base = causal_lm(model)
-    head: Any = getattr(base, "score", None)
+    head: Any = getattr(model, "score", None)
     saved = getattr(head, "modules_to_save", None)
     if saved is not None and not head.disable_adapters:
         head = saved[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapter[0]]
@@ -183,7 +188,7 @@ def score_head(model: nn.Module) -> nn.Linear:
 def scores_at(model: nn.Module, packed: Packed, rows: Tensor) -> Tensor:
     """Scores of a token tree's rows, [N], differentiable; of a model that grades attributes their weighted sum. Else as `grades_at`."""
     grades = grades_at(model, packed, rows)
-    weights = getattr(causal_lm(model).config, "attribute_weights", None)
+    weights = getattr(model.config, "attribute_weights", None)
     return grades.squeeze(-1) if weights is None else grades @ grades.new_tensor(weights)
 
 

@@ -18,6 +18,7 @@ from ..rewards.reward_set import Reward
 from ..rewards.specifications import Specification
 from .judging import InJudge, JudgeOptions, build_grader, names_judge
 from .setup import Loaded
+from .sharing import reward_model
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _loaded: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()  # by policy: a run loads each of its judges once
@@ -40,6 +41,12 @@ def with_reward_models(specifications: Sequence[str], policy: Loaded) -> list[Sp
         else:
             rewards.append(_reward(specification, policy) if names_model(specification) else specification)
     return rewards
+
+
+def reward_modules(policy: Loaded) -> list[nn.Module]:
+    """The reward models that were loaded for a policy."""
+    known = _loaded.get(policy.model, {}) | (policy.shared or {})
+    return [judge.model for judge in known.values() if isinstance(judge, RewardModel)]
 
 
 def _judge(specification: str, policy: Loaded) -> Reward:
@@ -67,8 +74,8 @@ def names_model(specification: str, flag: str = "--reward") -> bool:
 
 
 def _reward(specification: str, policy: Loaded) -> Reward:
-    known = _loaded.setdefault(policy.model, {})
+    known = _loaded.setdefault(policy.model, {}) if policy.shared is None else policy.shared
     if specification not in known:
-        known[specification] = RewardModel.load(specification, policy.tokenizer, device=policy.device)
+        known[specification] = reward_model(policy, specification, f"reward_{len(known)}")
     name = reward_name(specification)
     return Reward(name, IsolatedReward(name, InProcess(known[specification])))

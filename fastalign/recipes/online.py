@@ -35,7 +35,8 @@ from .rollout_engines import (
     uncorrected,
 )
 from .samplers import sampler_of
-from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
+from .setup import Loaded, build_updater, check_output, num_steps, plan, seed_everything
+from .sharing import load_policy
 from .training import Job, execute
 
 log = logging.getLogger("fastalign")
@@ -237,7 +238,7 @@ def parts_of(
 
 def evaluate(args: Arguments) -> dict[str, float]:
     """Held-out metrics of the model as it is: mean rewards of greedy completions, keys starting with eval/."""
-    loaded = load(args.model)
+    loaded = load_policy(args)
     held_out = prompts_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples)
     task = build_task(args, loaded, held_out, held_out, 1)
     try:
@@ -266,7 +267,7 @@ def run(args: Arguments) -> dict[str, Any]:
     algorithm, num_prompts, _ = algorithm_of(args), num_prompts_of(args), sampling_of(args)
     require_reward(args)
     seed_everything(args.run.seed)
-    loaded = load(args.model)
+    loaded = load_policy(args)
     check_quantization(causal_lm(loaded.model), quantization_of(args.online))
     prompts, held_out = both_prompts(args, loaded)
     max_steps = num_steps(args.optim, len(prompts), num_prompts)

@@ -48,6 +48,7 @@ class OnlineArguments:
         reward_timeout: seconds one sample's reward may take.
         advantage: replaces the algorithm's advantage estimator by another row.
         loss: replaces the algorithm's policy loss by another row.
+        share_backbone: with a LoRA adapter: the critic, and reward models that are adapters of the policy's base, share its weights.
         preference_loss: online_dpo's loss, a row of fastalign dpo --loss; its options are --beta and --loss.NAME; empty: dpo.
         aggregate: replaces the algorithm's aggregation: token, sequence or budget.
         entropy_coef: coefficient of the entropy bonus; unset: the algorithm's.
@@ -72,6 +73,7 @@ class OnlineArguments:
     reward_timeout: float = 10.0
     advantage: str = ""
     loss: str = ""
+    share_backbone: bool = False
     preference_loss: str = ""
     aggregate: str = ""
     entropy_coef: float | None = None

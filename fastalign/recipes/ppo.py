@@ -11,12 +11,15 @@ from ..models.backbone import causal_lm, head_of
 from ..models.linear import check_quantization
 from ..models.load import load_tokenizer
 from ..models.reward import load_reward_model
+from ..models.shared import weights_bytes
 from . import online
 from .arguments import Arguments
 from .critic import Critic
+from .model_rewards import reward_modules
 from .ppo_task import PPOTask
 from .rollout_engines import planned_copy, quantization_of
-from .setup import Loaded, build_updater, check_output, load, num_steps, plan, seed_everything
+from .setup import Loaded, build_updater, check_output, num_steps, plan, seed_everything
+from .sharing import load_policy, shared_critic
 from .training import Job, execute
 
 CRITIC = "critic"  # the folder in output_dir and in checkpoints
@@ -46,6 +49,19 @@ def load_critic(args: Arguments, loaded: Loaded, max_steps: int, row: ActorCriti
     Raises:
         ValueError: it knows fewer tokens than the policy.
     """
+    model, tokenizer = (shared_critic(args, loaded, CRITIC) if loaded.shared is not None else None) or own_critic(args, loaded)
+    rate = args.optim.learning_rate if args.ppo.critic_learning_rate is None else args.ppo.critic_learning_rate
+    own = replace(args, optim=replace(args.optim, learning_rate=rate))
+    updater = build_updater(Loaded(model.train(), tokenizer, loaded.device), own, max_steps * args.online.num_iterations)
+    return Critic(updater, clip=row.value_clip), tokenizer
+
+
+def own_critic(args: Arguments, loaded: Loaded) -> tuple[Any, Any]:
+    """A critic with weights of its own, and its tokenizer.
+
+    Raises:
+        ValueError: it knows fewer tokens than the policy.
+    """
     name = args.ppo.critic_model_name_or_path or args.model.model_name_or_path
     tokenizer = load_tokenizer(name if args.ppo.critic_model_name_or_path else args.model.tokenizer_name_or_path or name)
     model: Any = load_reward_model(name, tokenizer, dtype=args.model.dtype, device=loaded.device, start=True)
@@ -56,10 +72,7 @@ def load_critic(args: Arguments, loaded: Loaded, max_steps: int, row: ActorCriti
         )
     if args.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    rate = args.optim.learning_rate if args.ppo.critic_learning_rate is None else args.ppo.critic_learning_rate
-    own = replace(args, optim=replace(args.optim, learning_rate=rate))
-    updater = build_updater(Loaded(model.train(), tokenizer, loaded.device), own, max_steps * args.online.num_iterations)
-    return Critic(updater, clip=row.value_clip), tokenizer
+    return model, tokenizer
 
 
 def build_task(
@@ -70,7 +83,9 @@ def build_task(
     updates = max(1, max_steps - row.critic_warmup)
     parts = online.parts_of(args, loaded, prompts, held_out, updates, row, num_rollouts=max_steps)
     critic, tokenizer = load_critic(args, loaded, max_steps, row)
-    return PPOTask(critic=critic, **parts), {CRITIC: (critic.updater, tokenizer)}
+    reference = [] if parts["reference"] is None else [parts["reference"].model]
+    held = weights_bytes([loaded.model, critic.updater.model, *reference, *reward_modules(loaded)])
+    return PPOTask(critic=critic, weights_mb=held / 2**20, **parts), {CRITIC: (critic.updater, tokenizer)}
 
 
 def run(args: Arguments) -> dict[str, Any]:
@@ -79,7 +94,7 @@ def run(args: Arguments) -> dict[str, Any]:
     row, num_prompts, _ = algorithm_of(args), online.num_prompts_of(args), online.sampling_of(args)
     online.require_reward(args)
     seed_everything(args.run.seed)
-    loaded = load(args.model)
+    loaded = load_policy(args)
     check_quantization(causal_lm(loaded.model), quantization_of(args.online))
     prompts, held_out = online.both_prompts(args, loaded)
     max_steps = num_steps(args.optim, len(prompts), num_prompts)

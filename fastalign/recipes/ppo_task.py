@@ -23,14 +23,15 @@ class PPOTask(OnlineTask):
 
     Args:
         critic: the values.
+        weights_mb: MiB of all weights that the run holds, each once; told in every row.
         algorithm: a row of `ACTOR_CRITICS`.
     """
 
     algorithm: ActorCritic
 
-    def __init__(self, *, critic: Critic, algorithm: ActorCritic, **options: Any) -> None:
+    def __init__(self, *, critic: Critic, algorithm: ActorCritic, weights_mb: float = math.nan, **options: Any) -> None:
         super().__init__(algorithm=algorithm, **options)
-        self.critic, self.row = critic, algorithm
+        self.critic, self.row, self.weights_mb = critic, algorithm, weights_mb
         self.kl_coef = algorithm.kl_coef
         self.seen = Running()
 
@@ -98,7 +99,7 @@ class PPOTask(OnlineTask):
         told = {"objective/scores": mean_score}
         if self.reference is not None:
             told |= {"objective/rlhf_reward": mean_score - self.kl_coef * mean_kl, "objective/kl_coef": self.kl_coef}
-        return {"objective/kl": mean_kl, **told}
+        return {"objective/kl": mean_kl, "memory/weights_mb": self.weights_mb, **told}
 
     def _shaped(self, scores: Tensor) -> Tensor:
         if self.row.normalize_rewards and len(scores):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..algorithms import ImplicitReward
-from ..judges import RewardModel
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm
 from ..rewards import load_rewards
@@ -15,6 +14,7 @@ from .model_rewards import names_model
 from .prime_task import ImplicitRewardModel
 from .reference import Reference
 from .setup import Loaded, build_updater
+from .sharing import reward_model
 from .step_task import FunctionReward, ModelReward, StepReward
 
 PRM = "prm"  # the folder in output_dir and in checkpoints
@@ -30,7 +30,7 @@ def step_judge(args: Arguments, loaded: Loaded) -> tuple[StepReward, str]:
     if not names_model(name, "--step_reward"):
         separator = args.process.step_separator.replace("\\n", "\n").replace("\\t", "\t")
         return FunctionReward(load_rewards([name], timeout=args.online.reward_timeout)), separator
-    model = RewardModel.load(name, loaded.tokenizer, device=loaded.device)
+    model = reward_model(loaded, name, "step_reward", "--step_reward")
     if model.steps is None:
         raise ValueError(
             f"--step_reward {name}: expected a process reward model (fastalign reward --loss process), got one of whole answers"

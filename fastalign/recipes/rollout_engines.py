@@ -67,6 +67,10 @@ def check_staleness(args: Arguments, algorithm: Algorithm) -> None:
         raise ValueError(
             f"--max_staleness 1: {online.algorithm} also samples its opponent, which is made of the policy as it is; give --max_staleness 0"
         )
+    if online.share_backbone:
+        raise ValueError(
+            "--max_staleness 1: with --share_backbone a reward model would switch adapters under the running update; leave one of them out"
+        )
     for specification in online.reward:
         if names_judge(specification) and JudgeOptions.parse(specification).is_self:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from ..models.adapters import MERGE_4BIT, AdapterOptions, attach_adapter
 from ..models.backbone import head_of
 from ..models.load import load_causal_lm, load_tokenizer
+from ..models.switching import trained_parameters
 from ..training.allocator import keep_freed_memory
 from ..training.checkpoint import latest_checkpoint
 from ..training.loop import StopAt
@@ -29,15 +31,23 @@ log = logging.getLogger("fastalign")
 
 @dataclass
 class Loaded:
-    """A model ready to train, its tokenizer and device."""
+    """A model ready to train, its tokenizer and device.
+
+    Attributes:
+        shared: reward models beside it, by name, which may be adapters on its base weights; None: they may not.
+    """
 
     model: nn.Module
     tokenizer: Any
     device: torch.device
+    shared: dict[str, Any] | None = None
 
 
-def load(arguments: ModelArguments) -> Loaded:
+def load(arguments: ModelArguments, attach: Callable[[Any], nn.Module] | None = None) -> Loaded:
     """Loads model and tokenizer, attaches the adapter, sets the head's dtype.
+
+    Args:
+        attach: puts the adapter on; None: a new one of the method that the arguments name.
 
     Raises:
         ValueError: no model named, a device that is not there, or a tied head asked to differ in dtype.
@@ -62,7 +72,9 @@ def load(arguments: ModelArguments) -> Loaded:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if arguments.merge_adapter and not method:
         raise ValueError("--merge_adapter: there is no adapter to merge; give --use_peft or --peft_method")
-    if method:
+    if method and attach is not None:
+        model = attach(model)
+    elif method:
         options = AdapterOptions(arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
         model = attach_adapter(model, method, options)  # type: ignore[arg-type]
     model.train()
@@ -158,7 +170,7 @@ def plan(loaded: Loaded, args: Arguments, *, max_steps: int, num_records: int, e
     from ..environment import env
 
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    trainable = [p for p in loaded.model.parameters() if p.requires_grad]
+    trainable = [p for _, p in trained_parameters(loaded.model)]
     count = sum(p.numel() for p in trainable)
     tails = sum(2 * p.numel() for p in trainable if p.dtype == torch.bfloat16)
     embedding = loaded.model.get_input_embeddings().weight  # type: ignore[operator]

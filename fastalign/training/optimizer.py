@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..models.switching import trained_parameters
 from ..ops.adamw import adamw_step_
 
 
@@ -114,7 +115,7 @@ class SplitMasterAdamW(torch.optim.Optimizer):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay, vectors (norms, biases, IA3's scales) do not. Order is that of `named_parameters`, so states can be reloaded."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = trained_parameters(model)
     if not named:
         raise ValueError("no parameter of the model requires a gradient; nothing would be trained")
     decays = [p.dim() >= 2 and "ia3_" not in name for name, p in named]  # PEFT keeps IA3's vectors, whose rest is 1, as [n, 1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.backbone import head_of, hidden_states
+from ..models.switching import trained_parameters
 from ..ops.linear_logp import linear_logp
 from ..ops.linear_loss import linear_loss
 from ..ops.linear_scores import linear_scores
@@ -117,7 +118,7 @@ class Updater:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule, *, max_grad_norm: float, options: LogitOptions):
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.gradients = MainGradients(model.parameters())
+        self.gradients = MainGradients(p for _, p in trained_parameters(model))
         self.max_grad_norm, self.options = max_grad_norm, options
         self.skipped_in_a_row = 0
 

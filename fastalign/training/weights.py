@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ..models.switching import POLICY
 from .files import TEMPORARY_SUFFIX, disk_errors, files_below, fsync_directory, fsync_file
 
 
@@ -68,7 +69,8 @@ def save_pretrained(folder: Path, model: Any, tokenizer: Any) -> None:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        # other adapters on the same base are others' to save
+        model.save_pretrained(folder, **({"selected_adapters": [POLICY]} if POLICY in getattr(model, "peft_config", ()) else {}))
     finally:
         if bars:
             logging.enable_progress_bar()
