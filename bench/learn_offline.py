@@ -70,7 +70,7 @@ def gkd(setting: Setting) -> Row:
     data = write_rows(setting.root / "data" / "all.jsonl", train)
     sft(setting.arguments("sft", "teacher", data, 256, optim=optimizer(1e-3, 450)))
     student = write_student(setting)
-    args = setting.arguments("distill", "student", data, 256, optim=optimizer(2e-3, 700))
+    args = setting.arguments("distill", "student", data, 256, optim=optimizer(2e-3, 1000))
     args = replace(args, model=replace(args.model, model_name_or_path=str(student)))
     own = DistillArguments(teacher_model_name_or_path=str(setting.root / "teacher"), lmbda=0.2)
     distill(replace(args, sampling=SamplingArguments(max_completion_length=8), distill=own))
