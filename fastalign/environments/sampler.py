@@ -9,16 +9,15 @@ from typing import Any
 
 from ..data import Prompt
 from ..generation import Engine, SamplingParams
+from ..generation.engine import OnGroup
 from ..generation.requests import Limits, Request
-from ..rollout import Rollout, Sample
+from ..rollout import Rollout
 from .calls import Calls, Failure
 from .conversation import Conversation, turn_text
 from .observations import Observer
 from .protocol import Kind
 
 logger = logging.getLogger("fastalign")
-
-OnGroup = Callable[[int, list[Sample]], object]
 
 _PROMPT_CHARACTERS = 200
 _MIX = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads the parts of a seed

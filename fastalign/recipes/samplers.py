@@ -10,11 +10,11 @@ from ..data import Prompt
 from ..environments import MultiTurn, load_environment
 from ..environments.specifications import check_columns
 from ..generation import Engine, SamplingParams
-from ..rollout import Rollout, Sample
+from ..generation.engine import OnGroup
+from ..rollout import Rollout
 from .online_arguments import EnvironmentArguments
 
 Progress = Callable[[int], object]
-OnGroup = Callable[[int, list[Sample]], object]
 
 
 class Sampler(Protocol):
@@ -53,8 +53,9 @@ class SingleTurn:
         progress: Progress = lambda _: None,
         on_group: OnGroup | None = None,
     ) -> Rollout:
-        options = {"progress": progress, "logprobs": params.logprobs, "on_group": on_group}
-        rollout = engine.rollout([p.ids for p in prompts], params, request_ids=request_ids, **options)  # type: ignore[arg-type]
+        rollout = engine.rollout(
+            [p.ids for p in prompts], params, request_ids=request_ids, progress=progress, logprobs=params.logprobs, on_group=on_group
+        )
         rollout.columns = [p.columns for p in prompts]
         return rollout
 
