@@ -41,4 +41,20 @@ void by_dtype(const Tensor& t, Run run) {
   t.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
+// run(float{}) for float32, run(uint16_t{}) for bfloat16; anything else, and a tensor on a GPU, is refused.
+template <typename Run>
+void by_element(const char* what, const Tensor& t, Run run) {
+  if (t.cuda) throw std::invalid_argument(std::string(what) + ": expected a tensor on the CPU, got one on a GPU");
+  if (t.dtype == DType::f32) return run(float{});
+  if (t.dtype == DType::bf16) return run(uint16_t{});
+  throw std::invalid_argument(std::string(what) + ": expected float32 or bfloat16, got " + Tensor::describe(t.dtype, t.shape));
+}
+
+// The contiguous elements of a tensor of the same dtype, shape and device as `like`.
+template <typename T>
+T* elements(const char* what, const Tensor& t, const Tensor& like) {
+  if (t.cuda != like.cuda) throw std::invalid_argument(std::string(what) + ": expected a tensor on the CPU, got one on a GPU");
+  return t.check(what, like.dtype, like.shape).contiguous(what).template ptr<T>();
+}
+
 }  // namespace fa

@@ -24,6 +24,9 @@ void bind_sample(py::module_& m);
 void bind_adamw(py::module_& m);
 void bind_int8(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_rms_norm(py::module_& m);
+void bind_rope(py::module_& m);
+void bind_swiglu(py::module_& m);
 
 namespace {
 
@@ -122,6 +125,18 @@ PYBIND11_MODULE(_C, m) {
 #ifdef HAS_gemm
   fa::bind_gemm(m);
   ops.append("gemm");
+#endif
+#ifdef HAS_rms_norm
+  fa::bind_rms_norm(m);
+  ops.append("rms_norm");
+#endif
+#ifdef HAS_rope
+  fa::bind_rope(m);
+  ops.append("rope");
+#endif
+#ifdef HAS_swiglu
+  fa::bind_swiglu(m);
+  ops.append("swiglu");
 #endif
 #ifdef HAS_CUDA_linear_logp
   cuda_ops.append("linear_logp");

@@ -13,7 +13,7 @@ import torch
 from .ops.attention_routes import available_routes
 from .ops.backend import backend_for, forced_backend, has_triton, load_native
 
-OPS = ("linear_logp", "linear_kl", "scan", "preference", "policy", "attention", "sample", "adamw", "int8", "gemm")
+OPS = tuple("linear_logp linear_kl scan preference policy attention sample adamw int8 gemm rms_norm rope swiglu".split())
 PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify", "fastapi", "uvicorn")
 
 

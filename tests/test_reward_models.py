@@ -18,6 +18,8 @@ from fastalign.losses.reward import REWARD
 from fastalign.models.attention import UnsupportedModelError
 from fastalign.models.load import load_tokenizer
 from fastalign.models.reward import load_reward_model, score_head, score_trees, settle_padding
+from fastalign.ops.gemm import AVAILABLE
+from fastalign.ops.gemm_native import native_products
 from fastalign.recipes import arithmetic, reward
 from fastalign.recipes.arguments import (
     Arguments,
@@ -150,6 +152,20 @@ def test_padding_never_hides_the_end_of_a_text(folder):
         k = segment - 1
         with torch.no_grad():
             assert abs(float(read[k]) - float(model(torch.tensor([path])).logits)) < 1e-5
+
+
+@pytest.mark.skipif(not AVAILABLE and native_products(torch.float32) is None, reason="products are torch's own")
+def test_scores_do_not_depend_on_where_their_weight_lies(folder):
+    tokenizer = load_tokenizer(str(folder / "model"))
+    model = load_reward_model(str(folder / "model"), tokenizer, start=True)
+    examples = examples_of(model, tokenizer)
+    places, head, found = [e.places for e in examples], score_head(model), []
+    weight = head.weight.detach().clone()
+    for offset in range(4):
+        moved = torch.empty(weight.numel() + offset)[offset:].view_as(weight)
+        head.weight.data = moved.copy_(weight)
+        found.append(torch.cat(score_trees(model, [e.tree for e in examples], places)))
+    assert all(torch.equal(found[0], each) for each in found[1:])
 
 
 @pytest.mark.parametrize("loss", list(REWARD))

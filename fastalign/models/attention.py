@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fastalign.models.fused_layers import use_fused_layers
 from fastalign.models.linear import use_row_linears
 from fastalign.ops.attention import PagedLayout, TreeLayout, paged_attention, tree_attention
 
@@ -59,7 +60,7 @@ def register() -> None:
 
 
 def use_fastalign_attention(model: PreTrainedModel) -> None:
-    """Switches a model to the attention that reads a layout, and to linears whose rows do not depend on the batch.
+    """Switches a model to the attention that reads a layout, to linears whose rows do not depend on the batch and to fused layers.
 
     Raises:
         UnsupportedModelError: when the family does not route its attention through transformers' AttentionInterface.
@@ -69,6 +70,7 @@ def use_fastalign_attention(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{model.config.model_type}: the family has its own attention code and never calls AttentionInterface")
     model.set_attn_implementation(NAME)
     use_row_linears(model)
+    use_fused_layers(model)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -21,6 +20,7 @@ from fastalign.models.attention import UnsupportedModelError, disable_dropout, o
 from fastalign.models.backbone import causal_lm, hidden_states
 from fastalign.models.load import DTYPES
 from fastalign.models.probe import check_calls, check_config
+from fastalign.ops.gemm import linear
 from fastalign.packing import Packed, Segment, pack, sequences, split_by_tokens
 
 _ARCHITECTURE = "ForSequenceClassification"
@@ -207,7 +207,8 @@ def grades_at(model: nn.Module, packed: Packed, rows: Tensor) -> Tensor:
     hidden = hidden_states(model, packed).index_select(0, rows)
     wide = torch.promote_types(head.weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
+        # not torch's: MKL's product of one column has other bits where the memory of an operand begins elsewhere
+        return linear(hidden.to(wide), head.weight.to(wide), None if head.bias is None else head.bias.to(wide))
 
 
 def place_rows(packed: Packed, places: Sequence[Sequence[tuple[int, int]]]) -> Tensor:

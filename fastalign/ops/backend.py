@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch  # first: the native module takes OpenMP from the runtime that torch loads
+from torch import Tensor
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -126,7 +127,7 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
 
     Args:
         op: the stem of its native source or Triton kernels: "linear_logp", "linear_kl", "scan", "preference", "policy", "attention",
-            "sample", "adamw", "int8" or "gemm".
+            "sample", "adamw", "int8", "gemm", "rms_norm", "rope" or "swiglu".
         device: a torch device or its name.
 
     Returns:
@@ -149,3 +150,30 @@ def backend_for(op: str, device: torch.device | str = "cpu") -> str:
             )
         return "triton"
     return "reference"
+
+
+PLAIN = (Tensor, torch.nn.Parameter)  # not a fake, a wrapper or a quantized tensor
+
+
+def is_traced() -> bool:
+    """Whether something follows the operations themselves: torch.compile, jit.trace, torch.func."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def native_for(op: str, *tensors: Tensor) -> ModuleType | None:
+    """The native module where it runs `op` on these: plain fp32 or bf16 tensors of one dtype on the CPU, not traced, no autocast.
+
+    None sends the call to the reference, which says what is wrong with unusual operands.
+    """
+    first = tensors[0]
+    if first.dtype not in (torch.float32, torch.bfloat16) or is_traced() or torch.is_autocast_enabled("cpu"):
+        return None
+    for x in tensors:
+        if type(x) not in PLAIN or x.dtype != first.dtype or x.device.type != "cpu" or x.layout != torch.strided:
+            return None
+    return load_native()[0] if backend_for(op, "cpu") == "native" else None
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd follows one of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastalign.ops import gemm_native
-from fastalign.ops.backend import backend_for, load_native
+from fastalign.ops.backend import PLAIN, backend_for, is_traced, load_native
 from fastalign.ops.gemm_native import native_products
 from fastalign.ops.int8 import QuantizedWeights
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake, a wrapper or a quantized tensor
 PACKED_ROWS = 64  # the row count that packed weights are laid out for; any count may use them
 MIN_ROWS = 2  # oneDNN's product of one row is another kernel, with other bits where K is over 1,024 (measured)
 
@@ -94,9 +93,9 @@ def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return False
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+    if type(x) not in PLAIN or type(weight) not in PLAIN or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
     if bias is not None and not (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.is_contiguous()):
         return False
@@ -257,7 +256,7 @@ def packed_weights() -> Iterator[None]:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] · b [K, N], as torch.mm; in bf16 by our own product where that is the one to use."""
     module = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else native_products(torch.bfloat16)
-    ours = module is not None and a.dtype == b.dtype == torch.bfloat16 and type(a) in _PLAIN and type(b) in _PLAIN
+    ours = module is not None and a.dtype == b.dtype == torch.bfloat16 and type(a) in PLAIN and type(b) in PLAIN
     if ours and a.device.type == b.device.type == "cpu":
         return gemm_native.product(module, a, b)  # type: ignore[arg-type]
     return torch.mm(a, b)
