@@ -13,7 +13,8 @@ import torch
 from .ops.attention_routes import available_routes
 from .ops.backend import backend_for, forced_backend, has_triton, load_native
 
-OPS = tuple("linear_logp linear_kl scan preference policy attention sample adamw int8 gemm rms_norm rope swiglu".split())
+OPS = ("linear_logp", "linear_kl", "scan", "preference", "policy", "attention", "sample", "adamw", "int8", "gemm")
+LAYER_OPS = ("rms_norm", "rope", "swiglu")
 PACKAGES = ("fastalign", "torch", "numpy", "transformers", "peft", "datasets", "triton", "flash-attn", "math-verify", "fastapi", "uvicorn")
 
 
@@ -35,7 +36,7 @@ def env() -> dict[str, Any]:
         "forced backend": forced_backend() or "none",
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": devices,
-        "backends": {op: _backends(op, has_cuda=len(devices) > 1) for op in OPS},
+        "backends": {op: _backends(op, has_cuda=len(devices) > 1) for op in (*OPS, *LAYER_OPS)},
         **({"attention on cuda": _cuda_attention()} if len(devices) > 1 else {}),
     }
 
