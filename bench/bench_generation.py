@@ -5,7 +5,8 @@
 stories260k is the pretrained folder where it is beside the project, else a random model of its shape; 40M is a random Qwen2 of
 512 hidden, 8 layers, 8/4 heads and 32,000 tokens. Each load is `groups` prompts of 8 samples and 128 new tokens; prompts are drawn
 anew every round, so that no cache of an earlier round helps. All sides sample at temperature 1 and never stop early; the engine also
-returns two log-probs a token, which the others do not. generate_batch (continuous batching) has pages of 16 tokens and the
+returns two log-probs a token, which the others do not. The peers run a copy of the model as transformers makes it; ours has the
+project's attention and layers. generate_batch (continuous batching) has pages of 16 tokens and the
 blocks that the load needs: its defaults take most of the free memory and were slower. Where a side raises, its reason is printed.
 
 tokens/s: of the median round, (slowest-fastest); every second round takes the sides in the opposite order. x: our median rate over
@@ -17,6 +18,7 @@ On a machine that others use, OMP_WAIT_POLICY=passive keeps waiting threads from
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -25,7 +27,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.harness import commit, rounds_of, write_record  # noqa: E402
 from fastalign.generation import Engine, SamplingParams  # noqa: E402
-from fastalign.models.attention import NAME, use_fastalign_attention  # noqa: E402
-from fastalign.models.load import load_causal_lm  # noqa: E402
+from fastalign.models.attention import use_fastalign_attention  # noqa: E402
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 PAGE = 16  # tokens
@@ -42,7 +51,7 @@ PAGE = 16  # tokens
 
 def stories260k() -> PreTrainedModel:
     if STORIES.is_dir():
-        return load_causal_lm(str(STORIES))
+        return AutoModelForCausalLM.from_pretrained(str(STORIES), dtype=torch.float32)
     shape = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=512, max_position_embeddings=512, tie_word_embeddings=True))
 
@@ -58,33 +67,32 @@ LOADS = {"short": (8, 32, 128), "shared 512": (8, 512, 128), "no group": (1, 32,
 SIDES = ("fastalign", "generate", "generate_batch")
 
 
-def sides(model: PreTrainedModel, engine: Engine, load: tuple[int, int, int, int]) -> dict[str, Callable[[], object]]:
-    """One call of each side over the same work: (groups, samples, prompt tokens, new tokens)."""
+def sides(stock: PreTrainedModel, engine: Engine, load: tuple[int, int, int, int]) -> dict[str, Callable[[], object]]:
+    """One call of each side over the same work: (groups, samples, prompt tokens, new tokens). stock: the peers' model."""
     groups, samples, length, new = load
     numbers = dict.fromkeys(SIDES, 1000 * groups)
     common = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "num_return_sequences": samples, "pad_token_id": 0}
     pages = -(-(length + new) // PAGE) * groups * samples
     batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=1024)
 
-    def prompts(side: str, implementation: str) -> torch.Tensor:
-        model.set_attn_implementation(implementation)
+    def prompts(side: str) -> torch.Tensor:
         numbers[side] += 1  # every side sees the same prompts in a round, and no round those of another
         generator = torch.Generator().manual_seed(numbers[side])
-        return torch.randint(3, model.config.vocab_size, (groups, length), generator=generator)
+        return torch.randint(3, stock.config.vocab_size, (groups, length), generator=generator)
 
     def ours() -> None:
-        ids = prompts("fastalign", NAME).tolist()
+        ids = prompts("fastalign").tolist()
         engine.stats.reset()
         engine.generate(ids, SamplingParams(n=samples, max_tokens=new, seed=0, ignore_eos=True))
 
     def generate() -> None:
-        ids = prompts("generate", "sdpa")
-        model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, **common)
+        ids = prompts("generate")
+        stock.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, **common)
 
     def generate_batch() -> None:
-        ids = prompts("generate_batch", "sdpa").tolist()
+        ids = prompts("generate_batch").tolist()
         config = GenerationConfig(eos_token_id=-1, **common)
-        outs = model.generate_batch(ids, generation_config=config, continuous_batching_config=batching, warmup=False)
+        outs = stock.generate_batch(ids, generation_config=config, continuous_batching_config=batching, warmup=False)
         tokens = sum(len(out.generated_tokens) for out in outs.values())
         if tokens != groups * samples * new:  # it logs errors and returns what it has
             raise RuntimeError(f"generate_batch returned {tokens} tokens, expected {groups * samples * new}")
@@ -140,7 +148,8 @@ def main() -> None:
     print(f"{'model':13}{'load':20}{names}{'x gen':>8}{'x batch':>9}  prompt tokens   {arguments.dtype}, {torch.get_num_threads()} threads")
     for name in arguments.models:
         torch.manual_seed(0)
-        model = MODELS[name]().to(getattr(torch, arguments.dtype)).eval()
+        stock = MODELS[name]().to(getattr(torch, arguments.dtype)).eval()
+        model = copy.deepcopy(stock)
         use_fastalign_attention(model)
         engine = Engine(model)
         for title in ["short"] if arguments.quick else arguments.loads:
@@ -148,9 +157,9 @@ def main() -> None:
             groups = (4 if arguments.quick else arguments.groups) * (1 if samples > 1 else 8)
             new = arguments.new or (32 if arguments.quick else new)
             length = min(length, model.config.max_position_embeddings - new)
-            small = sides(model, engine, (1, samples, length, 4))  # tries and warms every side
+            small = sides(stock, engine, (1, samples, length, 4))  # tries and warms every side
             run = working({side: call for side, call in small.items() if side not in arguments.skip})
-            cases = {side: call for side, call in sides(model, engine, (groups, samples, length, new)).items() if side in run}
+            cases = {side: call for side, call in sides(stock, engine, (groups, samples, length, new)).items() if side in run}
             times = rounds_of(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
             given = f"{engine.stats.prompt_tokens} of {groups * samples * length}"
             load, tokens = f"{groups}x{samples} {length}+{new}", groups * samples * new

@@ -156,7 +156,7 @@ def test_columns_of_prompts_fills_what_a_record_has_not():
          "rename with --dataset_map question=prompt"),
     ],
 )  # fmt: skip
-def test_bad_record_is_named_with_its_line(record, reason, message):
+def test_bad_record_is_named_with_its_line(record, reason, message, caplog):
     with pytest.raises(BadRecord) as caught:
         one(record)
     assert str(caught.value) == f"data.jsonl:17: {message}"
@@ -164,6 +164,8 @@ def test_bad_record_is_named_with_its_line(record, reason, message):
     good = Record({"prompt": "a", "completion": "b"} if "text" not in record else {"text": "a"}, "data.jsonl", 18)
     examples = sft_examples([Record(record, "data.jsonl", 17), good, good], byte_tokenizer(), max_length=64, on_bad_record="skip")
     assert (len(examples.segments), examples.skipped_reasons) == (2, {reason: 1})
+    assert "skipped: data.jsonl:17: " in caplog.text
+    assert "on_bad_record" not in caplog.text  # no advice to give what was given
 
 
 def test_token_over_the_vocabulary_is_named():

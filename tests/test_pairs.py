@@ -86,9 +86,18 @@ def test_margins_are_read_and_absent_ones_are_0(tmp_path):
     assert pairs(tmp_path, row | {"margin": 1.5}, row | {"margin": None}, row | {"margin": "2"}).margins == [1.5, 0.0, 2.0]
 
 
+def test_probabilities_are_read_and_absent_ones_are_1(tmp_path):
+    row = {"prompt": "one ", "chosen": "ok", "rejected": "bad"}
+    found = pairs(tmp_path, row | {"probability": 0.75}, row | {"probability": None}, row | {"probability": "0"})
+    assert (found.probabilities, found.margins) == ([0.75, 1.0, 0.0], None)
+    assert pairs(tmp_path, row).probabilities is None
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "words"),
     [
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "probability": 1.5}, "wrong type", "from 0 to 1 in column 'probability', got 1.5"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "probability": "likely"}, "wrong type", "column 'probability'"),
         ({"prompt": "a", "chosen": "b"}, "missing column", "expected column 'rejected'"),
         ({"prompt": "a", "chosen": "b", "rejected": None}, "missing column", "got null"),
         ({"prompt": "a", "chosen": "  ", "rejected": "b"}, "empty chosen", "column 'chosen'"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from fastalign.losses.packed import preference_loss
 from fastalign.losses.preference import DIVERGENCES, PREFERENCE, Side
 from fastalign.losses.unpaired import UNPAIRED
 
@@ -151,6 +152,40 @@ def test_preference_margin_is_odpo():
     z = 0.1 * (win.logratio - lose.logratio) - margin
     want = [-0.8 * log_sigmoid(float(v)) - 0.2 * log_sigmoid(-float(v)) for v in z]
     assert got.tolist() == pytest.approx(want)
+
+
+SOFT = [name for name, row in PREFERENCE.items() if row.soft]
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_preference_soft_labels_are_a_smoothing_a_pair(backend, name):
+    """Each pair's loss and gradient are those of the row with that pair's label_smoothing, which the kernels compute."""
+    logp, cu = -torch.rand(40), torch.tensor([0, 3, 9, 15, 20, 31, 40], dtype=torch.int32)
+    ref = {"ref_logp": -torch.rand(40)} if PREFERENCE[name].reference else {}
+    flip = torch.tensor([0.0, 0.3, 1.0])
+    leaf = logp.clone().requires_grad_()
+    losses, metrics = preference_loss(leaf, cu, loss=name, options={"label_smoothing": flip}, **ref)
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    for i, smoothing in enumerate(flip.tolist()):
+        one = logp.clone().requires_grad_()
+        hard, expected = preference_loss(one, cu, loss=name, options={"label_smoothing": min(smoothing, 1 - 1e-7)}, **ref)
+        span = slice(int(cu[2 * i]), int(cu[2 * i + 2]))
+        torch.testing.assert_close(losses[i], hard[i], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grad[span], torch.autograd.grad(hard[i], one)[0][span], rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(metrics[key], expected[key]) for key in metrics)
+
+
+def test_preference_soft_labels_gradcheck_and_refusals():
+    logp, cu = -torch.rand(12, dtype=torch.float64), torch.tensor([0, 3, 6, 10, 12], dtype=torch.int32)
+
+    def loss(logp, name="dpo", flip=(0.2, 0.6)):
+        return preference_loss(logp, cu, loss=name, options={"label_smoothing": torch.tensor(flip)})[0]
+
+    assert torch.autograd.gradcheck(loss, logp.requires_grad_())
+    with pytest.raises(ValueError, match="robust reads one label_smoothing, not one a pair; these read both: dpo, simpo"):
+        loss(logp, "robust")
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got \[0.2"):
+        loss(logp, "dpo", (0.2, 1.2))
 
 
 def test_preference_weights_of_both_sides_multiply():

@@ -111,6 +111,25 @@ def test_margins_are_read_or_refused(task, tmp_path):
         preference.run(arguments(task, tmp_path / "b", data=data, preference={"loss": ["ipo"]}))
 
 
+def test_soft_labels_are_read_or_refused(task, tmp_path):
+    rows = [json.loads(line) for line in (task / "pairs.jsonl").read_text().splitlines()]
+    soft = write(tmp_path / "soft.jsonl", [row | {"probability": 0.6 + 0.05 * (i % 8)} for i, row in enumerate(rows)])
+    sure = write(tmp_path / "sure.jsonl", [row | {"probability": 1.0} for row in rows])
+    data = {"eval_dataset_name": ""}
+    found = {}
+    for name, path in (("soft", soft), ("sure", sure), ("none", str(task / "pairs.jsonl"))):
+        preference.run(arguments(task, tmp_path / name, data=data | {"dataset_name": path}, optim={"max_steps": 3}))
+        found[name] = [row["loss"] for row in rows_of(tmp_path / name)]
+    assert found["sure"] == pytest.approx(found["none"], rel=1e-6)
+    assert found["soft"][0] == pytest.approx(math.log(2), rel=1e-6)  # whatever the labels: the policy is its reference
+    assert abs(found["soft"][-1] - found["none"][-1]) > 1e-5
+    data["dataset_name"] = soft
+    with pytest.raises(ValueError, match="--dataset_map probability="):
+        preference.run(arguments(task, tmp_path / "b", data=data, preference={"loss": ["ipo"]}))
+    with pytest.raises(ValueError, match="takes the place of --label_smoothing"):
+        preference.run(arguments(task, tmp_path / "c", data=data, preference={"label_smoothing": 0.1}))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

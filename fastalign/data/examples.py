@@ -10,7 +10,7 @@ from ..packing import Segment, conversation
 from .chat import Message
 from .dialects import normalize_all
 from .encoders import PromptEncoder, SupervisedEncoder, in_chunks, supervised_format, weight_of
-from .records import BadRecord, DataError, Record, Skips
+from .records import OR_SKIP, BadRecord, DataError, Record, Skips
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Limits:
 
     def check(self, record: Record, ids: Sequence[int]) -> None:
         if self.max_length and len(ids) > self.max_length:
-            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag} or give --on_bad_record skip"
+            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag}{OR_SKIP}"
             raise record.bad("too long", message)
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             at = next(i for i, token in enumerate(ids) if token >= self.vocab_size)

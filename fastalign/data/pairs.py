@@ -27,6 +27,8 @@ class Pairs:
     Attributes:
         trees: one a pair; the root's children are the chosen and the rejected completion, in this order.
         margins: [pairs] what each pair's rewards must differ by, 0 where a record has none; None: no record has one.
+        probabilities: [pairs] how probable it is that the chosen completion is the better one, 1 where a record does not say; None: no
+            record does.
         indices: which record each came from.
         num_skipped: bad records left out.
         skipped_reasons: how many for each reason.
@@ -34,6 +36,7 @@ class Pairs:
 
     trees: list[Segment]
     margins: list[float] | None = None
+    probabilities: list[float] | None = None
     indices: list[int] = field(default_factory=list)
     num_skipped: int = 0
     skipped_reasons: dict[str, int] = field(default_factory=dict)
@@ -67,7 +70,8 @@ def pair_examples(
     system_prompt: str = "",
     vocab_size: int | None = None,
 ) -> Pairs:
-    """Records of `chosen`, `rejected` and, where it is a column, `prompt`; plain or conversational; with an optional `margin`.
+    """Records of `chosen`, `rejected` and, where it is a column, `prompt`; plain or conversational; with an optional `margin` or
+    `probability`.
 
     Without a prompt column the prompt is what both begin with: their common messages, or the common text up to its last white
     space. Only the completions are scored (of conversational ones, what the assistant wrote).
@@ -82,21 +86,26 @@ def pair_examples(
         BadRecord: naming file and line. DataError: for a tokenizer or arguments that fit no record, or when none is left.
     """
     limits = Bounds(max_length, max_prompt_length, vocab_size)
-    skips, trees, margins, indices = Skips(on_bad_record), [], [], []
+    skips, trees, indices = Skips(on_bad_record), [], []
+    margins: list[float] = []
+    probabilities: list[float] = []
     for index, (record, result) in enumerate(zip(records, in_chunks(records, PairEncoder(tokenizer, system_prompt)), strict=True)):
         try:
             if isinstance(result, BadRecord):
                 raise result
             for side in result:
                 limits.check(record, side)
-            margins.append(margin_of(record))
+            margin, probability = margin_of(record), probability_of(record)
+            margins.append(margin)
+            probabilities.append(probability)
             trees.append(pair_tree(*result))
             indices.append(index)
         except BadRecord as error:
             skips.report(error)
     _finish(skips, len(records), len(trees))
-    given = any(records[index].get("margin") is not None for index in indices)
-    return Pairs(trees, margins if given else None, indices, skips.reasons.total(), dict(skips.reasons))
+    have_margin, have_probability = (any(records[index].get(name) is not None for index in indices) for name in ("margin", "probability"))
+    read = (margins if have_margin else None, probabilities if have_probability else None)
+    return Pairs(trees, *read, indices, skips.reasons.total(), dict(skips.reasons))
 
 
 def pair_tree(chosen: Scored, rejected: Scored) -> Segment:
@@ -147,16 +156,29 @@ class Bounds:
 
 def margin_of(record: Record) -> float:
     """The record's margin, 0 where it has none. Raises BadRecord when it is no finite number."""
-    value = record.get("margin")
-    if value is None:
-        return 0.0
-    try:
-        margin = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        margin = math.nan
+    margin = _number(record, "margin", 0.0)
     if not math.isfinite(margin):
-        raise record.bad("wrong type", f"expected a finite number in column 'margin', got {value!r}")
+        raise record.bad("wrong type", f"expected a finite number in column 'margin', got {record['margin']!r}")
     return margin
+
+
+def probability_of(record: Record) -> float:
+    """How probable it is that the chosen completion is the better one, 1 where the record does not say. Raises BadRecord."""
+    probability = _number(record, "probability", 1.0)
+    if not 0 <= probability <= 1:
+        raise record.bad("wrong type", f"expected a number from 0 to 1 in column 'probability', got {record['probability']!r}")
+    return probability
+
+
+def _number(record: Record, column: str, absent: float) -> float:
+    """NaN for what is no number."""
+    value = record.get(column)
+    if value is None:
+        return absent
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def with_prompt(record: Record) -> Record:

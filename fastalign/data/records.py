@@ -122,6 +122,7 @@ def _source(records: Sequence[Record]) -> str:
     return records[0].source if records else "an empty data set"
 
 
+OR_SKIP = " or give --on_bad_record skip"  # ends the advice in a bad record's message; not said to those who gave it
 MAX_NAMED = 5  # bad records of one kind that are named in the log; the rest are counted
 
 
@@ -146,7 +147,7 @@ class Skips:
         self.reasons[error.reason] += 1
         if self.reasons[error.reason] <= MAX_NAMED:
             more = "; further ones are only counted" if self.reasons[error.reason] == MAX_NAMED else ""
-            logger.warning("skipped: %s%s", error, more)
+            logger.warning("skipped: %s%s", str(error).removesuffix(OR_SKIP), more)
 
     def summarize(self, total: int) -> None:
         """Logs how many records were skipped and why."""

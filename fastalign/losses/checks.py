@@ -109,11 +109,23 @@ def _resolve(op: str, table: Mapping[str, Any], loss: Any, options: Mapping[str,
             raise ValueError(f"{op}: {name} must be finite, got {value}")
         if name in POSITIVE and not value > 0:
             raise ValueError(f"{op}: {name} must be > 0, got {value}")
-        if name == "label_smoothing" and not 0 <= value < 1:
+        if name == "label_smoothing" and not isinstance(value, Tensor) and not 0 <= value < 1:
             raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {value}")
+    if isinstance(chosen.get("label_smoothing"), Tensor):
+        return row, chosen, _soft_formula(op, loss, row, chosen)
     if torch.compiler.is_compiling() and any(isinstance(value, Tensor) for value in chosen.values()):
         return row, chosen, Formula(beta=chosen.get("beta", 1.0))  # its number cannot be read while tracing
     return row, chosen, row.formula(**chosen)
+
+
+def _soft_formula(op: str, loss: Any, row: Any, chosen: dict[str, Any]) -> Formula:
+    """Of labels that differ from pair to pair: no kernel has it, torch evaluates the equation."""
+    if not getattr(row, "soft", False):
+        able = ", ".join(name for name, other in PREFERENCE.items() if other.soft)
+        raise ValueError(f"{op}: {loss} reads one label_smoothing, not one a pair; these read both: {able}")
+    if not torch.compiler.is_compiling() and not bool(((chosen["label_smoothing"] >= 0) & (chosen["label_smoothing"] <= 1)).all()):
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {chosen['label_smoothing'].tolist()[:16]}")
+    return replace(row.formula(**{**chosen, "label_smoothing": 0.0}), name="torch")
 
 
 def check_read(loss: str | PairLoss, row: PairLoss, sequences: Sequences) -> None:

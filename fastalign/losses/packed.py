@@ -38,7 +38,8 @@ def preference_loss(
         logp: [N] fp32 or fp64 log-probs (nats) of the scored tokens.
         cu_targets: [2B+1] offsets of the sequences, int32, on the CPU (on the GPU they are taken unchecked).
         loss: a row of `losses.preference.PREFERENCE` or its name.
-        options: the row's own keyword arguments, what its `statistics` returned included. A tensor on a GPU costs a synchronization.
+        options: the row's own keyword arguments, what its `statistics` returned included; of rows that are `soft` label_smoothing may be
+            [B], 1 minus the probability of each label. A tensor on a GPU costs a synchronization.
         ref_logp: the reference's log-probs: [N] a token, or sums [2B] or [B, 2]; None: a uniform reference.
         margin: [B] what β Δ must exceed (ODPO, arXiv:2402.10571), for rows that read one.
         weight: [B] multiplies the losses (WPO: `wpo_weights`).

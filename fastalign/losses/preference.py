@@ -57,6 +57,7 @@ class PairLoss:
         per_token: whether its scores are divided by the completions' lengths.
         margin: whether it reads the pair's margin.
         divergence: whether an f-divergence may take the reverse KL's place.
+        soft: whether label_smoothing may be [B], one number a pair.
         statistics: what must be known of the whole batch: detached sides → keyword arguments of the function. Tensors [B] go with
             the pairs, scalars with the batch. None: nothing.
         metrics: detached sides → metrics [B] of its own.
@@ -69,6 +70,7 @@ class PairLoss:
     per_token: bool = False
     margin: bool = False
     divergence: bool = False
+    soft: bool = False
     statistics: Callable[..., dict[str, Tensor]] | None = None
     metrics: Callable[[Side, Side], dict[str, Tensor]] | None = None
     options: Mapping[str, Any] = field(init=False, compare=False)
@@ -180,7 +182,7 @@ def _sorted(beta: float, label_smoothing: float, **_matched: Tensor) -> Formula:
 
 
 PREFERENCE: dict[str, PairLoss] = {
-    "dpo": PairLoss(dpo, _logistic, margin=True, divergence=True),
+    "dpo": PairLoss(dpo, _logistic, margin=True, divergence=True, soft=True),
     "robust": PairLoss(robust, _robust, margin=True, divergence=True),
     "ipo": PairLoss(ipo, _plain("square"), divergence=True),
     "ipo_avg": PairLoss(ipo_avg, _plain("square", per_token=True), per_token=True),
@@ -204,9 +206,14 @@ PREFERENCE: dict[str, PairLoss] = {
         reference=False,
         per_token=True,
         margin=True,
+        soft=True,
     ),
     "cpo": PairLoss(
-        cpo, lambda beta, nll_coef, label_smoothing: _logistic(beta, label_smoothing, 0.0, nll_coef), reference=False, margin=True
+        cpo,
+        lambda beta, nll_coef, label_smoothing: _logistic(beta, label_smoothing, 0.0, nll_coef),
+        reference=False,
+        margin=True,
+        soft=True,
     ),
     "cpo_simpo": PairLoss(
         cpo_simpo,
@@ -214,8 +221,9 @@ PREFERENCE: dict[str, PairLoss] = {
         reference=False,
         per_token=True,
         margin=True,
+        soft=True,
     ),
-    "alphapo": PairLoss(alphapo, _alphapo, reference=False, per_token=True, margin=True),
+    "alphapo": PairLoss(alphapo, _alphapo, reference=False, per_token=True, margin=True, soft=True),
     "orpo": PairLoss(
         orpo, lambda beta: Formula("orpo", beta, nll=1.0, per_token=True), reference=False, per_token=True, metrics=orpo_metrics
     ),

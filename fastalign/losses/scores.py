@@ -50,9 +50,11 @@ def flip_share(loss: str, label_smoothing: float, *, low: float, high: float) ->
     return label_smoothing
 
 
-def smoothed(z: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - ε) log σ(z) - ε log σ(-z)."""
-    if label_smoothing == 0.0:
+def smoothed(z: Tensor, label_smoothing: float | Tensor) -> Tensor:
+    """-(1 - ε) log σ(z) - ε log σ(-z); ε one number, or [B] one a pair."""
+    if isinstance(label_smoothing, Tensor):
+        label_smoothing = label_smoothing.to(z)
+    elif label_smoothing == 0.0:
         return softplus(-z)
     return (1 - label_smoothing) * softplus(-z) + label_smoothing * softplus(z)
 

@@ -33,12 +33,14 @@ class PairBatch:
         members: [B] where each pair stands in the optimizer step's batch.
         ref_logp: [N] the reference's log-probs of the scored tokens; None: no row reads one.
         margin: [B] or None.
+        probability: [B] that the chosen completion is the better one, or None: certain.
     """
 
     packed: Packed
     members: Tensor
     ref_logp: Tensor | None = None
     margin: Tensor | None = None
+    probability: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ class PairObjective:
         return any(term.row.margin for term in self.terms)
 
     @property
+    def reads_probability(self) -> bool:
+        """Whether each row does that compares the completions, and none has a label_smoothing of its own."""
+        rows = [term for term in self.terms if "beta" in term.row.options]
+        return bool(rows) and all(term.row.soft and "label_smoothing" not in term.options for term in rows)
+
+    @property
     def shown(self) -> int:
         """The term whose rewards are reported: the first with a reference, else the first that compares scores."""
         formulas = [pair_plan(term.name, term.options, "reverse_kl", 0.5).formula.name for term in self.terms]
@@ -150,6 +158,8 @@ class PairObjective:
         self, term: Term, batch: PairBatch, num_pairs: int, weights: Tensor | None, numbers: Mapping[str, Any]
     ) -> Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]:
         own = {name: value[batch.members] if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        if batch.probability is not None and term.row.soft:
+            own["label_smoothing"] = 1 - batch.probability
         objective, _ = preference_objective(
             batch.packed.cu_targets,
             num_pairs=num_pairs,

@@ -34,13 +34,20 @@ def pairs_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples
     )
 
 
-def check_margins(objective: PairObjective, name: str | list[str], pairs: Pairs) -> None:
-    """Raises ValueError where the data have margins and no row reads them: they would be ignored in silence."""
+def check_columns(objective: PairObjective, name: str | list[str], pairs: Pairs) -> None:
+    """Raises ValueError where the data have margins or probabilities that no row reads: they would be ignored in silence."""
     if pairs.margins is not None and not objective.reads_margin:
         readers = ", ".join(row for row, loss in PREFERENCE.items() if loss.margin)
         raise ValueError(
             f"{name} has a column 'margin', which --loss {' '.join(term.name for term in objective.terms)} does not read (these do: "
             f"{readers}); choose one of them, or rename the column, as in --dataset_map margin=strength"
+        )
+    if pairs.probabilities is not None and not objective.reads_probability:
+        readers = ", ".join(row for row, loss in PREFERENCE.items() if loss.soft)
+        raise ValueError(
+            f"{name} has a column 'probability', which --loss {' '.join(term.name for term in objective.terms)} does not read: it takes "
+            f"the place of --label_smoothing, with these losses: {readers}; choose them without --label_smoothing, or rename the column, "
+            "as in --dataset_map probability=confidence"
         )
 
 
@@ -55,10 +62,12 @@ def records_read(args: Arguments, num_records: int, max_steps: int, batch_size: 
 def with_reference(args: Arguments, loaded: Loaded, objective: PairObjective, *given: tuple[Pairs, list[int]]) -> list[PairData]:
     """Each data set with the reference's log-probs of the records that are used, where a row reads them."""
     if not objective.reads_reference:
-        return [PairData(pairs.trees, pairs.margins) for pairs, _ in given]
+        return [PairData(pairs.trees, pairs.margins, pairs.probabilities) for pairs, _ in given]
     groups = reference_logps(args, loaded, *([pairs.trees[i] for i in used] for pairs, used in given))
     ready = zip(given, groups, strict=True)
-    return [PairData(pairs.trees, pairs.margins, dict(zip(used, logps, strict=True))) for (pairs, used), logps in ready]
+    return [
+        PairData(pairs.trees, pairs.margins, pairs.probabilities, dict(zip(used, logps, strict=True))) for (pairs, used), logps in ready
+    ]
 
 
 def build_task(args: Arguments, loaded: Loaded, pairs: Pairs, held_out: Pairs, max_steps: int) -> PreferenceTask:
@@ -95,11 +104,11 @@ def run(args: Arguments) -> dict[str, Any]:
     seed_everything(args.run.seed)
     loaded = load(args.model)
     pairs = pairs_of(args, loaded, args.data.dataset_name, args.data.max_samples)
-    check_margins(objective, args.data.dataset_name, pairs)
+    check_columns(objective, args.data.dataset_name, pairs)
     held_out = Pairs([])
     if args.data.eval_dataset_name:
         held_out = pairs_of(args, loaded, args.data.eval_dataset_name, args.data.eval_max_samples)
-        check_margins(objective, args.data.eval_dataset_name, held_out)
+        check_columns(objective, args.data.eval_dataset_name, held_out)
     max_steps = num_steps(args.optim, len(pairs.trees), batch_size)
     if args.run.dry_run:
         preview(pairs.trees, loaded.tokenizer)

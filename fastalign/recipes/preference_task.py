@@ -25,12 +25,13 @@ class PairData:
 
     Attributes:
         trees: as `data.Pairs` has them.
-        margins: one a pair, or None.
+        margins, probabilities: one a pair, or None.
         ref_logps: by pair, the reference's log-probs [N] of its scored tokens; empty: no row reads a reference.
     """
 
     trees: list[Segment] = field(default_factory=list)
     margins: list[float] | None = None
+    probabilities: list[float] | None = None
     ref_logps: dict[int, Tensor] = field(default_factory=dict)
 
     def cut(self, chosen: Sequence[int], max_tokens: int, device: torch.device) -> list[PairBatch]:
@@ -41,8 +42,11 @@ class PairData:
     def _batch(self, chosen: Sequence[int], members: list[int], trees: list[Segment], device: torch.device) -> PairBatch:
         own = [chosen[i] for i in members]
         ref = torch.cat([self.ref_logps[i] for i in own]).to(device) if self.ref_logps else None
-        margin = None if self.margins is None else torch.tensor([self.margins[i] for i in own], dtype=torch.float64, device=device)
-        return PairBatch(pack([trees[i] for i in members]).to(device), torch.tensor(members), ref, margin)
+        read = [
+            None if values is None else torch.tensor([values[i] for i in own], dtype=torch.float64, device=device)
+            for values in (self.margins, self.probabilities)
+        ]
+        return PairBatch(pack([trees[i] for i in members]).to(device), torch.tensor(members), ref, *read)
 
 
 class PreferenceTask(OfflineTask):
