@@ -75,21 +75,26 @@ float softmax_row(const Problem& p, const Row& row, Block block, int64_t columns
     return 1.0f;
   }
   vf top = splat(-inf);
-  for (int64_t c = 0; c < columns; c += W) {
-    vf x = load(s + c);
-    if (p.softcap != 0.0f) x = math::tanh<vu>(x * (1.0f / p.softcap)) * p.softcap;
-    const vi at = lane + static_cast<int32_t>(c);
-    x = (at >= low) & (at < high) ? x : splat(-inf);
-    store(s + c, x);
-    top = max(top, x);
+  if (low == 0 && high == columns && p.softcap == 0.0f) {  // nothing to mask, as in all of a sequence's blocks but the last
+    for (int64_t c = 0; c < columns; c += W) top = max(top, load(s + c));
+  } else {
+    for (int64_t c = 0; c < columns; c += W) {
+      vf x = load(s + c);
+      if (p.softcap != 0.0f) x = math::tanh<vu>(x * (1.0f / p.softcap)) * p.softcap;
+      const vi at = lane + static_cast<int32_t>(c);
+      x = (at >= low) & (at < high) ? x : splat(-inf);
+      store(s + c, x);
+      top = max(top, x);
+    }
   }
   const float before = *m, now = std::max(before, reduce_max(top));
-  vf total[key_block / W] = {};
+  vf total[key_block / W];  // not zeroed as a whole: that becomes a string store, an eighth of the kernel where heads are small
   for (int64_t c = 0; c < columns; c += W) {
     const vf x = math::exp<vu>(load(s + c) - now);
     store(s + c, x);
     total[c / W] = x;
   }
+  for (int64_t i = columns / W; i < key_block / W; ++i) total[i] = vf{};
   for (int step = key_block / W / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) total[i] = total[i] + total[i + step];
   const float alpha = math::exp<uint32_t>(before - now);

@@ -161,6 +161,22 @@ FA_SIMD void transpose_halves(const T* src, int64_t rows, float* dst) {
   for (int d = 0; d < W / 2; ++d) store(dst + d * key_block, __builtin_shuffle(x[d], interleaved));
 }
 
+// n <= W rows of W elements → W rows of W columns, those past n zero.
+template <typename T>
+FA_SIMD void transpose_square(const T* src, int64_t stride, int64_t n, float* dst) {
+  vf x[W];
+  if (n == W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = load(src + i * stride);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) x[i] = i < n ? load(src + i * stride) : vf{};
+  }
+  transpose_step<W / 2>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(dst + i * key_block, x[i]);
+}
+
 // Rows src[0..count) of `width` elements, `stride` apart → dst[d][first + j], d < width; dst rows are key_block apart.
 // Columns past first + count may be overwritten with zeros.
 template <typename T>
@@ -177,14 +193,9 @@ FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_
     }
     if (first + j + W <= key_block)  // a whole vector of columns fits
       for (; d + W <= width; d += W) {
-        vf x[W];
         if (ahead)
           for (int i = 0; i < n; ++i) __builtin_prefetch(ahead + (j + i) * stride + d, 0, 2);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) x[i] = i < n ? load(src + (j + i) * stride + d) : vf{};
-        transpose_step<W / 2>(x);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(dst + (d + i) * key_block + j, x[i]);
+        transpose_square(src + j * stride + d, stride, n, dst + d * key_block + j);
       }
     for (; d < width; ++d)
       for (int64_t i = 0; i < n; ++i) dst[d * key_block + j + i] = to_float(src[(j + i) * stride + d]);
@@ -204,6 +215,14 @@ FA_SIMD void pack_rows(const T* src, int64_t stride, int64_t count, int64_t widt
       store(dst + j * W, __builtin_shuffle(pair, vf{}, low));
       if (j + 1 < count) store(dst + (j + 1) * W, __builtin_shuffle(pair, vf{}, high));
     }
+    return;
+  }
+  if (stride == width && width == padded) {  // nothing between them
+    constexpr int64_t line = 64 / sizeof(T);
+    const int64_t all = count * width;
+    if (ahead)
+      for (int64_t i = 0; i < all; i += line) __builtin_prefetch(ahead + i, 0, 2);
+    for (int64_t i = 0; i < all; i += W) store(dst + i, load(src + i) * factor);
     return;
   }
   for (int64_t j = 0; j < count; ++j, dst += padded) {

@@ -7,15 +7,12 @@
 namespace fa::FA_ISA {
 namespace {
 
-// One half: out = x c + other s.
+// One half: out = x c + other s. Small heads are all tail.
 template <typename T>
 FA_SIMD void half(const T* x, const T* other, const T* c, const T* s, float sign, T* out, int64_t dim) {
   int64_t i = 0;
   for (; i + kLanes <= dim; i += kLanes) store(out + i, load(x + i) * load(c + i) + load(other + i) * (load(s + i) * sign));
-  const int64_t n = dim - i;
-  if (n == 0) return;
-  const vf turned = load_part(other + i, n, 0.0f) * (load_part(s + i, n, 0.0f) * sign);
-  store_part(out + i, load_part(x + i, n, 0.0f) * load_part(c + i, n, 0.0f) + turned, n);
+  for (; i < dim; ++i) from_float(out + i, to_float(x[i]) * to_float(c[i]) + to_float(other[i]) * (to_float(s[i]) * sign));
 }
 
 template <typename T>
