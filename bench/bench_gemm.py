@@ -55,11 +55,11 @@ def sides_of(module, kind, x, weight, grad):
         return {"fastalign": lambda: gemm_native.product(module, grad, weight), "torch": lambda: torch.mm(grad, weight)}
     if kind == "weight gradient":
         return {"fastalign": lambda: gemm_native.product(module, grad.t(), x), "torch": lambda: torch.mm(grad.t(), x)}
-    packed = gemm_native.pack(module, weight)
+    from_packed = gemm_native.product_with(module, gemm_native.pack(module, weight), len(weight), weight.dtype)
     sides = {
         "fastalign": lambda: gemm_native.multiply(module, x, weight),
         "torch": lambda: F.linear(x, weight),
-        "packed": lambda: gemm_native.multiply_packed(module, x, packed, len(weight)),
+        "packed": lambda: from_packed(x, None),
     }
     if x.dtype == torch.float32:
         sides["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -53,10 +53,10 @@ def test_gemm_packed_has_the_dense_bits_whatever_the_threads(isa, dtype):
         torch.set_num_threads(threads)
         assert torch.equal(gemm_native.multiply(module, x, w, b), dense)
         for rows in (1, 2, 5, 64):
-            assert torch.equal(gemm_native.multiply_packed(module, x[:rows], packed, 333, b), dense[:rows])
-        assert torch.equal(gemm_native.multiply_packed(module, x.view(10, 13, 700), packed, 333, b).view(130, 333), dense)
+            assert torch.equal(gemm_native.product_with(module, packed, 333, dtype)(x[:rows], b), dense[:rows])
+        assert torch.equal(gemm_native.product_with(module, packed, 333, dtype)(x.view(10, 13, 700), b).view(130, 333), dense)
     with pytest.raises(ValueError, match="gemm: packed: expected"):
-        gemm_native.multiply_packed(module, x, packed, 999, b)
+        gemm_native.product_with(module, packed, 999, dtype)(x, b)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (130, 129), (3, 9000)])
@@ -163,7 +163,7 @@ def test_bf16_results_are_fp32_ones_rounded_once_and_a_rows_bits_are_its_own(isa
         assert torch.equal(got, sums.bfloat16()), "one rounding"
     assert torch.equal(gemm_native.product(module, a[1:3], b, bias), got[1:3])
     packed = gemm_native.pack(module, b.t().contiguous())
-    assert torch.equal(gemm_native.multiply_packed(module, a, packed, columns, bias), got)
+    assert torch.equal(gemm_native.product_with(module, packed, columns, a.dtype)(a, bias), got)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 300])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastalign.ops import gemm, head_gradient, reference
+from fastalign.ops import gemm, gemm_wide, head_gradient, reference
 from fastalign.ops.backend import load_native, use_backend
 from fastalign.ops.linear_chunks import RowGrads, Rows, dlogits_
 from fastalign.ops.linear_cross_entropy import linear_cross_entropy
@@ -172,8 +172,8 @@ def test_wide_product_indexes_beyond_two_to_the_31():
     x, w = torch.randn(16, 6).bfloat16(), torch.randn(70, 6).bfloat16()
     stride = 2**28 + 8  # 16 rows: the last one begins past 2³¹ elements
     out = torch.empty(15 * stride + 70, dtype=torch.float32).as_strided((16, 70), (stride, 1))
-    gemm.wide_product(x, w, None, out)
-    assert torch.equal(out[15], gemm.wide_product(x, w)[15])
+    gemm_wide.wide_product(x, w, None, out)
+    assert torch.equal(out[15], gemm_wide.wide_product(x, w)[15])
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 3), (8, 48, 2), (17, 97, 31), (70, 1003, 48), (33, 100, 65), (1030, 70, 50), (65, 130, 97)])
@@ -185,13 +185,13 @@ def test_wide_product_is_as_exact_as_an_fp32_product(isa, shape, biased):
     exact = F.linear(x.double(), w.double(), None if bias is None else bias.double())
     plain = F.linear(x.float(), w.float(), None if bias is None else bias.float())
     out = torch.full((rows + 1, vocab + 3), math.nan)[:rows, :vocab]
-    found = gemm.wide_product(x, w, bias, out)
+    found = gemm_wide.wide_product(x, w, bias, out)
     assert found is out
     assert relative(found, exact) <= relative(plain, exact) + 2e-7
     assert out._base[rows].isnan().all()
     assert out._base[:, vocab:].isnan().all()
     with use_backend("reference"):
-        assert relative(gemm.wide_product(x, w, bias), exact) <= relative(plain, exact) + 2e-7
+        assert relative(gemm_wide.wide_product(x, w, bias), exact) <= relative(plain, exact) + 2e-7
 
 
 @native
@@ -210,9 +210,9 @@ def test_product_is_added_to_fp32_sums(isa, shape, first):
 @native
 def test_wide_product_of_a_row_has_its_bits_in_any_batch(isa):
     x, w = torch.randn(70, 131).bfloat16(), torch.randn(200, 131).bfloat16()
-    whole = gemm.wide_product(x, w)
+    whole = gemm_wide.wide_product(x, w)
     for first, last in [(0, gemm.MIN_ROWS), (3, 20), (40, 70)]:
-        assert torch.equal(gemm.wide_product(x[first:last], w), whole[first:last])
+        assert torch.equal(gemm_wide.wide_product(x[first:last], w), whole[first:last])
 
 
 @native
@@ -220,7 +220,7 @@ def test_products_leave_those_of_torch_alone(isa):
     """The tiles' configuration is a thread's: oneDNN's kernels find theirs again."""
     x, w, total = torch.randn(64, 96).bfloat16(), torch.randn(80, 96).bfloat16(), torch.zeros(96, 96)
     before = F.linear(x, w)
-    gemm.wide_product(x, w)
+    gemm_wide.wide_product(x, w)
     load_native()[0].bf16_product_columns(x, x, total, 1.0, True)
     assert torch.equal(F.linear(x, w), before)
 
@@ -229,7 +229,7 @@ def test_product_skips_no_nan(isa):
     """A row's NaN reaches that row's logits and no other's, also where the width is odd and pairs cross rows."""
     x, w = torch.randn(20, 7).bfloat16(), torch.randn(50, 7).bfloat16()
     x[3, 6] = math.nan
-    found = gemm.wide_product(x, w)
+    found = gemm_wide.wide_product(x, w)
     assert found[3].isnan().all()
     assert found[[i for i in range(20) if i != 3]].isfinite().all()
 

@@ -143,8 +143,7 @@ def _attention(module: nn.Module) -> type:
         theirs = forward.__globals__[ROPE]
 
         def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            whole = q.dim() == 4 and cos.shape in ((q.shape[0], *q.shape[2:]), (1, *q.shape[2:]))  # a part of the head may be rotated alone
-            if args or kwargs or not whole:
+            if args or kwargs or cos.dim() != 3 or cos.shape[-1] != q.shape[-1]:  # a part of the head may be rotated alone
                 return theirs(q, k, cos, sin, *args, **kwargs)
             return rope(q, cos, sin), rope(k, cos, sin)
 

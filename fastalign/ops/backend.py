@@ -165,13 +165,16 @@ def native_for(op: str, *tensors: Tensor) -> ModuleType | None:
 
     None sends the call to the reference, which says what is wrong with unusual operands.
     """
-    first = tensors[0]
-    if first.dtype not in (torch.float32, torch.bfloat16) or is_traced() or torch.is_autocast_enabled("cpu"):
+    dtype = tensors[0].dtype
+    if (dtype is not torch.float32 and dtype is not torch.bfloat16) or is_traced() or torch.is_autocast_enabled("cpu"):
         return None
     for x in tensors:
-        if type(x) not in PLAIN or x.dtype != first.dtype or x.device.type != "cpu" or x.layout != torch.strided:
+        if type(x) not in PLAIN or x.dtype is not dtype or not x.is_cpu or x.layout is not torch.strided:
             return None
-    return load_native()[0] if backend_for(op, "cpu") == "native" else None
+    if _forced is not None and _forced != "native":
+        return None
+    module = native()
+    return module if module is not None and op in module.ops else None
 
 
 def wants_gradient(*tensors: Tensor) -> bool:

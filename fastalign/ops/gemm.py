@@ -1,4 +1,4 @@
-"""Products that `F.linear` does not give: fp32 through oneDNN on the CPU, weights packed once, fp32 results of 16-bit operands.
+"""Products that `F.linear` does not give: fp32 through oneDNN on the CPU, weights packed once. `gemm_wide`: fp32 results of 16 bits.
 
 A row of x · weightᵀ + bias has the same bits in any batch of `MIN_ROWS` rows or more.
 
@@ -13,10 +13,9 @@ bf16 does. Everything else goes to `F.linear`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastalign.ops import gemm_native
-from fastalign.ops.backend import PLAIN, backend_for, is_traced, load_native
+from fastalign.ops.backend import PLAIN, is_traced, load_native
 from fastalign.ops.gemm_native import native_products
 from fastalign.ops.int8 import QuantizedWeights
 
@@ -45,7 +44,7 @@ class PackedWeights:
 
     def __init__(self, quantization: str | None = None) -> None:
         self._quantized = None if quantization is None else QuantizedWeights()
-        self._kept: dict[int, tuple[Tensor, int, Tensor | None]] = {}  # id of a weight → (it, its version, its packed form)
+        self._kept: dict[int, Packed] = {}  # by the weight's id
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -63,24 +62,44 @@ class PackedWeights:
         if self._quantized is not None:
             self._quantized.clear()
 
-    def known(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The packed form of a weight that has multiplied such an `x` before; None sends the call past all the checks."""
+    def known(self, x: Tensor, weight: Tensor) -> Product | None:
+        """The product with a weight that has multiplied such an `x` before; None sends the call past all the checks."""
         kept = self._kept.get(id(weight))
-        if kept is None or kept[0] is not weight or kept[1] != _version(weight) or torch.is_grad_enabled() or not x.numel():
+        if kept is None or not kept.holds(weight) or torch.is_grad_enabled() or type(x) is not Tensor or not x.numel():
             return None
-        fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and type(x) is Tensor and not torch.is_autocast_enabled("cpu")
-        return kept[2] if fits and x.device == weight.device else None
+        fits = x.dtype is kept.dtype and x.shape[-1] == kept.width and x.is_cpu and not torch.is_autocast_enabled("cpu")
+        return kept.product if fits else None
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The packed form of weight [N, K]; None where its products would have other bits than the dense one's."""
         kept = self._kept.get(id(weight))
-        if kept is None or kept[0] is not weight or kept[1] != _version(weight):
-            kept = self._kept[id(weight)] = (weight, _version(weight), _pack(weight.detach()))
-        return kept[2]
+        if kept is None or not kept.holds(weight):
+            kept = self._kept[id(weight)] = Packed(weight)
+        return kept.form
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+Product = Callable[[Tensor, Tensor | None], Tensor]  # x [..., K], bias [N] or None → [..., N]
+
+
+class Packed:
+    """A weight [N, K] with its packed form, as they were when it was made. A decode step asks 36 times a token: slots, no dict.
+
+    Attributes:
+        form: None: the dense weight is multiplied.
+        product: x · weightᵀ + bias from the packed form; None without one.
+    """
+
+    __slots__ = ("_version", "_weight", "dtype", "form", "product", "width")
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._version = weight, None if weight.is_inference() else weight._version
+        self.dtype, self.width = weight.dtype, weight.shape[1]
+        self.form = _pack(weight.detach())
+        self.product = None if self.form is None or not weight.is_cpu else _product_with(self.form, weight.shape[0], weight.dtype)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the weight, unchanged."""
+        return self._weight is weight and (self._version is None or self._version == weight._version)
 
 
 _packing: ContextVar[PackedWeights | None] = ContextVar("fastalign_packing", default=None)
@@ -107,7 +126,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N], as `torch.nn.functional.linear`."""
     packs = _packing.get()
     if packs is not None and (known := packs.known(x, weight)) is not None:
-        return _multiply(x, known, weight, bias)
+        return known(x, bias)
     if not has_route(x, weight, bias):
         packed = packed_product(x, weight, bias)
         return F.linear(x, weight, bias) if packed is None else packed
@@ -132,12 +151,23 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _multiply(x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if packed is not None and packed.dim() == 3:  # by `gemm_native.pack`
-        return gemm_native.multiply_packed(load_native()[0], x, packed, weight.shape[0], bias)  # type: ignore[arg-type]
+    if packed is not None:
+        return _product_with(packed, weight.shape[0], weight.dtype)(x, bias)
     module = native_products(x.dtype)
     if module is not None:
         return gemm_native.multiply(module, x, weight, bias)
-    weight = weight if packed is None else packed
+    return _onednn(x, weight, bias)
+
+
+def _product_with(packed: Tensor, out: int, dtype: torch.dtype) -> Product:
+    """The product with a packed weight of `out` rows."""
+    if packed.dim() == 3:  # by `gemm_native.pack`
+        return gemm_native.product_with(load_native()[0], packed, out, dtype)  # type: ignore[arg-type]
+    return lambda x, bias: _onednn(x, packed, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By oneDNN; weight dense or in its own layout."""
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
@@ -173,77 +203,6 @@ def _packs_exactly(weight: Tensor, packed: Tensor) -> bool:
     return all(
         torch.equal(_multiply(x[:rows], packed, weight, None), whole[:rows]) for rows in {MIN_ROWS, min(17, most), min(257, most), most}
     )
-
-
-WIDE_BLOCK_BYTES = 1 << 20  # of the head, widened at a time: it stays in cache for its GEMM
-
-
-def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x [N, K] · weight [V, K]ᵀ + bias [V] of 16-bit operands → [N, V] fp32: the sums themselves, not rounded to 16 bits.
-
-    A GPU's GEMM writes them. On the CPU torch's cannot; ours does in bf16, elsewhere blocks of the weight are widened for an fp32
-    GEMM. Measured on one core of an AMD EPYC with AVX-512, [512, 896] · [18992, 896]ᵀ: torch's bf16 GEMM 86 ms, ours 90 with
-    vdpbf16ps and 228 with AVX2, widened blocks 185, the whole weight widened 236.
-    """
-    out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32) if out is None else out
-    bias = None if bias is None else bias.float()
-    if x.is_cuda:
-        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
-        return out if bias is None else out.add_(bias)
-    module = native_products(torch.bfloat16)
-    if module is not None and x.dtype == weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        gemm_native.add_(module, out, x, weight.t(), bias=bias, first=True)
-        return out
-    module = _native_bf16(x, weight)
-    if module is not None and module.isa() != "baseline" and x.numel():
-        even = F.pad(x, (0, x.shape[1] % 2)).contiguous()  # the kernel reads pairs
-        module.bf16_product_rows(even, weight, x.new_empty(0, dtype=torch.float32) if bias is None else bias, out)
-        return out
-    wide = x.float()
-    block = max(64, WIDE_BLOCK_BYTES // (4 * max(1, x.shape[1])))
-    with torch.autocast("cpu", enabled=False):  # it would narrow them again
-        for v in range(0, weight.shape[0], block):
-            out[:, v : v + block] = linear(wide, weight[v : v + block].float(), None if bias is None else bias[v : v + block])
-    return out
-
-
-def add_natively(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, first: bool) -> bool:
-    """total [M, N] (+)= alpha · a [K, M]ᵀ · b [K, N] in bf16 as one kernel; False, and nothing done, where torch's GEMM is faster.
-
-    torch rounds the product to bf16 and adds it in a second pass. Measured as above, K=512 M=75968 N=896: torch's GEMM alone
-    358 ms, with the sums in blocks 405, this 348. On 2 cores of an Intel Xeon with AMX, K=512 M=151936 N=896: torch's GEMM, which
-    writes bf16, 123 ms, this 101.
-    """
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16 or total.device.type != "cpu":
-        return False
-    module = native_products(torch.bfloat16)
-    if module is not None and total.dtype == torch.float32:
-        gemm_native.add_(module, total, a.t(), b, alpha=alpha, first=first)
-        return True
-    if module is not None and first and total.dtype == torch.bfloat16:
-        gemm_native.store_(module, total, a.t(), b, alpha=alpha)
-        return True
-    module = _native_bf16(a, b)
-    if module is None or not module.has_bf16_dot() or total.dtype != torch.float32 or total.stride(1) != 1:
-        return False
-    module.bf16_product_columns(a, b, total, alpha, not first)
-    return True
-
-
-def add_widened_(total: Tensor, part: Tensor, alpha: float) -> None:
-    """total += alpha · part, fp32 += bf16 on the CPU, both contiguous; torch would write a fp32 copy of the part and read it back."""
-    module = load_native()[0]
-    if module is None or part.dtype != torch.bfloat16 or total.device.type != "cpu" or backend_for("gemm", "cpu") != "native":
-        total.add_(part, alpha=alpha)
-    else:
-        module.add_widened(total, part, alpha)
-
-
-def _native_bf16(a: Tensor, b: Tensor) -> ModuleType | None:
-    """The native module, if these operands are for its bf16 products."""
-    plain = a.dtype == b.dtype == torch.bfloat16 and a.device.type == b.device.type == "cpu"
-    fits = plain and a.stride(1) == b.stride(1) == 1 and backend_for("linear_logp", "cpu") == "native"
-    return load_native()[0] if fits else None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ bench/bench_gemm.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -41,12 +42,22 @@ def multiply(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None 
     return product(module, x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def multiply_packed(module: ModuleType, x: Tensor, packed: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
-    """The same from the packed form of a weight of `out` rows; the call of every layer of a decode step."""
-    dtype = torch.bfloat16 if _rounds(module, x.dtype, x.shape[-1]) else torch.float32
-    result = torch.empty(*x.shape[:-1], out, dtype=dtype)
-    module.gemm_packed(x.contiguous(), packed, _NONE if bias is None else bias.float(), result)
-    return result if x.dtype == dtype else result.to(x.dtype)
+def product_with(module: ModuleType, packed: Tensor, out: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """(x, bias) → x · weightᵀ + bias from the packed form of a weight of `out` rows and this dtype: what a decode step's layers call."""
+    gemm_packed, empty = module.gemm_packed, torch.empty
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        result = empty((*x.shape[:-1], out))
+        gemm_packed(x.contiguous(), packed, _NONE if bias is None else bias.float(), result)
+        return result
+
+    def multiply_16(x: Tensor, bias: Tensor | None) -> Tensor:
+        rounds = _rounds(module, dtype, x.shape[-1])
+        result = empty((*x.shape[:-1], out), dtype=dtype if rounds else torch.float32)
+        gemm_packed(x.contiguous(), packed, _NONE if bias is None else bias.float(), result)
+        return result if rounds else result.to(dtype)
+
+    return multiply if dtype == torch.float32 else multiply_16
 
 
 def product(module: ModuleType, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fastalign.ops.gemm import add_natively, add_widened_
+from fastalign.ops.gemm_wide import add_natively, add_widened_
 from fastalign.ops.linear_head import MIN_GEMM_ROWS, give, take
 
 BLOCK_BYTES = 4 << 20  # a block of a 16-bit product that stays in cache until it is added

@@ -1,7 +1,7 @@
 """What every op on hidden × head shares: input checks, the logits GEMM, chunk sizes, the buffers that outlive a call.
 
 Numerics. The logits have the dtype of the GEMM: a bf16 GEMM rounds them to bf16 (up to 0.06 nats at logp ≈ −14), unless
-`head_dtype=torch.float32` asks for its fp32 sums (`gemm.wide_product`); everything after them (log-sum-exp, logp, entropy,
+`head_dtype=torch.float32` asks for its fp32 sums (`gemm_wide.wide_product`); everything after them (log-sum-exp, logp, entropy,
 losses) is fp32. The head gradient is summed in fp32.
 In fp32 and bf16 a row's logits depend on that row alone, bit for bit: torch's GEMMs of fewer than 16 rows are padded to 16, oneDNN's
 of one row to 2. On an AVX-512 CPU the fp32 result was measured to depend on the number of rows below 2 (oneDNN, see `gemm`) or
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.ops.gemm import MIN_ROWS, has_route, packed_product, product, wide_product
+from fastalign.ops.gemm import MIN_ROWS, has_route, packed_product, product
+from fastalign.ops.gemm_wide import wide_product
 from fastalign.ops.logits import check_scales
 
 MIN_GEMM_ROWS = 16

@@ -31,9 +31,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Raises:
         ValueError: the weight does not fit.
     """
-    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
-        raise ValueError(f"rms_norm: expected x [..., H] and weight [H], got {list(x.shape)} and {list(weight.shape)}")
-    module = native_for("rms_norm", x, weight) if len(weight) else None
+    shape = weight.shape
+    if len(shape) != 1 or x.shape[-1:] != shape:
+        raise ValueError(f"rms_norm: expected x [..., H] and weight [H], got {list(x.shape)} and {list(shape)}")
+    module = native_for("rms_norm", x, weight) if shape[0] else None
     if module is None:
         return _reference(x, weight, eps)
     if wants_gradient(x, weight):

@@ -28,7 +28,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if x.dim() != 4 or x.shape[3] % 2 or cos.shape != sin.shape or cos.shape not in ((x.shape[0], *x.shape[2:]), (1, *x.shape[2:])):
+    shape, angles = x.shape, cos.shape
+    fits = len(shape) == 4 and len(angles) == 3 and angles[1:] == shape[2:] and angles[0] in (1, shape[0]) and angles == sin.shape
+    if not fits or shape[3] % 2:
         got = f"{list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}"
         raise ValueError(f"rope: expected x [B, H, L, D] with an even D, cos and sin [B or 1, L, D], got {got}")
     module = None if wants_gradient(cos, sin) else native_for("rope", x, cos, sin)
