@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tool_task
+from bench.learn_reward import answer_reward_model
 from bench.learn_setting import REWARD, Row, Setting, accuracies, optimizer
 from fastalign.recipes import arithmetic
 from fastalign.recipes.arguments import (
@@ -57,6 +58,16 @@ def actor_critic(algorithm: str, learning_rate: float = 1.5e-4, *, warmup: int =
     return learn
 
 
+def on_reward_model(setting: Setting) -> Row:
+    """PPO that never sees a sum checked: a reward model of answers scores it. Without a dear KL it learns to please the model."""
+    from fastalign.recipes.ppo import run
+
+    args = _arguments(setting, "ppo", "ppo", 1.5e-4, beta=0.5, reward=[str(answer_reward_model(setting))])
+    args = replace(args, run=replace(args.run, output_dir=str(setting.root / "ppo-reward-model")))
+    run(replace(args, ppo=PPOArguments(critic_learning_rate=5e-4)))
+    return accuracies(setting, setting.root / "ppo-reward-model")
+
+
 def tools(setting: Setting) -> Row:
     """GRPO with a calculator on sums of three digits, from a cold start of its own that seldom calls it."""
     from fastalign.recipes import online as recipe
@@ -88,5 +99,6 @@ ONLINE: dict[str, Callable[[Setting], Row]] = {
     "nash_md": online("nash_md", beta=0.008),
     "ppo": actor_critic("ppo"),
     "vapo": actor_critic("vapo", warmup=10, alpha=2.5),  # of four tokens; the row's is for thousands, lambda would be 0
+    "ppo-reward-model": on_reward_model,
     "tools": tools,
 }

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import learn, learn_offline, learn_online, learn_setting
+from bench import learn, learn_offline, learn_online, learn_reward, learn_setting
 from fastalign.recipes import demo
 
 
@@ -38,8 +38,8 @@ def always(completions, **_):
 )
 def test_learn_method_gives_its_figures(setting, monkeypatch, method):
     plan = learn_setting.optimizer
-    for rows in (learn_offline, learn_online):
-        monkeypatch.setattr(rows, "REWARD", f"{__file__}:always")
+    for rows in (learn_offline, learn_online, learn_reward):
+        monkeypatch.setattr(rows, "REWARD", f"{__file__}:always", raising=False)
         monkeypatch.setattr(rows, "optimizer", lambda learning_rate, steps: plan(learning_rate, 12 if steps == learn_online.STEPS else 4))
     monkeypatch.setattr(learn_online, "COMPLETIONS", 16)
     row = learn.METHODS[method](setting)
