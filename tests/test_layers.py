@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastalign.models.attention import use_fastalign_attention
 from fastalign.models.fused_layers import use_fused_layers
-from fastalign.ops.backend import load_native, use_backend
+from fastalign.ops.backend import announce, load_native, use_backend
 from fastalign.ops.rms_norm import rms_norm
 from fastalign.ops.rope import rope
 from fastalign.ops.swiglu import swiglu
@@ -153,6 +153,14 @@ def test_layers_refuse_a_second_derivative(isa, name):
     (first,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(first.sum(), leaves[:1])
+
+
+def test_layers_say_that_a_dtype_has_no_kernel():
+    if load_native()[0] is None:
+        pytest.skip("the native module is not built")
+    announce.cache_clear()
+    with pytest.warns(UserWarning, match="swiglu: the native kernel on cpu does not read torch.float16"):
+        swiglu(torch.ones(3).half(), torch.ones(3).half())
 
 
 def test_layers_swiglu_at_the_ends():

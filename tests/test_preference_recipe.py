@@ -126,6 +126,8 @@ def test_soft_labels_are_read_or_refused(task, tmp_path):
     data["dataset_name"] = soft
     with pytest.raises(ValueError, match="--dataset_map probability="):
         preference.run(arguments(task, tmp_path / "b", data=data, preference={"loss": ["ipo"]}))
+    with pytest.raises(ValueError, match="--dataset_map probability="):  # a part that has no soft labels
+        preference.run(arguments(task, tmp_path / "b", data=data, preference={"loss": ["dpo", "slic"]}))
     with pytest.raises(ValueError, match="takes the place of --label_smoothing"):
         preference.run(arguments(task, tmp_path / "c", data=data, preference={"label_smoothing": 0.1}))
 

@@ -50,7 +50,7 @@ void forward(const RmsNorm<T>& of, T* out) {
   }
 }
 
-// One row; dw is added to `partial` where that is not null. dx has a loop of its own: beside the other the compiler contracts it otherwise.
+// One row; dw is added to `partial` where that is not null. dx has a loop of its own: its bits are the same with and without dw.
 template <typename T>
 void backward_row(const RmsNorm<T>& of, const T* x, const T* grad, T* dx, float* partial) {
   vf squares{}, products{};

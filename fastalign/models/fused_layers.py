@@ -28,22 +28,21 @@ def use_fused_layers(model: nn.Module) -> None:
     """
     with torch.no_grad():
         for module in model.modules():
-            fused = next((make(module) for fits, make in _LAYERS if fits(module)), None) if type(module) not in _made else None
+            if type(module) in _classes.values():
+                continue  # it is one already
+            fused = next((make(module) for fits, make in _LAYERS if fits(module)), None)
             if fused is not None:
                 module.__class__ = fused
 
 
-def _known(kind: type, name: str, make: Callable[[type], dict[str, Any]]) -> type:
+def _known(kind: type, make: Callable[[type], dict[str, Any]]) -> type:
     """The subclass of `kind` with what `make` gives; made once."""
-    key = (kind, name)
-    if key not in _classes:
-        _classes[key] = type(f"Fused{kind.__name__}", (kind,), {"__module__": kind.__module__, **make(kind)})
-        _made.add(_classes[key])
-    return _classes[key]
+    if kind not in _classes:
+        _classes[kind] = type(f"Fused{kind.__name__}", (kind,), {"__module__": kind.__module__, **make(kind)})
+    return _classes[kind]
 
 
-_classes: dict[tuple[type, str], type] = {}
-_made: set[type] = set()
+_classes: dict[type, type] = {}
 _looks: dict[tuple[Any, ...], bool] = {}  # what was compared → whether it agreed
 
 
@@ -92,7 +91,7 @@ def _norm(module: nn.Module) -> type:
 
         return {"forward": forward}
 
-    return _known(type(module), "norm", make)
+    return _known(type(module), make)
 
 
 def _fits_mlp(module: nn.Module) -> bool:
@@ -115,7 +114,7 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _mlp(module: nn.Module) -> type:
-    return _known(type(module), "mlp", lambda kind: {"forward": _mlp_forward})
+    return _known(type(module), lambda kind: {"forward": _mlp_forward})
 
 
 def _fits_attention(module: nn.Module) -> bool:
@@ -151,7 +150,7 @@ def _attention(module: nn.Module) -> type:
         copy.__kwdefaults__, copy.__annotations__, copy.__doc__ = forward.__kwdefaults__, forward.__annotations__, forward.__doc__
         return {"forward": copy}
 
-    return _known(type(module), "attention", make)
+    return _known(type(module), make)
 
 
 _LAYERS = ((_fits_norm, _norm), (_fits_mlp, _mlp), (_fits_attention, _attention))

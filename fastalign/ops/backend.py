@@ -166,7 +166,11 @@ def native_for(op: str, *tensors: Tensor) -> ModuleType | None:
     None sends the call to the reference, which says what is wrong with unusual operands.
     """
     dtype = tensors[0].dtype
-    if (dtype is not torch.float32 and dtype is not torch.bfloat16) or is_traced() or torch.is_autocast_enabled("cpu"):
+    if is_traced() or torch.is_autocast_enabled("cpu"):
+        return None
+    if dtype is not torch.float32 and dtype is not torch.bfloat16:
+        if dtype is not torch.float64 and tensors[0].is_cpu:  # fp64 is the reference's own
+            announce(f"{op}: the native kernel on cpu does not read {dtype}; cast to float32 or bfloat16 for it")
         return None
     for x in tensors:
         if type(x) not in PLAIN or x.dtype is not dtype or not x.is_cpu or x.layout is not torch.strided:

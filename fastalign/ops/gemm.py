@@ -82,7 +82,7 @@ Product = Callable[[Tensor, Tensor | None], Tensor]  # x [..., K], bias [N] or N
 
 
 class Packed:
-    """A weight [N, K] with its packed form, as they were when it was made. A decode step asks 36 times a token: slots, no dict.
+    """A weight [N, K] with its packed form, as they were when it was made; every linear of a decode step asks for one.
 
     Attributes:
         form: None: the dense weight is multiplied.

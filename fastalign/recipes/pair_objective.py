@@ -101,7 +101,8 @@ class PairObjective:
     @property
     def reads_probability(self) -> bool:
         """Whether each row does that compares the completions, and none has a label_smoothing of its own."""
-        rows = [term for term in self.terms if "beta" in term.row.options]
+        plans = [pair_plan(term.name, term.options, "reverse_kl", 0.5) for term in self.terms]
+        rows = [term for term, plan in zip(self.terms, plans, strict=True) if plan.formula.name != "none"]
         return bool(rows) and all(term.row.soft and "label_smoothing" not in term.options for term in rows)
 
     @property
