@@ -20,8 +20,8 @@ from fastalign.recipes.arguments import (
     UnpairedArguments,
 )
 
-REWARD_STEPS = 400  # of reward models
-PROBLEMS = 192  # a step of a reward model, whatever it is told of each
+REWARD_STEPS = 800  # of reward models
+PROBLEMS = 96  # a step of a reward model, whatever it is told of each
 DRAWS = 4  # how often each training problem gets other wrong answers
 
 
@@ -131,7 +131,7 @@ def process(setting: Setting) -> Row:
     from fastalign.recipes.reward import run
 
     files = [write_steps(setting, part) for part in ("train", "heldout")]
-    args = setting.arguments("reward", "process", files[0], 256, optim=optimizer(1e-3, 2 * REWARD_STEPS))
+    args = setting.arguments("reward", "process", files[0], 128, optim=optimizer(1e-3, 2 * REWARD_STEPS))
     reward = RewardArguments(loss="process", step_separator="=")
     summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=reward))
     return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out steps judged rightly"}
