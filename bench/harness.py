@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import gc
 import importlib.util
 import json
@@ -94,6 +95,17 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 _FLUSH_BYTES = 128 << 20  # more than the last-level cache
 _flush: list[torch.Tensor] = []
+
+
+@functools.cache
+def products_are_emulated(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies this 16-bit dtype on the CPU without instructions for it: 50 times as slow as fp32, minutes a side."""
+    if dtype == torch.float32:
+        return False
+    x, y = torch.ones(128, 1024), torch.ones(1024, 512)
+    narrow_x, narrow_y = x.to(dtype), y.to(dtype)
+    plain = min(timed(lambda: x @ y) for _ in range(3))
+    return min(timed(lambda: narrow_x @ narrow_y) for _ in range(3)) > 8 * plain
 
 
 def flush_caches() -> None:

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "exchange.h"
 
 namespace py = pybind11;
 
@@ -85,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(fa::kNames[static_cast<int>(fa::isa())]); }, "The CPU instruction set in use.");
   m.def("isas", &fa::isas, "The instruction sets that this machine has, the widest last.");
   m.def("set_isa", &fa::set_isa, py::arg("name"), "Use a narrower instruction set than the machine has (tests).");
+  m.def("read_by_table", &fa::exchange::use, py::arg("types"), py::arg("capsule"),
+        "Read tensors of these types by torch's table of C functions; None: by their attributes. Whether the table is of a known layout.");
   py::list ops, cuda_ops;  // what this build has, by the stem of the source
 #ifdef HAS_linear_logp
   fa::bind_linear_logp(m);

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastalign.ops.linear_loss import units_of
 from fastalign.ops.preference import Sequences, pair_losses, single_losses
+from fastalign.ops.preference_native import fits
 from fastalign.ops.preference_reference import Side, sums_of
 
 from .checks import check_read, count, expect, pair_plan, reference_form, single_plan
@@ -57,11 +58,14 @@ def preference_loss(
             has none.
         RuntimeError: on a second differentiation (native backend).
     """
-    num_pairs = count("preference_loss", logp, cu_targets, 2)
-    ref, per_token = reference_form("preference_loss", ref_logp, logp.shape[0], cu_targets, 2)
-    for name, given in (("margin", margin), ("weight", weight)):
-        expect("preference_loss", name, given, num_pairs)
-    sequences = Sequences(cu_targets, ref, per_token, weight, margin, float(ld_alpha))
+    form = fits(logp, cu_targets, ref_logp, margin, weight, 2)
+    ref, per_token = ref_logp, form == 2
+    if not form:
+        num_pairs = count("preference_loss", logp, cu_targets, 2)
+        ref, per_token = reference_form("preference_loss", ref_logp, logp.shape[0], cu_targets, 2)
+        for name, given in (("margin", margin), ("weight", weight)):
+            expect("preference_loss", name, given, num_pairs)
+    sequences = Sequences(cu_targets, ref, per_token, weight, margin, float(ld_alpha), bool(form))
     return _paired(logp, sequences, loss, options, divergence, divergence_alpha)
 
 
@@ -107,14 +111,16 @@ def unpaired_loss(
         ValueError: shapes or dtypes do not fit, an unknown name, an option out of range.
         RuntimeError: on a second differentiation (native backend).
     """
-    num = count("unpaired_loss", logp, cu_targets, 1)
+    form = fits(logp, cu_targets, ref_logp, None, weight, 1)
+    num = cu_targets.shape[0] - 1 if form else count("unpaired_loss", logp, cu_targets, 1)
     _, formula, equation = single_plan(loss, options)
-    ref, per_token = reference_form("unpaired_loss", ref_logp, logp.shape[0], cu_targets, 1)
+    ref, per_token = (ref_logp, form == 2) if form else reference_form("unpaired_loss", ref_logp, logp.shape[0], cu_targets, 1)
     if labels.dtype != torch.bool:
         raise ValueError(f"unpaired_loss: labels must be bool [{num}], got {labels.dtype} {list(labels.shape)}")
     for name, given in (("labels", labels), ("weight", weight)):
         expect("unpaired_loss", name, given, num)
-    losses, numbers = single_losses(logp, Sequences(cu_targets, ref, per_token, weight), labels.to(logp.device), formula, equation)
+    sequences = Sequences(cu_targets, ref, per_token, weight, fits=bool(form))
+    losses, numbers = single_losses(logp, sequences, labels.to(logp.device), formula, equation)
     rewards, logps = numbers.unbind()
     return losses, {"rewards": rewards, "logps": logps}
 

@@ -26,7 +26,9 @@ _forced: str | None = None
 def load_native() -> tuple[ModuleType | None, str]:
     """The native module, or None and the reason why it cannot be used. Announces a missing module once."""
     try:
-        return importlib.import_module("fastalign._C"), ""
+        module = importlib.import_module("fastalign._C")
+        module.read_by_table((torch.Tensor, torch.nn.Parameter), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+        return module, ""
     except ModuleNotFoundError as error:
         if error.name != "fastalign._C":
             raise

@@ -66,6 +66,7 @@ class Sequences(NamedTuple):
         weight: [B] or None: 1.
         margin: [B] or None: 0 (pairs).
         tail: what a token past the length of its pair's shorter completion counts (pairs).
+        fits: the native kernels on the CPU take all of these as they are (`preference_native.fits`); False: not known.
     """
 
     cu_targets: Tensor
@@ -74,6 +75,7 @@ class Sequences(NamedTuple):
     weight: Tensor | None = None
     margin: Tensor | None = None
     tail: float = 1.0
+    fits: bool = False
 
 
 def pair_losses(logp: Tensor, sequences: Sequences, formula: Formula, equation: Callable[[Side, Side], Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,31 +91,25 @@ def pair_losses(logp: Tensor, sequences: Sequences, formula: Formula, equation: 
         [B] losses, differentiable in logp once, and [6, B] detached: rewards of chosen and rejected, their margin, whether it is > 0,
         log-probs of chosen and rejected. Sums and formulas in fp64, rounded to logp's dtype.
     """
+    cu, ref, per_token, weight, margin, tail, ready = sequences
+    if ready and formula.name != "torch":
+        return pairs(logp, cu, ref, margin, weight, per_token, formula.name, formula.pair_numbers, tail)
     if formula.name == "torch" or not _runs_native(logp):
         cu = _offsets(sequences, logp, kernel=False)
         return reference.pair_losses(
             equation,
             logp,
-            sequences.ref_logp,
+            ref,
             cu,
-            sequences.margin,
-            sequences.weight,
-            ref_per_token=sequences.ref_per_token,
+            margin,
+            weight,
+            ref_per_token=per_token,
             beta=formula.beta,
             per_token=formula.per_token,
-            tail=sequences.tail,
+            tail=tail,
         )
-    given = _like(logp, sequences.ref_logp, sequences.margin, sequences.weight)
-    arguments = (
-        logp.contiguous(),
-        _offsets(sequences, logp, kernel=True),
-        *given,
-        sequences.ref_per_token,
-        formula.name,
-        formula.pair_numbers,
-        sequences.tail,
-    )
-    return pairs(*arguments)
+    cu = _offsets(sequences, logp, kernel=True)
+    return pairs(logp.contiguous(), cu, *_like(logp, ref, margin, weight), per_token, formula.name, formula.pair_numbers, tail)
 
 
 def single_losses(
@@ -124,22 +120,14 @@ def single_losses(
     Returns:
         [B] losses, differentiable in logp once, and [2, B] detached: rewards and log-probs.
     """
+    cu, ref, per_token, weight, _, _, ready = sequences
+    if ready and formula.name != "torch":
+        return singles(logp, cu, labels.contiguous(), ref, weight, per_token, formula.name, formula.single_numbers)
     if formula.name == "torch" or not _runs_native(logp):
         cu = _offsets(sequences, logp, kernel=False)
-        return reference.single_losses(
-            equation, logp, sequences.ref_logp, cu, labels, sequences.weight, ref_per_token=sequences.ref_per_token, beta=formula.beta
-        )
-    given = _like(logp, sequences.ref_logp, sequences.weight)
-    arguments = (
-        logp.contiguous(),
-        _offsets(sequences, logp, kernel=True),
-        labels.contiguous(),
-        *given,
-        sequences.ref_per_token,
-        formula.name,
-        formula.single_numbers,
-    )
-    return singles(*arguments)
+        return reference.single_losses(equation, logp, ref, cu, labels, weight, ref_per_token=per_token, beta=formula.beta)
+    cu = _offsets(sequences, logp, kernel=True)
+    return singles(logp.contiguous(), cu, labels.contiguous(), *_like(logp, ref, weight), per_token, formula.name, formula.single_numbers)
 
 
 @constant_when_compiled

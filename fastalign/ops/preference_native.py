@@ -11,8 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import load_native
+from .backend import load_native, native
 from .once import once
+
+
+def fits(logp: Tensor, cu_targets: Tensor, ref_logp: Tensor | None, margin: Tensor | None, weight: Tensor | None, unit: int) -> int:
+    """2 or 1: the native kernels on the CPU take these as they are, with a reference a token, or with sums or none; 0: they may not.
+
+    unit: sequences of a loss; margin and weight have a number of each.
+    """
+    module = None if torch.compiler.is_compiling() else native()
+    if module is None or not hasattr(module, "preference_fits"):
+        return 0
+    form: int = module.preference_fits(logp, cu_targets, ref_logp, margin, weight, unit)
+    return form
 
 
 def _call(name: str, like: Tensor, *arguments: Any) -> None:
