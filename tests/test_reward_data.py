@@ -110,6 +110,11 @@ def test_steps_are_read_at_their_separators(tokenizer):
         (ranking_examples, {"prompt": "1=", "chosen": "3"}, r"data.jsonl:2: expected column 'rejected'"),
         (ranking_examples, {"prompt": "1=", "completions": ["3"]}, r"data.jsonl:2: expected at least two answers"),
         (ranking_examples, {"prompt": "1=", "chosen": "3", "rejected": "4", "margin": "x"}, r"data.jsonl:2: expected a finite number"),
+        (
+            ranking_examples,
+            {"prompt": "1=", "chosen": "3", "rejected": "4", "probability": 2},
+            r"data.jsonl:2: expected a number from 0 to 1",
+        ),
         (ranking_examples, {"prompt": "1=", "chosen": "3", "rejected": "4" * 40}, r"data.jsonl:2: expected at most 20 tokens, got 44"),
         (
             ranking_examples,

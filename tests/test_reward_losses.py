@@ -35,15 +35,26 @@ def test_reward_rows_agree_with_the_catalogue():
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("with_margin", [False, True])
-def test_bradley_terry_is_the_mean_over_all_pairs_of_a_ranking(coefficient, with_margin):
+def test_bradley_terry_is_the_mean_over_all_pairs_of_a_ranking(coefficient, with_margin, soft):
     scores, cu = ranked()
     margin = torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0], dtype=torch.float64) if with_margin else None
-    got = bradley_terry(scores, cu, margin=margin, center_rewards_coefficient=coefficient)
+    probability = torch.tensor([0.7, 1.0, 0.5, 0.0, 0.9], dtype=torch.float64) if soft else None
+    got = bradley_terry(scores, cu, margin=margin, probability=probability, center_rewards_coefficient=coefficient)
     for p, rewards in enumerate(groups(scores, cu)):
-        m = 0.0 if margin is None else float(margin[p])
-        terms = [math.log1p(math.exp(-(w - l - m))) + coefficient * (w + l) ** 2 for w, l in combinations(rewards, 2)]
+        m, sure = 0.0 if margin is None else float(margin[p]), 1.0 if probability is None else float(probability[p])
+        terms = [
+            sure * math.log1p(math.exp(-(w - l - m))) + (1 - sure) * math.log1p(math.exp(-(l - w - m))) + coefficient * (w + l) ** 2
+            for w, l in combinations(rewards, 2)
+        ]
         assert abs(float(got[p]) - (sum(terms) / len(terms) if terms else 0.0)) < 1e-12
+
+
+def test_a_soft_label_is_learned_as_its_own_log_odds():
+    scores = torch.tensor([math.log(0.8 / 0.2), 0.0], dtype=torch.float64, requires_grad=True)
+    bradley_terry(scores, torch.tensor([0, 2]), probability=torch.tensor([0.8], dtype=torch.float64)).sum().backward()
+    assert scores.grad.abs().max() < 1e-15
 
 
 def test_plackett_luce_is_the_probability_of_the_ranking():
@@ -99,7 +110,8 @@ def test_reward_gradients(name):
             scores[:12].view(4, 3),
             labels[:12].view(4, 3).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(math.nan).double()),
         )
-    options = {"margin": torch.full((5,), 0.4).double(), "center_rewards_coefficient": 0.2} if "margin" in row.options else {}
+    numbers = torch.full((5,), 0.4).double()
+    options = {"margin": numbers, "probability": numbers, "center_rewards_coefficient": 0.2} if "margin" in row.options else {}
     assert torch.autograd.gradcheck(lambda s: row.function(s, given, **options), scores.requires_grad_())
 
 

@@ -174,6 +174,8 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches(folder, tmp_path, los
     objective = reward.objective_of(args)
     loaded = reward.load(args, objective)
     found = reward.examples(args, loaded, objective, args.data.dataset_name, 0)[:10]
+    if loss == "bradley_terry":
+        found = [replace(example, margin=0.1 * i, probability=1 - 0.03 * i) for i, example in enumerate(found)]
     updater = build_updater(loaded, args, 4)
     results = []
     for budget in (10_000, 30, 1):
@@ -329,10 +331,11 @@ def test_a_causal_model_is_no_reward_model_and_options_are_checked(folder, tmp_p
         load_reward_model(str(folder / "nothing"), tokenizer)
     with pytest.raises(ValueError, match="'outcome' is not centred; bradley_terry can be"):
         reward.objective_of(arguments(folder, tmp_path, "outcome", reward={"center_rewards_coefficient": 0.1}))
-    write(tmp_path / "margins.jsonl", [{"prompt": "1+1=", "completions": ["2", "3"], "margin": 0.5}] * 2)
-    args = arguments(folder, tmp_path / "out", "plackett_luce", data={"dataset_name": str(tmp_path / "margins.jsonl")})
-    with pytest.raises(ValueError, match="--loss plackett_luce does not read; bradley_terry does"):
-        reward.run(args)
+    for column in ("margin", "probability"):
+        write(tmp_path / "more.jsonl", [{"prompt": "1+1=", "completions": ["2", "3"], column: 0.5}] * 2)
+        args = arguments(folder, tmp_path / "out", "plackett_luce", data={"dataset_name": str(tmp_path / "more.jsonl")})
+        with pytest.raises(ValueError, match=rf"a column '{column}', which --loss plackett_luce does not read \(bradley_terry does\)"):
+            reward.run(args)
 
 
 def test_a_classifier_of_several_labels_is_refused(folder, tmp_path):

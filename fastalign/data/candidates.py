@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..packing import Segment
@@ -26,6 +26,7 @@ class Judged:
         labels: one a place; empty where the order itself is the label (rankings, best first); of graded answers one an attribute, NaN
             where the record states none.
         margin: by how much each better answer is to beat a worse one at least.
+        probability: that a better answer is the better one.
         subset: what the record's column `subset` says, for evaluation.
         index: which record it came from.
     """
@@ -34,6 +35,7 @@ class Judged:
     places: tuple[tuple[int, int], ...]
     labels: tuple[float, ...] = ()
     margin: float = 0.0
+    probability: float = 1.0
     subset: str = ""
     index: int = 0
 
@@ -138,7 +140,7 @@ def judged(
     """
     skips, found = Skips(on_bad_record), []
     for index, example in _good(records, encode, make, limits, skips):
-        found.append(Judged(example.tree, example.places, example.labels, example.margin, str(records[index].get("subset") or ""), index))
+        found.append(replace(example, subset=str(records[index].get("subset") or ""), index=index))
     _finish(skips, len(records), len(found))
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .candidates import CandidateEncoder, Judged, Sequences, judged, label_of, limits_of, shared_tree
 from .examples import Limits
-from .pairs import margin_of
+from .pairs import margin_of, probability_of
 from .places import read_place
 from .records import DataError, Record
 
@@ -26,7 +26,8 @@ def ranking_examples(
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
 ) -> list[Judged]:
-    """Records of `chosen` and `rejected` or of `completions`, best first, each with an optional `prompt` and `margin`.
+    """Records of `chosen` and `rejected` or of `completions`, best first, each with an optional `prompt`,
+    `margin` and `probability` (a soft label).
 
     Args:
         records: from `load_records`; plain or conversational. Without `prompt` the answers are whole texts or conversations.
@@ -47,7 +48,7 @@ def ranking_examples(
 
     def make(record: Record, sequences: Sequences) -> Judged:
         tree, places = shared_tree(sequences, [read_place(ids, pad_token_id) for ids in sequences])
-        return Judged(tree, places, margin=margin_of(record))
+        return Judged(tree, places, margin=margin_of(record), probability=probability_of(record))
 
     return judged(
         records,

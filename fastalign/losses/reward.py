@@ -33,8 +33,18 @@ def pairs_of(cu_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(better), torch.cat(worse), torch.cat(owner)
 
 
-def bradley_terry(scores: Tensor, cu_groups: Tensor, *, margin: Tensor | None = None, center_rewards_coefficient: float = 0.0) -> Tensor:
+def bradley_terry(
+    scores: Tensor,
+    cu_groups: Tensor,
+    *,
+    margin: Tensor | None = None,
+    probability: Tensor | None = None,
+    center_rewards_coefficient: float = 0.0,
+) -> Tensor:
     """-log σ(r_w - r_l - m), the mean over all pairs of a ranking (InstructGPT, arXiv:2203.02155, Eq. 1; margin: arXiv:2307.09288, Eq. 2).
+
+    Of soft labels it is -p log σ(r_w - r_l - m) - (1 - p) log σ(r_l - r_w - m), the cross-entropy to what AI feedback gives as the label's
+    probability (arXiv:2212.08073, arXiv:2309.00267).
 
     A ranking's pairs are averaged within its unit, so a long ranking counts no more than a pair. Centring adds
     center_rewards_coefficient · (r_w + r_l)² (arXiv:2312.09244, Eq. 2), the mean over the same pairs.
@@ -43,14 +53,18 @@ def bradley_terry(scores: Tensor, cu_groups: Tensor, *, margin: Tensor | None = 
         scores: [B], each ranking's best first.
         cu_groups: [P+1] on the CPU; ranking p owns scores[cu_groups[p]:cu_groups[p+1]].
         margin: [P], how much better each better one is to be at least (the same for all pairs of a ranking); None: 0.
+        probability: [P] in [0, 1], that the better one is the better one (the same for all pairs of a ranking); None: 1.
 
     Returns:
         [P] losses; 0 for a ranking of one.
     """
     better, worse, owner = (index.to(scores.device) for index in pairs_of(cu_groups))
     win, lose = scores[better], scores[worse]
-    gap = win - lose if margin is None else win - lose - margin.to(scores)[owner]
-    loss = softplus(-gap)
+    gap, least = win - lose, 0.0 if margin is None else margin.to(scores)[owner]
+    loss = softplus(least - gap)
+    if probability is not None:
+        sure = probability.to(scores)[owner]
+        loss = sure * loss + (1 - sure) * softplus(least + gap)
     if center_rewards_coefficient:
         loss = loss + center_rewards_coefficient * (win + lose).square()
     num_groups = cu_groups.numel() - 1

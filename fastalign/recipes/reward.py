@@ -19,6 +19,8 @@ from .reward_task import RewardObjective, RewardTask
 from .setup import Loaded, build_updater, check_output, num_steps, pick_device, plan, seed_everything
 from .training import Job, execute
 
+PER_RECORD = {"margin": 0.0, "probability": 1.0}  # options of a row that come with the data, a number a ranking; where a record has none
+
 
 def objective_of(args: Arguments) -> RewardObjective:
     """The row that --loss names, with its options.
@@ -32,7 +34,7 @@ def objective_of(args: Arguments) -> RewardObjective:
     row = REWARD[given.loss]
     options = dict(args.loss_options)
     for name in options:
-        if name not in row.options or name == "margin":
+        if name not in row.options or name in PER_RECORD:
             raise ValueError(f"--loss.{name}: the loss {given.loss!r} has no such argument")
     if given.center_rewards_coefficient:
         if "center_rewards_coefficient" not in row.options:
@@ -111,7 +113,7 @@ def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: 
     """The data set as what the loss reads.
 
     Raises:
-        ValueError: the records have margins, and the loss reads none.
+        ValueError: the records have margins or probabilities, and the loss reads none.
     """
     data = args.data
     base = causal_lm(loaded.model)
@@ -128,9 +130,13 @@ def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: 
         pad_token_id=base.config.get_text_config().pad_token_id,
         **options,
     )
-    if "margin" not in objective.row.options and any(example.margin for example in found):
-        able = [name for name, row in REWARD.items() if "margin" in row.options]
-        raise ValueError(f"{name}: the records have margins, which --loss {args.reward.loss} does not read; {', '.join(able)} does")
+    for column, absent in PER_RECORD.items():
+        if column not in objective.row.options and any(getattr(example, column) != absent for example in found):
+            able = ", ".join(other for other, row in REWARD.items() if column in row.options)
+            raise ValueError(
+                f"{name} has a column {column!r}, which --loss {args.reward.loss} does not read ({able} does); choose another loss, or "
+                f"rename the column, as in --dataset_map {column}=unread"
+            )
     return found
 
 

@@ -119,6 +119,8 @@ class RewardObjective:
         given, options = self.reading.given(examples), dict(self.options)
         if "margin" in self.row.options and any(example.margin for example in examples):
             options["margin"] = torch.tensor([example.margin for example in examples])
+        if "probability" in self.row.options and any(example.probability != 1 for example in examples):
+            options["probability"] = torch.tensor([example.probability for example in examples])
 
         def objective(scores: Tensor) -> Tensor:
             return self.row.function(scores, given, **options).sum() / total
