@@ -246,7 +246,7 @@ def test_logp_rows_names_targets_in_the_other_memory():
 
     class Elsewhere:  # what the binding reads of a tensor
         is_cuda, dtype, shape = True, torch.int64, (3,)
-        data_ptr, stride = (lambda _: 0), (lambda _: (1,))
+        data_ptr, stride = (lambda _: 64), (lambda _: (1,))
 
     rows = [torch.empty(3), torch.empty(3), torch.empty(0), torch.empty(3, dtype=torch.bool)]
     with pytest.raises(ValueError, match="logp_rows: targets: expected a tensor on the CPU, where the logits are"):

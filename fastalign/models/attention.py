@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fastalign.models.decoder_layer import use_decoder_runs
 from fastalign.models.fused_layers import use_fused_layers
 from fastalign.models.linear import use_row_linears
 from fastalign.ops.attention import PagedLayout, TreeLayout, paged_attention, tree_attention
@@ -44,7 +45,7 @@ def reading_layout() -> Iterator[None]:
 
 @contextmanager
 def observe_calls() -> Iterator[list[dict[str, Any]]]:
-    """Inside, every attention call that reads a layout is noted: {"layer": int, "window": int | None}."""
+    """Inside, every attention call that reads a layout is noted: {"layer": int, "scale": float, "window", "softcap": a number or None}."""
     calls: list[dict[str, Any]] = []
     token = _observers.set(calls)
     try:
@@ -60,7 +61,8 @@ def register() -> None:
 
 
 def use_fastalign_attention(model: PreTrainedModel) -> None:
-    """Switches a model to the attention that reads a layout, to linears whose rows do not depend on the batch and to fused layers.
+    """Switches a model to the attention that reads a layout, to linears whose rows do not depend on the batch and to fused layers, which
+    generation runs without what is between them.
 
     Raises:
         UnsupportedModelError: when the family does not route its attention through transformers' AttentionInterface.
@@ -71,6 +73,7 @@ def use_fastalign_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
     use_row_linears(model)
     use_fused_layers(model)
+    use_decoder_runs(model)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -115,7 +118,8 @@ def fastalign_attention(
         raise ValueError(f"fastalign attention: expected dropout 0, got {dropout}; call fastalign.models.attention.disable_dropout(model)")
     calls = _observers.get()
     if calls is not None:
-        calls.append({"layer": getattr(module, "layer_idx", len(calls)), "window": sliding_window})
+        layer = getattr(module, "layer_idx", len(calls))
+        calls.append({"layer": layer, "window": sliding_window, "scale": scale, "softcap": softcap})
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(q.device.type):  # as sdpa does: rotary embeddings leave q and k wider than v
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))

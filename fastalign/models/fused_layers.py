@@ -28,11 +28,16 @@ def use_fused_layers(model: nn.Module) -> None:
     """
     with torch.no_grad():
         for module in model.modules():
-            if type(module) in _classes.values():
-                continue  # it is one already
+            if is_fused(module):
+                continue  # again
             fused = next((make(module) for fits, make in _LAYERS if fits(module)), None)
             if fused is not None:
                 module.__class__ = fused
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `use_fused_layers` made its class."""
+    return type(module) in _classes.values()
 
 
 def _known(kind: type, make: Callable[[type], dict[str, Any]]) -> type:

@@ -13,7 +13,7 @@ bf16 does. Everything else goes to `F.linear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -70,6 +70,21 @@ class PackedWeights:
         fits = x.dtype is kept.dtype and x.shape[-1] == kept.width and x.is_cpu and not torch.is_autocast_enabled("cpu")
         return kept.product if fits else None
 
+    def products(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Product] | None:
+        """The products with weights that have all multiplied inputs of this dtype on the CPU before; for inputs that fit them."""
+        found = []
+        for weight in weights:
+            kept = self._kept.get(id(weight))
+            if kept is None or kept.product is None or kept.dtype is not dtype or not kept.holds(weight):
+                return None
+            found.append(kept.product)
+        return found
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether linear layers multiply by integers inside `active`."""
+        return self._quantized is not None
+
     def of(self, weight: Tensor) -> Tensor | None:
         """The packed form of weight [N, K]; None where its products would have other bits than the dense one's."""
         kept = self._kept.get(id(weight))
@@ -103,6 +118,11 @@ class Packed:
 
 
 _packing: ContextVar[PackedWeights | None] = ContextVar("fastalign_packing", default=None)
+
+
+def active_packs() -> PackedWeights | None:
+    """The copies whose `active` block this is."""
+    return _packing.get()
 
 
 def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         return _reference(x, weight, eps)
     if wants_gradient(x, weight):
         return _RmsNorm.apply(module, x, weight, eps)
-    return _forward(module, x.contiguous(), weight.contiguous(), eps)
+    return normalized(module, x.contiguous(), weight.contiguous(), eps)
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +48,8 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _forward(module: ModuleType, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalized(module: ModuleType, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` by the native module, unchecked and without a gradient, of operands without gaps."""
     out = torch.empty(x.shape, dtype=x.dtype)
     module.rms_norm(x, weight, eps, out)
     return out
@@ -60,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.module, ctx.eps = module, eps
-        return _forward(module, x, weight, eps)
+        return normalized(module, x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -37,7 +37,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if module is None:
         return _reference(x, cos, sin)
     cos, sin = cos.contiguous(), sin.contiguous()
-    return _Rope.apply(module, x, cos, sin) if wants_gradient(x) else _rotate(module, x, cos, sin)
+    return _Rope.apply(module, x, cos, sin) if wants_gradient(x) else rotated(module, x, cos, sin)
 
 
 def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,7 +45,8 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-def _rotate(module: ModuleType, x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+def rotated(module: ModuleType, x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+    """`rope` by the native module, unchecked and without a gradient: cos and sin [B or 1, L, D] without gaps."""
     batch, heads, length, dim = x.shape
     out = torch.empty(batch, length, heads, dim, dtype=x.dtype).transpose(1, 2)
     module.rope(x if x.stride(3) == 1 else x.contiguous(), cos, sin, out, transposed)
@@ -57,9 +58,9 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, module: ModuleType, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.module = module
-        return _rotate(module, x, cos, sin)
+        return rotated(module, x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return None, once("rope", _rotate(ctx.module, grad, cos, sin, transposed=True), grad), None, None
+        return None, once("rope", rotated(ctx.module, grad, cos, sin, transposed=True), grad), None, None

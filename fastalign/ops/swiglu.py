@@ -34,10 +34,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
     if wants_gradient(gate, up):
         return _Swiglu.apply(module, gate, up)
-    return _forward(module, gate.contiguous(), up.contiguous())
+    return gated(module, gate.contiguous(), up.contiguous())
 
 
-def _forward(module: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+def gated(module: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` by the native module, unchecked and without a gradient, of operands without gaps."""
     out = torch.empty(gate.shape, dtype=gate.dtype)
     module.swiglu(gate, up, out)
     return out
@@ -49,7 +50,7 @@ class _Swiglu(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.module = module
-        return _forward(module, gate, up)
+        return gated(module, gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
