@@ -20,9 +20,9 @@ from fastalign.recipes.arguments import (
     UnpairedArguments,
 )
 
-REWARD_STEPS = 800  # of reward models
-PROBLEMS = 96  # a step of a reward model, whatever it is told of each
-DRAWS = 4  # how often each training problem gets other wrong answers
+RANKING_STEPS, RANKINGS = 600, 192  # of reward models, and problems a step, whatever they are told of each
+PROCESS_STEPS, SOLUTIONS = 1600, 128
+DRAWS = 4  # how often a problem gets other wrong answers
 
 
 def preference(loss: str, learning_rate: float, **options: Any) -> Callable[[Setting], Row]:
@@ -101,17 +101,16 @@ def rankings(loss: str, num_completions: int) -> Callable[[Setting], Row]:
 
         name = f"{loss}-{num_completions}"
         files = [write_rankings(setting, part, name, num_completions) for part in ("train", "heldout")]
-        args = setting.arguments("reward", name, files[0], PROBLEMS, optim=optimizer(1e-3, REWARD_STEPS))
+        args = setting.arguments("reward", name, files[0], RANKINGS, optim=optimizer(1e-3, RANKING_STEPS))
         summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=RewardArguments(loss=loss)))
         return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out pairs in order"}
 
     return learn
 
 
-def records_of(setting: Setting, part: str) -> list[Row]:
-    """The part's problems; those of training several times over, for every time other wrong answers are drawn to them."""
-    records = [json.loads(line) for line in Path(setting.files[part]).read_text(encoding="utf-8").splitlines()]
-    return records * (DRAWS if part == "train" else 1)
+def records_of(setting: Setting, part: str, draws: int = DRAWS) -> list[Row]:
+    """The part's problems, several times over: every time other wrong answers are drawn to them."""
+    return [json.loads(line) for line in Path(setting.files[part]).read_text(encoding="utf-8").splitlines()] * draws
 
 
 def write_rankings(setting: Setting, part: str, name: str, num_completions: int) -> str:
@@ -131,7 +130,7 @@ def process(setting: Setting) -> Row:
     from fastalign.recipes.reward import run
 
     files = [write_steps(setting, part) for part in ("train", "heldout")]
-    args = setting.arguments("reward", "process", files[0], 128, optim=optimizer(1e-3, 2 * REWARD_STEPS))
+    args = setting.arguments("reward", "process", files[0], SOLUTIONS, optim=optimizer(1e-3, PROCESS_STEPS))
     reward = RewardArguments(loss="process", step_separator="=")
     summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=reward))
     return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out steps judged rightly"}
@@ -140,7 +139,7 @@ def process(setting: Setting) -> Row:
 def write_steps(setting: Setting, part: str) -> str:
     """The digits of an answer, of which one is replaced in two of three records; from there on the labels are false."""
     draw, rows = random.Random(f"{setting.seed}steps{part}"), []
-    for record in records_of(setting, part):
+    for record in records_of(setting, part, DRAWS if part == "train" else 1):
         digits = list(record["answer"])
         wrong = draw.choice((1, 2, len(digits)))  # the last: none; the first digit is 0 or 1
         if wrong < len(digits):
