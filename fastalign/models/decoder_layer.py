@@ -29,8 +29,12 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class Plan(NamedTuple):
-    """What a layer's own forward asks of the attention, and which layer of the cache it writes."""
+    """What a layer's own forward asks of the attention, and which layer of the cache it writes.
 
+    kinds: the classes of the layer's parts; an adapter may put others in their places.
+    """
+
+    kinds: tuple[type, ...]
     layer: int
     head_dim: int
     scale: float
@@ -78,7 +82,8 @@ def _subclass(kind: type) -> type:
                     return found
             return own(self, hidden_states, *args, **kwargs)
 
-        _classes[kind] = type(f"Run{kind.__name__}", (kind,), {"__module__": kind.__module__, "forward": forward})
+        # under the family's own name: device maps and FSDP policies look for it
+        _classes[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
     return _classes[kind]
 
 
@@ -90,6 +95,8 @@ def run(layer: nn.Module, plan: Plan, x: Tensor, layout: PagedLayout, rotation: 
     """The layer's forward of x [1, T, H] for a step of generation; None where it is not this function's to compute."""
     packs, parts = active_packs(), layer._modules
     if packs is None or packs.quantizes or torch.is_grad_enabled() or x.dim() != 3 or x.shape[0] != 1:
+        return None
+    if tuple(map(type, parts.values())) != plan.kinds:
         return None
     attention: Any = parts["self_attn"]
     mlp: Any = parts["mlp"]
@@ -189,7 +196,8 @@ def _tried(layer: nn.Module) -> Plan | None:
             if len(calls) != 1 or calls[0]["layer"] != attention.layer_idx or not isinstance(found, Tensor):
                 return None
             call = calls[0]
-            plan = Plan(attention.layer_idx, attention.head_dim, call["scale"], call["window"], call["softcap"])
+            kinds = tuple(map(type, layer._modules.values()))
+            plan = Plan(kinds, attention.layer_idx, attention.head_dim, call["scale"], call["window"], call["softcap"])
             run_here = run(layer, plan, x, ours, (cos, sin))
     finally:
         layer.training = attention.training = was
