@@ -66,7 +66,7 @@ def test_runs_have_the_bits_of_the_layers(monkeypatch, counted, family, dtype):
         pytest.skip("the packed products of this dtype are not used here")
     changes = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {"sliding_window": 6} if family == "mistral" else {}
     model = model_of(family, dtype, **changes)
-    assert [plan.layer for plan in planned(model)] == [0, 1]
+    assert len(planned(model)) == 2
     assert all(plan.window == changes.get("sliding_window") for plan in planned(model))
     counted.update({True: 0, False: 0})
     found = generated(model)
@@ -89,7 +89,7 @@ def test_a_layer_that_computes_something_else_is_left_alone():
             return super().forward(*args, **kwargs) / 2
 
     model.model.layers[1].__class__ = Halved
-    assert [plan.layer for plan in planned(ready(model))] == [0]
+    assert len(planned(ready(model))) == 1
     use_fastalign_attention(model)  # again: no class upon a class
     assert [type(layer).__mro__[1] for layer in model.model.layers] == [kind, kind]
     assert [type(layer).__name__ for layer in model.model.layers] == [kind.__name__, "Halved"]  # what FSDP policies look for
@@ -124,6 +124,16 @@ def test_adapters_and_integers_go_through_the_layer(counted):
     assert counted[True] == 0
     generated(attach_lora(model, r=2, alpha=4, target_modules=["q_proj"]))
     assert counted[True] == 0
+
+
+def test_layers_that_were_numbered_anew_write_their_own_cache():
+    model = model_of("llama")
+    for layer, number in zip(model.model.layers, (1, 0), strict=True):
+        layer.self_attn.layer_idx = number
+    found = generated(model)
+    for layer, number in zip(model.model.layers, (0, 1), strict=True):
+        layer.self_attn.layer_idx = number
+    assert generated(model) == found
 
 
 def test_a_part_that_was_replaced_is_called(counted):

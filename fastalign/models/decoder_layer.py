@@ -29,13 +29,12 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class Plan(NamedTuple):
-    """What a layer's own forward asks of the attention, and which layer of the cache it writes.
+    """What a layer's own forward asks of the attention.
 
     kinds: the classes of the layer's parts; an adapter may put others in their places.
     """
 
     kinds: tuple[type, ...]
-    layer: int
     head_dim: int
     scale: float
     window: int | None
@@ -116,21 +115,23 @@ def run(layer: nn.Module, plan: Plan, x: Tensor, layout: PagedLayout, rotation: 
     if module is None or products is None or cos.shape[-1] != plan.head_dim:
         return None
     passes = [(scale, norm.variance_epsilon) for scale, norm in zip(scales, norms, strict=True)]
-    return _run(
-        module, plan, x.contiguous(), layout, (cos.contiguous(), sin.contiguous()), list(zip(products, biases, strict=True)), passes
-    )
+    turned = (cos.contiguous(), sin.contiguous())
+    return _run(module, plan, attention.layer_idx, x.contiguous(), layout, turned, list(zip(products, biases, strict=True)), passes)
 
 
 def _run(
     module: ModuleType,
     plan: Plan,
+    layer: int,
     x: Tensor,
     layout: PagedLayout,
     rotation: tuple[Tensor, Tensor],
     products: list[tuple[Product, Tensor | None]],
     norms: list[tuple[Tensor, float]],
 ) -> Tensor:
-    """products: of q, k, v, o, gate, up, down with their biases; norms: before the attention, before the MLP, of heads of q and k."""
+    """layer: of the cache; products: of q, k, v, o, gate, up, down with their biases; norms: before the attention, before the MLP, of the
+    heads of q and of k.
+    """
     shape = (1, x.shape[1], -1, plan.head_dim)
     (to_q, bias_q), (to_k, bias_k), (to_v, bias_v), (to_o, bias_o), (to_gate, bias_gate), (to_up, bias_up), (to_down, bias_down) = products
     inner = normalized(module, x, *norms[0])
@@ -139,7 +140,7 @@ def _run(
         q, k = normalized(module, q, *norms[2]), normalized(module, k, *norms[3])
     q, k = rotated(module, q.transpose(1, 2), *rotation), rotated(module, k.transpose(1, 2), *rotation)
     seen = paged_attention(
-        q[0].transpose(0, 1), k[0].transpose(0, 1), v[0], layout, plan.layer, scale=plan.scale, window=plan.window, softcap=plan.softcap
+        q[0].transpose(0, 1), k[0].transpose(0, 1), v[0], layout, layer, scale=plan.scale, window=plan.window, softcap=plan.softcap
     )
     x = x + to_o(seen.view(1, shape[1], -1), bias_o)
     inner = normalized(module, x, *norms[1])
@@ -150,12 +151,8 @@ def _plan(layer: nn.Module) -> Plan | None:
     """How to run a layer, if that gives the bits of its own forward. Remembered for layers that differ in their weights alone."""
     key = (type(layer), *(_facts(part) for part in layer.modules()), _kind_of(layer))
     if key not in _plans:
-        try:
-            _plans[key] = _tried(layer)
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):  # it does not even take such inputs
-            _plans[key] = None
-    plan, attention = _plans[key], layer._modules["self_attn"]
-    return None if plan is None else plan._replace(layer=attention.layer_idx)  # type: ignore[union-attr]
+        _plans[key] = _tried(layer)
+    return _plans[key]
 
 
 def _kind_of(layer: nn.Module) -> str | None:
@@ -191,17 +188,19 @@ def _tried(layer: nn.Module) -> Plan | None:
     was, theirs, ours = layer.training, layout(), layout()
     layer.training = attention.training = False
     try:
-        with torch.no_grad(), PackedWeights().active(), observe_calls() as calls:
-            found = layer(x, position_embeddings=(cos, sin), attention_layout=theirs)
+        with torch.no_grad(), PackedWeights().active():
+            with observe_calls() as calls:
+                found = layer(x, position_embeddings=(cos, sin), attention_layout=theirs)
             if len(calls) != 1 or calls[0]["layer"] != attention.layer_idx or not isinstance(found, Tensor):
                 return None
-            call = calls[0]
-            kinds = tuple(map(type, layer._modules.values()))
-            plan = Plan(kinds, attention.layer_idx, attention.head_dim, call["scale"], call["window"], call["softcap"])
-            run_here = run(layer, plan, x, ours, (cos, sin))
+            asked = (calls[0][name] for name in ("scale", "window", "softcap"))
+            plan = Plan(tuple(map(type, layer._modules.values())), attention.head_dim, *asked)
+            same = run(layer, plan, x, ours, (cos, sin))
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):  # it does not even take such inputs
+        return None
     finally:
         layer.training = attention.training = was
-    if run_here is None or not torch.equal(run_here, found):
+    if same is None or not torch.equal(same, found):
         return None
     pairs = zip(theirs.k_cache + theirs.v_cache, ours.k_cache + ours.v_cache, strict=True)
     return plan if all(torch.equal(a, b) for a, b in pairs) else None
