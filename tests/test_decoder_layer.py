@@ -163,7 +163,9 @@ def test_another_backend_runs_the_layers_own_forward(counted):
     counted.update({True: 0, False: 0})
     with use_backend("reference"):
         generated(model)
+        assert not planned(model_of("llama", mlp_bias=True))
     assert counted[True] == 0
+    assert planned(model_of("llama", mlp_bias=True))  # what was seen of the other backend does not stay
 
 
 def test_every_family_of_the_suite_generates(counted):
