@@ -20,6 +20,7 @@ from fastalign.recipes.arguments import (
     UnpairedArguments,
 )
 
+RANKED = 4  # completions of a ranking; "reward-pairs" is told of two of them
 RANKING_STEPS, RANKINGS = 600, 192  # of reward models, and problems a step, whatever they are told of each
 PROCESS_STEPS, SOLUTIONS = 1600, 128
 DRAWS = 4  # how often a problem gets other wrong answers
@@ -93,14 +94,14 @@ def write_student(setting: Setting) -> Path:
     return folder
 
 
-def rankings(loss: str, num_completions: int) -> Callable[[Setting], Row]:
-    """A reward model of answers ordered by how far they are from the sum; held-out pairs in the right order."""
+def rankings(loss: str, num_trained: int) -> Callable[[Setting], Row]:
+    """A reward model of answers ordered by how far they are from the sum; every pair of the held-out rankings in the right order."""
 
     def learn(setting: Setting) -> Row:
         from fastalign.recipes.reward import run
 
-        name = f"{loss}-{num_completions}"
-        files = [write_rankings(setting, part, name, num_completions) for part in ("train", "heldout")]
+        name = f"{loss}-{num_trained}"
+        files = [write_rankings(setting, part, name, kept) for part, kept in (("train", num_trained), ("heldout", RANKED))]
         args = setting.arguments("reward", name, files[0], RANKINGS, optim=optimizer(1e-3, RANKING_STEPS))
         summary = run(replace(args, data=replace(args.data, eval_dataset_name=files[1]), reward=RewardArguments(loss=loss)))
         return {"before": summary["eval/accuracy/before"], "after": summary["eval/accuracy"], "measure": "held-out pairs in order"}
@@ -108,20 +109,21 @@ def rankings(loss: str, num_completions: int) -> Callable[[Setting], Row]:
     return learn
 
 
-def records_of(setting: Setting, part: str, draws: int = DRAWS) -> list[Row]:
+def records_of(setting: Setting, part: str, draws: int) -> list[Row]:
     """The part's problems, several times over: every time other wrong answers are drawn to them."""
     return [json.loads(line) for line in Path(setting.files[part]).read_text(encoding="utf-8").splitlines()] * draws
 
 
-def write_rankings(setting: Setting, part: str, name: str, num_completions: int) -> str:
-    """Completions best first: the sum, then numbers ever farther from it; held-out ones are always pairs."""
-    draw, rows = random.Random(f"{setting.seed}{part}"), []
-    for record in records_of(setting, part):
+def write_rankings(setting: Setting, part: str, name: str, kept: int) -> str:
+    """Rankings of the sum and of numbers ever farther from it, the same for every method, which is told of as many completions as kept."""
+    draw, choice, rows = random.Random(f"{setting.seed}{part}"), random.Random(f"{setting.seed}kept{part}"), []
+    for record in records_of(setting, part, DRAWS if part == "train" else 1):
         answer, completions = int(record["answer"]), [int(record["answer"])]
-        for far in range(1, num_completions if part == "train" else 2):
+        for far in range(1, RANKED):
             away = draw.randint(10 * far - 9, 10 * far)
             completions.append(answer + away if answer < 100 or draw.random() < 0.5 else answer - away)
-        rows.append({"prompt": record["prompt"], "completions": [f"{max(0, c):03d}" for c in completions]})
+        told = [completions[i] for i in sorted(choice.sample(range(RANKED), kept))]
+        rows.append({"prompt": record["prompt"], "completions": [f"{c:03d}" for c in told]})
     return write_rows(setting.root / "data" / f"{name}-{part}.jsonl", rows)
 
 
@@ -157,7 +159,7 @@ OFFLINE: dict[str, Callable[[Setting], Row]] = {
     "rft": rft,
     "gkd": gkd,
     "reward-pairs": rankings("bradley_terry", 2),
-    "reward-rankings": rankings("bradley_terry", 4),
-    "reward-plackett-luce": rankings("plackett_luce", 4),
+    "reward-rankings": rankings("bradley_terry", RANKED),
+    "reward-plackett-luce": rankings("plackett_luce", RANKED),
     "reward-process": process,
 }
