@@ -3,12 +3,13 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 
+#include "calls.h"
 #include "cpu/attention.h"
-#include "tensor.h"
 #ifdef HAS_CUDA_attention
 #include <pybind11/stl.h>
 
@@ -263,25 +264,31 @@ void plan_paged(Forward& f, const std::vector<int64_t>& bounds, const std::vecto
 void paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
                      const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& block_tables, double scale, int64_t window,
                      double softcap, const Tensor& out) {
-  Forward f{problem("paged_attention", q, k, v, scale, window, softcap), {}, {}, {}, nullptr, nullptr};
-  const Cache cache = check_cache(f.p, k_cache, v_cache);
-  const int64_t sequences = context_lens.dim() == 1 ? context_lens.size(0) : -1;
-  const auto bounds = offsets("paged_attention: cu_seqlens", cu_seqlens, sequences, q.size(0));
-  const auto contexts = integers("paged_attention: context_lens", context_lens, sequences);
-  block_tables.check("paged_attention: block_tables", DType::i32, {sequences, -1});
-  if (block_tables.size(1) > 1 && block_tables.stride(1) != 1) fail("paged_attention: block_tables: expected contiguous rows");
-  if (slots.dim() != 1 || slots.size(0) > q.size(0)) fail("paged_attention: expected at most one slot a row");
-  f.out = out.check("paged_attention: out", q.dtype, q.shape).contiguous("paged_attention: out").data;
   py::gil_scoped_release release;
-  store(f.p, slots, k_cache, v_cache, cache);
-  const int64_t head = cache.block_size * f.p.head_dim;
-  f.p.k = {k_cache.data, f.p.head_dim, head};
-  f.p.v = {v_cache.data, f.p.head_dim, head};
-  plan_paged(f, bounds, contexts, block_tables, cache);
-  FA_CALL(attention_forward, f);
+  attend_paged(q, k, v, {k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap}, out);
 }
 
 }  // namespace
+
+void attend_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagedStep& step, const Tensor& out) {
+  Forward f{problem("paged_attention", q, k, v, step.scale, step.window, step.softcap), {}, {}, {}, nullptr, nullptr};
+  const Cache cache = check_cache(f.p, step.k_cache, step.v_cache);
+  const int64_t sequences = step.context_lens.dim() == 1 ? step.context_lens.size(0) : -1;
+  const auto bounds = offsets("paged_attention: cu_seqlens", step.cu_seqlens, sequences, q.size(0));
+  const auto contexts = integers("paged_attention: context_lens", step.context_lens, sequences);
+  step.block_tables.check("paged_attention: block_tables", DType::i32, {sequences, -1});
+  if (step.block_tables.size(1) > 1 && step.block_tables.stride(1) != 1) fail("paged_attention: block_tables: expected contiguous rows");
+  if (step.slots.dim() != 1 || step.slots.size(0) > q.size(0)) fail("paged_attention: expected at most one slot a row");
+  f.out = out.check("paged_attention: out", q.dtype, q.shape).contiguous("paged_attention: out").data;
+  const int64_t row = f.p.heads * f.p.head_dim * (f.p.bf16 ? 2 : 4);
+  std::memset(static_cast<char*>(f.out) + bounds.back() * row, 0, (q.size(0) - bounds.back()) * row);
+  store(f.p, step.slots, step.k_cache, step.v_cache, cache);
+  const int64_t head = cache.block_size * f.p.head_dim;
+  f.p.k = {step.k_cache.data, f.p.head_dim, head};
+  f.p.v = {step.v_cache.data, f.p.head_dim, head};
+  plan_paged(f, bounds, contexts, step.block_tables, cache);
+  FA_CALL(attention_forward, f);
+}
 
 void bind_attention(py::module_& m) {
   m.def("tree_attention_forward", &tree_attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_seqlens"), py::arg("parent"),
@@ -292,7 +299,7 @@ void bind_attention(py::module_& m) {
         py::arg("dv"), "Adds to dq (fp32, zero at first) and writes dk, dv of the layout's rows.");
   m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"),
         py::arg("cu_seqlens"), py::arg("context_lens"), py::arg("block_tables"), py::arg("scale"), py::arg("window"), py::arg("softcap"),
-        py::arg("out"), "Stores k and v by slot, then attends over the blocks of each sequence.");
+        py::arg("out"), "Stores k and v by slot, then attends over the blocks of each sequence; rows past the sequences' are zero.");
   m.def("store_kv", &store_kv, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"),
         "Copies rows into cache slots; a negative slot is skipped.");
 #ifdef HAS_CUDA_attention

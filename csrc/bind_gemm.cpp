@@ -2,8 +2,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "calls.h"
 #include "cpu/gemm.h"
-#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -71,25 +71,8 @@ void gemm_into(const Tensor& a, const Tensor& b, const Tensor& bias, const Tenso
 
 // out [..., n] = x [..., k] * packed + bias, both contiguous: the call of a decode step, with little to check and nothing to make.
 void gemm_packed(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out) {
-  if ((x.dtype != DType::f32 && x.dtype != DType::bf16) || x.dim() < 1 || out.dim() < 1)
-    throw std::invalid_argument("gemm_packed: x: expected float32 or bfloat16 [.., K], got " + Tensor::describe(x.dtype, x.shape));
-  Gemm g{};
-  g.k = x.shape.back(), g.n = out.shape.back();
-  g.a = x.contiguous("gemm_packed: x").data, g.bf16 = x.dtype == DType::bf16, g.tiles = by_tiles(g.bf16);
-  g.a_row = g.k, g.a_column = 1;
-  std::vector<int64_t> shape = x.shape;
-  shape.back() = g.n;
-  out.check("gemm_packed: out", result(g, out, false), shape).contiguous("gemm_packed: out");
-  g.m = g.n ? out.numel() / g.n : 0;
-  check_packed(packed, g);
-  g.packed = packed.data;
-  if (bias.numel()) g.bias = bias.check("gemm_packed: bias", DType::f32, {g.n}).contiguous("gemm_packed: bias").ptr<float>();
-  g.c_row = g.n, g.alpha = 1.0f;
-  into(g, out, false);
-  if (x.cuda || out.cuda) throw std::invalid_argument("gemm_packed: expected tensors on the CPU, got one on a GPU");
-  if (g.m == 0 || g.n == 0) return;
   py::gil_scoped_release release;
-  multiply(g);
+  multiply_packed(x, packed, bias, out);
 }
 
 void pack_into(const Tensor& b, const Tensor& packed) {
@@ -117,7 +100,30 @@ void add_widened(const Tensor& total, const Tensor& part, float alpha) {
 
 }  // namespace
 
+bool product_rounds(DType type, int64_t depth) { return by_tiles(type == DType::bf16) && depth <= kTilesDepth; }
+
+void multiply_packed(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out) {
+  if ((x.dtype != DType::f32 && x.dtype != DType::bf16) || x.dim() < 1 || out.dim() < 1)
+    throw std::invalid_argument("gemm_packed: x: expected float32 or bfloat16 [.., K], got " + Tensor::describe(x.dtype, x.shape));
+  Gemm g{};
+  g.k = x.shape.back(), g.n = out.shape.back();
+  g.a = x.contiguous("gemm_packed: x").data, g.bf16 = x.dtype == DType::bf16, g.tiles = by_tiles(g.bf16);
+  g.a_row = g.k, g.a_column = 1;
+  std::vector<int64_t> shape = x.shape;
+  shape.back() = g.n;
+  out.check("gemm_packed: out", result(g, out, false), shape).contiguous("gemm_packed: out");
+  g.m = g.n ? out.numel() / g.n : 0;
+  check_packed(packed, g);
+  g.packed = packed.data;
+  if (bias.numel()) g.bias = bias.check("gemm_packed: bias", DType::f32, {g.n}).contiguous("gemm_packed: bias").ptr<float>();
+  g.c_row = g.n, g.alpha = 1.0f;
+  into(g, out, false);
+  if (x.cuda || out.cuda) throw std::invalid_argument("gemm_packed: expected tensors on the CPU, got one on a GPU");
+  if (g.m && g.n) multiply(g);
+}
+
 void bind_gemm(py::module_& m) {
+  m.attr("gemm_tiles_depth") = kTilesDepth;
   m.def("gemm", &gemm_into, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"), py::arg("alpha"), py::arg("add"));
   m.def("gemm_packed", &gemm_packed, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("out"));
   m.def("gemm_pack", &pack_into, py::arg("b"), py::arg("packed"));

@@ -28,6 +28,7 @@ void bind_gemm(py::module_& m);
 void bind_rms_norm(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_swiglu(py::module_& m);
+void bind_decoder_layer(py::module_& m);
 
 namespace {
 
@@ -140,6 +141,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef HAS_swiglu
   fa::bind_swiglu(m);
   ops.append("swiglu");
+#endif
+#ifdef HAS_decoder_layer
+  fa::bind_decoder_layer(m);  // no op of its own: others' in a row
 #endif
 #ifdef HAS_CUDA_linear_logp
   cuda_ops.append("linear_logp");

@@ -24,9 +24,15 @@ struct Row {
   int64_t first;     // first key it sees
 };
 
+struct Values {  // consecutive keys' values, one row behind the other
+  const float* rows;
+  int64_t count;
+};
+
 struct Tile {  // one thread's scratch
   float *q, *o, *m, *l, *kt, *v, *s;
   std::vector<Row> rows;
+  std::vector<Values> values;  // of the block: where they lie in the cache, or packed
 };
 
 // Rows of the tile, a key block and how much of it exists.
@@ -34,33 +40,59 @@ struct Block {
   int64_t begin, end;  // logical positions that are packed; end - begin <= key_block
 };
 
-// The packing loops ask for the block after this one: a cache's blocks are scattered, so no hardware stream finds them.
-// After a sequence's last block that is the next head's first, which the same thread takes next.
+// What a thread reads after a sequence's last key. The packing loops ask for the block after this one: a cache's blocks are
+// scattered, so no hardware stream finds them.
+struct Upcoming {
+  const KeyRun *begin, *end;  // equal: nothing is known
+  int64_t kv_head;
+};
+
 template <typename T>
 struct Ahead {
   const T *k, *v;
 };
 
 template <typename T>
-Ahead<T> ahead(const Problem& p, const KeyRun* run, const KeyRun* begin, const KeyRun* end, int64_t kv_head, const T* k, const T* v) {
-  const int64_t step = std::max<int64_t>(1, key_block / run->count);
-  const bool wrap = run + step >= end;
-  if (wrap && (kv_head + 1 == p.kv_heads || run + step - (end - begin) >= end)) return {nullptr, nullptr};
-  const KeyRun* next = wrap ? run + step - (end - begin) : run + step;
-  return {k + next->k_origin + (wrap ? p.k.head_stride : 0), v + next->v_origin + (wrap ? p.v.head_stride : 0)};
+Ahead<T> ahead(const Problem& p, const KeyRun* run, const KeyRun* end, int64_t kv_head, const Upcoming& upcoming) {
+  const int64_t step = std::max<int64_t>(1, key_block / run->count), left = end - run;
+  if (step >= left) {
+    run = upcoming.begin + (step - left), kv_head = upcoming.kv_head;
+    if (step - left >= upcoming.end - upcoming.begin) return {nullptr, nullptr};
+  } else {
+    run += step;
+  }
+  return {static_cast<const T*>(p.k.data) + kv_head * p.k.head_stride + run->k_origin,
+          static_cast<const T*>(p.v.data) + kv_head * p.v.head_stride + run->v_origin};
 }
 
+// Whether a row of values can be read as it lies in memory. Worth it where few rows read them: a packed block has no seams.
 template <typename T>
-void pack_block(const Problem& p, const KeyRun* runs, int count, int64_t kv_head, Block block, int64_t dp, Tile& t) {
+bool reads_in_place(const Problem& p, int64_t rows, int64_t dp) {
+  return sizeof(T) == sizeof(float) && p.head_dim == dp && p.v.row_stride == dp && rows <= tile_r;
+}
+
+// rows: of the tile that the block is for.
+template <typename T>
+void pack_block(const Problem& p, const KeyRun* runs, int count, int64_t kv_head, Block block, int64_t rows, int64_t dp, const Upcoming& upcoming,
+                Tile& t) {
   const T* k = static_cast<const T*>(p.k.data) + kv_head * p.k.head_stride;
   const T* v = static_cast<const T*>(p.v.data) + kv_head * p.v.head_stride;
   const KeyRun* run = std::upper_bound(runs, runs + count, block.begin, [](int64_t at, const KeyRun& r) { return at < r.begin + r.count; });
+  const bool in_place = reads_in_place<T>(p, rows, dp);
+  t.values.clear();
+  if (!in_place) t.values.push_back({t.v, block.end - block.begin});
   for (; run != runs + count && run->begin < block.end; ++run) {
     const int64_t from = std::max(block.begin, run->begin), to = std::min(block.end, run->begin + run->count);
     const int64_t skip = from - run->begin, at = from - block.begin;
-    const Ahead<T> next = run->count < key_block ? ahead(p, run, runs, runs + count, kv_head, k, v) : Ahead<T>{nullptr, nullptr};
+    const Ahead<T> next = run->count < key_block ? ahead<T>(p, run, runs + count, kv_head, upcoming) : Ahead<T>{nullptr, nullptr};
     pack_transposed(k + run->k_origin + skip * p.k.row_stride, p.k.row_stride, to - from, p.head_dim, at, t.kt, next.k);
-    pack_rows(v + run->v_origin + skip * p.v.row_stride, p.v.row_stride, to - from, p.head_dim, dp, 1.0f, t.v + at * dp, next.v);
+    const T* values = v + run->v_origin + skip * p.v.row_stride;
+    if (!in_place) {
+      pack_rows(values, p.v.row_stride, to - from, p.head_dim, dp, 1.0f, t.v + at * dp, next.v);
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      t.values.push_back({values, to - from});
+      if (next.v) prefetch(next.v, (to - from) * dp);
+    }
   }
 }
 
@@ -117,7 +149,14 @@ void attend_block(const Problem& p, Tile& t, int64_t begin, int64_t end, Block b
     const int64_t columns = padded(seen);
     scores(rows, t.q + r * dp, dp, t.kt, p.head_dim, columns, t.s);
     for (int i = 0; i < rows; ++i) alpha[i] = softmax_row(p, t.rows[r + i], block, columns, t.s + i * key_block, t.m + r + i, t.l + r + i);
-    accumulate(rows, t.o + r * dp, dp, alpha, t.s, key_block, 1, t.v, dp, seen, dp);
+    const float* factor = alpha;  // once
+    int64_t at = 0;
+    for (const Values& part : t.values) {
+      if (at >= seen) break;
+      accumulate(rows, t.o + r * dp, dp, factor, t.s + at, key_block, 1, part.rows, dp, std::min(part.count, seen - at), dp);
+      at += part.count;
+      factor = nullptr;
+    }
   }
 }
 
@@ -163,8 +202,15 @@ void write_rows(const Forward& call, const Task& task, int64_t kv_head, int64_t 
   }
 }
 
+// A run's keys from a logical position on, for a task's head.
+Upcoming keys_from(const Forward& call, const QueryRun& run, int64_t position, int64_t kv_head) {
+  const KeyRun *begin = call.keys.data() + run.key_first, *end = begin + run.key_count;
+  while (begin != end && begin->begin + begin->count <= position) ++begin;
+  return {begin, end, kv_head};
+}
+
 template <typename T>
-void run_task(const Forward& call, const Task& task, int64_t kv_head, Tile& t) {
+void run_task(const Forward& call, const Task& task, int64_t kv_head, const Upcoming& after, Tile& t) {
   const Problem& p = call.p;
   const int64_t dp = padded(p.head_dim), group = p.heads / p.kv_heads;
   load_rows<T>(call, task, kv_head, dp, t);
@@ -173,15 +219,16 @@ void run_task(const Forward& call, const Task& task, int64_t kv_head, Tile& t) {
   int64_t first = t.rows[0].first;
   for (const Row& row : t.rows) first = std::min(first, row.first);
   for (int64_t b = first / key_block * key_block; b < task.shared; b += key_block) {
-    pack_block<T>(p, call.keys.data() + runs[0].key_first, runs[0].key_count, kv_head, {b, b + key_block}, dp, t);
+    pack_block<T>(p, call.keys.data() + runs[0].key_first, runs[0].key_count, kv_head, {b, b + key_block}, rows, dp, after, t);
     attend_block(p, t, 0, rows, {b, b + key_block}, dp);
   }
   int64_t r = 0;
   for (int i = 0; i < task.run_count; ++i) {
     const int64_t length = runs[i].position + runs[i].count, end = r + runs[i].count * group;
+    const Upcoming next = i + 1 < task.run_count ? keys_from(call, runs[i + 1], task.shared, kv_head) : after;
     for (int64_t b = std::max(task.shared, t.rows[r].first / key_block * key_block); b < length; b += key_block) {
       const Block block{b, std::min(length, b + key_block)};
-      pack_block<T>(p, call.keys.data() + runs[i].key_first, runs[i].key_count, kv_head, block, dp, t);
+      pack_block<T>(p, call.keys.data() + runs[i].key_first, runs[i].key_count, kv_head, block, end - r, dp, next, t);
       attend_block(p, t, r, end, block, dp);
     }
     r = end;
@@ -198,7 +245,7 @@ void run(const Forward& call) {
   const int64_t sizes[] = {rows * dp, rows * dp, rows, rows, p.head_dim * key_block, key_block * dp, tile_r * key_block};
   int64_t floats = 0;
   for (int64_t size : sizes) floats += Scratch::round(size);
-  const int64_t chunk = std::clamp<int64_t>(tasks * p.kv_heads / (16 * omp_get_max_threads()), 1, p.kv_heads);
+  const int64_t items = tasks * p.kv_heads, chunk = std::clamp<int64_t>(items / (16 * omp_get_max_threads()), 1, 4 * p.kv_heads);
 #pragma omp parallel
   {
     Scratch scratch(floats);
@@ -206,7 +253,10 @@ void run(const Forward& call) {
     float** parts[] = {&t.q, &t.o, &t.m, &t.l, &t.kt, &t.v, &t.s};
     for (int i = 0; i < 7; ++i) *parts[i] = scratch.take(sizes[i]);
 #pragma omp for schedule(dynamic, chunk)
-    for (int64_t i = 0; i < tasks * p.kv_heads; ++i) run_task<T>(call, call.tasks[i / p.kv_heads], i % p.kv_heads, t);
+    for (int64_t i = 0; i < items; ++i) {
+      const Task& next = call.tasks[(i + 1) / p.kv_heads % tasks];  // the same thread's, but at the end of a chunk
+      run_task<T>(call, call.tasks[i / p.kv_heads], i % p.kv_heads, keys_from(call, call.runs[next.run_first], 0, (i + 1) % p.kv_heads), t);
+    }
   }
 }
 

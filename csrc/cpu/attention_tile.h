@@ -202,6 +202,13 @@ FA_SIMD void pack_transposed(const T* src, int64_t stride, int64_t count, int64_
   }
 }
 
+// A line is 64 bytes.
+template <typename T>
+FA_SIMD void prefetch(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Rows → dst[j][0..padded), scaled; the padding is zero.
 template <typename T>
 FA_SIMD void pack_rows(const T* src, int64_t stride, int64_t count, int64_t width, int64_t padded, float factor, float* dst,
@@ -218,10 +225,8 @@ FA_SIMD void pack_rows(const T* src, int64_t stride, int64_t count, int64_t widt
     return;
   }
   if (stride == width && width == padded) {  // nothing between them
-    constexpr int64_t line = 64 / sizeof(T);
     const int64_t all = count * width;
-    if (ahead)
-      for (int64_t i = 0; i < all; i += line) __builtin_prefetch(ahead + i, 0, 2);
+    if (ahead) prefetch(ahead, all);
     for (int64_t i = 0; i < all; i += W) store(dst + i, load(src + i) * factor);
     return;
   }

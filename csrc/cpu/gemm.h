@@ -22,6 +22,8 @@ struct Gemm {
   bool tiles;        // on AMX, bf16 operands alone
 };
 
+constexpr int64_t kTilesDepth = 8192;  // the deepest product that tiles round themselves; a deeper one's fp32 sums leave them on the way
+
 }  // namespace fa
 
 FA_DECLARE(void gemm(const Gemm& product);

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastalign.models.attention import UnsupportedModelError, reading_layout
+from fastalign.models.decoder_stack import last_hidden
 from fastalign.models.row_counts import row_counts
 from fastalign.ops.attention import PagedLayout, TreeLayout
 from fastalign.packing import Packed
@@ -113,12 +114,18 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
     if padding:
         input_ids = nn.functional.pad(input_ids, (0, padding))
         position_ids = nn.functional.pad(position_ids, (0, padding))
-    made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # a 4-D mask counts as ready; our attention reads the layout
-    arguments: dict[str, Any] = {"attention_mask": made, "use_cache": False, "return_dict": True, "attention_layout": layout}
+    ids, positions = input_ids[None], position_ids[None]
+
+    def own() -> Tensor:
+        made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # a 4-D mask counts as ready; our attention reads the layout
+        arguments: dict[str, Any] = {"attention_mask": made, "use_cache": False, "return_dict": True, "attention_layout": layout}
+        return base.base_model(input_ids=ids, position_ids=positions, **arguments).last_hidden_state
+
     activated = getattr(model, "activated", nullcontext)  # one adapter of several says when it is its turn
     with reading_layout(), activated():
-        out = base.base_model(input_ids=input_ids[None], position_ids=position_ids[None], **arguments)
-    return out.last_hidden_state[0, :rows]
+        steps = isinstance(layout, PagedLayout) and ids.device.type == "cpu"
+        out = last_hidden(base.base_model, ids, positions, layout, own) if steps else own()  # type: ignore[arg-type]
+    return out[0, :rows]
 
 
 def _rope_limit(config: PreTrainedConfig) -> int | None:

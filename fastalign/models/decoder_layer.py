@@ -7,17 +7,19 @@ layer is run this way only after that gave the bits of its own forward, in the o
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from fastalign.models.fused_layers import is_fused
 from fastalign.models.linear import RowLinear
 from fastalign.ops.attention import PagedLayout, paged_attention
 from fastalign.ops.backend import forced_backend, native_for
-from fastalign.ops.gemm import PackedWeights, Product, active_packs
+from fastalign.ops.gemm import Packed, PackedWeights, Product, active_packs
 from fastalign.ops.rms_norm import normalized
 from fastalign.ops.rope import rotated
 from fastalign.ops.swiglu import gated
@@ -26,6 +28,7 @@ LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 MLP = ("gate_proj", "up_proj", "down_proj")
+_NONE = torch.empty(0)  # stands for no bias in a native call
 
 
 class Plan(NamedTuple):
@@ -47,12 +50,23 @@ def use_decoder_runs(model: nn.Module) -> None:
     After `use_fused_layers` and with the fastalign attention: those are the parts that it looks for.
     """
     for module in model.modules():
-        if type(module) in _classes.values() or not _looks_like_one(module):
+        if is_planned(module) or not _looks_like_one(module):
             continue
         plan = _plan(module)
         if plan is not None:
             module.__class__ = _subclass(type(module))
             module._plan = plan  # type: ignore[assignment]
+
+
+def is_planned(layer: nn.Module) -> bool:
+    """Whether `run` may be asked for this layer."""
+    return type(layer) in _planned
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward: no hooks, and no forward of its own, as accelerate puts into a module."""
+    own = module.__dict__
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"]) and "forward" not in own
 
 
 def _looks_like_one(module: nn.Module) -> bool:
@@ -63,6 +77,8 @@ def _looks_like_one(module: nn.Module) -> bool:
     attention, mlp = parts["self_attn"], parts["mlp"]
     names = attention._modules.keys()  # type: ignore[union-attr]
     if names not in (set(ATTENTION), {*ATTENTION, *HEAD_NORMS}) or not isinstance(getattr(attention, "head_dim", None), int):
+        return False
+    if not isinstance(getattr(attention, "config", None), PreTrainedConfig):
         return False
     linears = [getattr(attention, name) for name in ATTENTION] + [getattr(mlp, name, None) for name in MLP]
     return all(type(linear) is RowLinear and linear.weight.device.type == "cpu" for linear in linears)
@@ -83,10 +99,12 @@ def _subclass(kind: type) -> type:
 
         # under the family's own name: device maps and FSDP policies look for it
         _classes[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
+        _planned.add(_classes[kind])
     return _classes[kind]
 
 
 _classes: dict[type, type] = {}
+_planned: set[type] = set()  # its values
 _plans: dict[tuple[Any, ...], Plan | None] = {}  # what decides what a layer computes → how it is run
 
 
@@ -106,50 +124,85 @@ def run(layer: nn.Module, plan: Plan, x: Tensor, layout: PagedLayout, rotation: 
         if type(linear) is not RowLinear:
             return None
     for part in (attention, mlp, *linears, *norms):
-        if part._forward_hooks or part._forward_pre_hooks:
+        if not is_plain(part):
             return None
     weights, biases = ([linear._parameters[name] for linear in linears] for name in ("weight", "bias"))  # linear.weight takes 2 us
     scales = [norm._parameters["weight"] for norm in norms]
     cos, sin = rotation
-    module, products = native_for("rms_norm", x, cos, sin, *scales), packs.products(weights, x.dtype)
-    if module is None or products is None or cos.shape[-1] != plan.head_dim:
+    module, kept = native_for("rms_norm", x, cos, sin, *scales), packs.kept(weights, x.dtype)
+    if module is None or kept is None or cos.shape[-1] != plan.head_dim:
         return None
-    passes = [(scale, norm.variance_epsilon) for scale, norm in zip(scales, norms, strict=True)]
-    turned = (cos.contiguous(), sin.contiguous())
-    return _run(module, plan, attention.layer_idx, x.contiguous(), layout, turned, list(zip(products, biases, strict=True)), passes)
+    step = _Step(module, plan, attention.layer_idx, x.contiguous(), layout, cos.contiguous(), sin.contiguous())
+    eps = [norm.variance_epsilon for norm in norms]
+    run_all = _in_one_call if all(one.ours for one in kept) else _one_by_one
+    return run_all(step, kept, biases, scales, eps)
 
 
-def _run(
-    module: ModuleType,
-    plan: Plan,
-    layer: int,
-    x: Tensor,
-    layout: PagedLayout,
-    rotation: tuple[Tensor, Tensor],
-    products: list[tuple[Product, Tensor | None]],
-    norms: list[tuple[Tensor, float]],
-) -> Tensor:
-    """layer: of the cache; products: of q, k, v, o, gate, up, down with their biases; norms: before the attention, before the MLP, of the
-    heads of q and of k.
-    """
-    shape = (1, x.shape[1], -1, plan.head_dim)
-    (to_q, bias_q), (to_k, bias_k), (to_v, bias_v), (to_o, bias_o), (to_gate, bias_gate), (to_up, bias_up), (to_down, bias_down) = products
-    inner = normalized(module, x, *norms[0])
-    q, k, v = to_q(inner, bias_q).view(shape), to_k(inner, bias_k).view(shape), to_v(inner, bias_v).view(shape)
-    if len(norms) > 2:
-        q, k = normalized(module, q, *norms[2]), normalized(module, k, *norms[3])
-    q, k = rotated(module, q.transpose(1, 2), *rotation), rotated(module, k.transpose(1, 2), *rotation)
-    seen = paged_attention(
-        q[0].transpose(0, 1), k[0].transpose(0, 1), v[0], layout, layer, scale=plan.scale, window=plan.window, softcap=plan.softcap
+class _Step(NamedTuple):
+    """layer: of the cache; x [1, T, H], cos and sin [1, T, D]: without gaps."""
+
+    module: ModuleType
+    plan: Plan
+    layer: int
+    x: Tensor
+    layout: PagedLayout
+    cos: Tensor
+    sin: Tensor
+
+
+# of both: the products of q, k, v, o, gate, up, down with their biases; the norms before the attention, before the MLP, of the heads
+def _in_one_call(step: _Step, kept: list[Packed], biases: list[Tensor | None], norms: list[Tensor], eps: list[float]) -> Tensor:
+    """Where all the products are our own."""
+    plan, layout, out = step.plan, step.layout, torch.empty(step.x.shape, dtype=step.x.dtype)
+    step.module.decoder_layer(
+        step.x,
+        [one.form for one in kept],
+        [_NONE if bias is None else bias for bias in biases],
+        [one.out for one in kept],
+        norms,
+        eps,
+        step.cos,
+        step.sin,
+        layout.k_cache[step.layer],
+        layout.v_cache[step.layer],
+        layout.slots,
+        layout.cu_seqlens,
+        layout.context_lens,
+        layout.block_tables,
+        plan.scale,
+        plan.window or 0,
+        plan.softcap or 0.0,
+        out,
     )
-    x = x + to_o(seen.view(1, shape[1], -1), bias_o)
-    inner = normalized(module, x, *norms[1])
-    return x + to_down(gated(module, to_gate(inner, bias_gate), to_up(inner, bias_up)), bias_down)
+    return out
+
+
+def _one_by_one(step: _Step, kept: list[Packed], biases: list[Tensor | None], norms: list[Tensor], eps: list[float]) -> Tensor:
+    """Where oneDNN multiplies."""
+    module, plan, x = step.module, step.plan, step.x
+    shape = (1, x.shape[1], -1, plan.head_dim)
+    q, k, v, o, gate, up, down = [partial(_times, one.product, bias) for one, bias in zip(kept, biases, strict=True)]
+    inner = normalized(module, x, norms[0], eps[0])
+    queries, keys, values = q(inner).view(shape), k(inner).view(shape), v(inner).view(shape)
+    if len(norms) > 2:
+        queries, keys = normalized(module, queries, norms[2], eps[2]), normalized(module, keys, norms[3], eps[3])
+    queries, keys = (rotated(module, heads.transpose(1, 2), step.cos, step.sin)[0].transpose(0, 1) for heads in (queries, keys))
+    seen = paged_attention(queries, keys, values[0], step.layout, step.layer, scale=plan.scale, window=plan.window, softcap=plan.softcap)
+    x = x + o(seen.view(1, shape[1], -1))
+    inner = normalized(module, x, norms[1], eps[1])
+    return x + down(gated(module, gate(inner), up(inner)))
+
+
+def _times(product: Product | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    assert product is not None  # `kept` leaves the others out
+    return product(x, bias)
 
 
 def _plan(layer: nn.Module) -> Plan | None:
     """How to run a layer, if that gives the bits of its own forward. Remembered for layers that differ in their weights alone."""
-    key = (forced_backend(), type(layer), *(_facts(part) for part in layer.modules()), _kind_of(layer))
+    attention: Any = layer._modules["self_attn"]
+    said = attention.config.to_json_string(use_diff=False)  # a forward may read it
+    key = (forced_backend(), type(layer), *(_facts(part) for part in layer.modules()), _kind_of(layer), said)
     if key not in _plans:
         _plans[key] = _tried(layer)
     return _plans[key]
@@ -158,7 +211,7 @@ def _plan(layer: nn.Module) -> Plan | None:
 def _kind_of(layer: nn.Module) -> str | None:
     """What the configuration says that only this layer is."""
     attention: Any = layer._modules["self_attn"]
-    kinds = getattr(getattr(attention, "config", None), "layer_types", None)
+    kinds = getattr(attention.config, "layer_types", None)
     return str(kinds[attention.layer_idx]) if kinds else None
 
 

@@ -141,7 +141,7 @@ def paged_attention(
         )
     q, k, v = (_dense_heads(x.detach()) for x in (q, k, v))
     if _runs_native(q):
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty(q.shape, dtype=q.dtype)
         steps = (layout.slots, layout.cu_seqlens, layout.context_lens, layout.block_tables)
         _module().paged_attention(q, k, v, k_cache, v_cache, *steps, float(scale), window or 0, softcap or 0.0, out)
         return out

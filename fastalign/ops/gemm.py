@@ -70,14 +70,14 @@ class PackedWeights:
         fits = x.dtype is kept.dtype and x.shape[-1] == kept.width and x.is_cpu and not torch.is_autocast_enabled("cpu")
         return kept.product if fits else None
 
-    def products(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Product] | None:
-        """The products with weights that have all multiplied inputs of this dtype on the CPU before; for inputs that fit them."""
+    def kept(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Packed] | None:
+        """The copies of weights that have all multiplied inputs of this dtype on the CPU before; None where one has no such product."""
         found = []
         for weight in weights:
-            kept = self._kept.get(id(weight))
-            if kept is None or kept.product is None or kept.dtype is not dtype or not kept.holds(weight):
+            one = self._kept.get(id(weight))
+            if one is None or one.product is None or one.dtype is not dtype or not one.holds(weight):
                 return None
-            found.append(kept.product)
+            found.append(one)
         return found
 
     @property
@@ -101,15 +101,18 @@ class Packed:
 
     Attributes:
         form: None: the dense weight is multiplied.
+        ours: whether the form is that of `gemm_native.pack`, which other native calls read.
         product: x · weightᵀ + bias from the packed form; None without one.
+        out, width: N and K.
     """
 
-    __slots__ = ("_version", "_weight", "dtype", "form", "product", "width")
+    __slots__ = ("_version", "_weight", "dtype", "form", "ours", "out", "product", "width")
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._version = weight, None if weight.is_inference() else weight._version
-        self.dtype, self.width = weight.dtype, weight.shape[1]
+        self.dtype, (self.out, self.width) = weight.dtype, weight.shape
         self.form = _pack(weight.detach())
+        self.ours = self.form is not None and self.form.dim() == 3
         self.product = None if self.form is None or not weight.is_cpu else _product_with(self.form, weight.shape[0], weight.dtype)
 
     def holds(self, weight: Tensor) -> bool:

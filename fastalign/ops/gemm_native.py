@@ -20,7 +20,6 @@ from fastalign.ops.backend import backend_for, load_native
 
 TAKEN = {"avx2": (torch.float32, torch.bfloat16), "amx": (torch.bfloat16,)}  # instruction set → the dtypes that are multiplied here
 STORE_BYTES = 8 << 20
-TILES_DEPTH = 8192  # the deepest product that tiles round to bf16 themselves; a deeper one's fp32 sums leave the tiles on the way
 _NONE = torch.empty(0)
 
 
@@ -34,7 +33,7 @@ def native_products(dtype: torch.dtype) -> ModuleType | None:
 
 def _rounds(module: ModuleType, dtype: torch.dtype, depth: int) -> bool:
     """Whether the product itself writes bf16."""
-    return dtype == torch.bfloat16 and depth <= TILES_DEPTH and module.isa() == "amx"
+    return dtype == torch.bfloat16 and depth <= module.gemm_tiles_depth and module.isa() == "amx"
 
 
 def multiply(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

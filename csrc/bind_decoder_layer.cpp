@@ -1,0 +1,164 @@
+// A decoder layer of a generation step in one call: the ops that its own forward calls one by one, with the same arguments.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "arguments.h"
+#include "calls.h"
+#include "cpu/decoder_layer.h"
+#include "cpu/rms_norm.h"
+#include "cpu/rope.h"
+#include "cpu/swiglu.h"
+
+namespace py = pybind11;
+
+namespace fa {
+namespace {
+
+constexpr size_t kProducts = 7;
+enum Of : size_t { kQ, kK, kV, kO, kGate, kUp, kDown };  // in order, of the products
+enum Norm : size_t { kBefore, kBetween, kNormQ, kNormK };
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("decoder_layer: " + what); }
+
+struct Call {
+  std::vector<Tensor> packed, biases, norms;  // of the products; no bias: empty
+  std::vector<int64_t> columns;               // of the products
+  std::vector<float> eps;
+  Tensor cos, sin;  // [1, T, head_dim]
+  PagedStep step;
+};
+
+// Memory that is not filled first.
+template <typename T>
+using Memory = std::unique_ptr<T[]>;
+template <typename T>
+Memory<T> memory(int64_t size) {
+  return Memory<T>(new T[static_cast<size_t>(size)]);
+}
+
+template <typename T>
+struct Layer {
+  const Call& call;
+  const int64_t rows, width, head_dim;
+  Memory<float> wide{};  // sums of a product that does not round
+
+  static constexpr DType type = sizeof(T) == 4 ? DType::f32 : DType::bf16;
+
+  static Tensor table(const void* data, std::vector<int64_t> shape) {
+    Tensor t{const_cast<void*>(data), std::move(shape), {}, type, false};
+    t.strides.assign(t.shape.size(), 1);
+    for (size_t i = t.shape.size(); i-- > 1;) t.strides[i - 1] = t.strides[i] * t.shape[i];
+    return t;
+  }
+
+  // The sums of x * weight + bias, in `to` where the product writes T, else in fp32.
+  const float* sums(Of of, const T* x, int64_t depth, T* to) {
+    const int64_t n = call.columns[of];
+    Tensor bias = call.biases[of];
+    Memory<float> widened;
+    if constexpr (sizeof(T) == 2) {
+      if (bias.numel()) {
+        widened = memory<float>(n);
+        FA_CALL(widen, bias.check("decoder_layer: bias", type, {n}).contiguous("decoder_layer: bias").template ptr<T>(), n, widened.get());
+        bias.data = widened.get(), bias.dtype = DType::f32;
+      }
+    }
+    Tensor out = table(to, {rows, n});
+    if (sizeof(T) == 2 && !product_rounds(type, depth)) out.dtype = DType::f32, out.data = wide.get();
+    multiply_packed(table(x, {rows, depth}), call.packed[of], bias, out);
+    return out.data == wide.get() ? wide.get() : nullptr;
+  }
+
+  void multiply(Of of, const T* x, int64_t depth, T* to) {
+    const float* fp32 = sums(of, x, depth, to);
+    if constexpr (sizeof(T) == 2)
+      if (fp32) FA_CALL(round_to, fp32, rows * call.columns[of], to);
+  }
+
+  // to = onto + x * weight + bias
+  void multiply_add(Of of, const T* x, int64_t depth, T* scratch, const T* onto, T* to) {
+    const float* fp32 = sums(of, x, depth, scratch);
+    const int64_t size = rows * call.columns[of];
+    fp32 ? FA_CALL(add, onto, fp32, size, to) : FA_CALL(add, onto, static_cast<const T*>(scratch), size, to);
+  }
+
+  void normalize(Norm of, const T* x, int64_t count, int64_t size, T* to) const {
+    const Tensor& weight = call.norms[of].check("decoder_layer: norm", type, {size}).contiguous("decoder_layer: norm");
+    const RmsNorm<T> norm{x, weight.template ptr<T>(), count, size, call.eps[of]};
+    FA_CALL(rms_norm, norm, to);
+  }
+
+  void rotate(const T* x, int64_t heads, T* to) const {
+    const int64_t row = heads * head_dim;
+    const Rope<T> rotation{x, to, call.cos.ptr<T>(), call.sin.ptr<T>(), 1, heads, rows, head_dim, 0, {0, head_dim, row}, {0, head_dim, row}, false};
+    FA_CALL(rope, rotation);
+  }
+
+  void run(const T* x, T* out) {
+    const auto& n = call.columns;
+    if (sizeof(T) == 2) wide = memory<float>(rows * *std::max_element(n.begin(), n.end()));
+    const Memory<T> inner = memory<T>(rows * width), q = memory<T>(rows * n[kQ]), k = memory<T>(rows * n[kK]), v = memory<T>(rows * n[kV]);
+    const Memory<T> turned_q = memory<T>(rows * n[kQ]), turned_k = memory<T>(rows * n[kK]);
+    normalize(kBefore, x, rows, width, inner.get());
+    multiply(kQ, inner.get(), width, q.get());
+    multiply(kK, inner.get(), width, k.get());
+    multiply(kV, inner.get(), width, v.get());
+    const int64_t heads = n[kQ] / head_dim, kv_heads = n[kK] / head_dim;
+    if (call.norms.size() > kNormQ) {
+      normalize(kNormQ, q.get(), rows * heads, head_dim, q.get());
+      normalize(kNormK, k.get(), rows * kv_heads, head_dim, k.get());
+    }
+    rotate(q.get(), heads, turned_q.get());
+    rotate(k.get(), kv_heads, turned_k.get());
+    T* seen = q.get();  // what was not turned is not read again
+    attend_paged(table(turned_q.get(), {rows, heads, head_dim}), table(turned_k.get(), {rows, kv_heads, head_dim}),
+                 table(v.get(), {rows, kv_heads, head_dim}), call.step, table(seen, {rows, heads, head_dim}));
+    multiply_add(kO, seen, n[kQ], inner.get(), x, out);
+    normalize(kBetween, out, rows, width, inner.get());
+    const Memory<T> gate = memory<T>(rows * n[kGate]), up = memory<T>(rows * n[kUp]);
+    multiply(kGate, inner.get(), width, gate.get());
+    multiply(kUp, inner.get(), width, up.get());
+    const Swiglu<T> gates{gate.get(), up.get(), rows * n[kGate]};
+    FA_CALL(swiglu, gates, gate.get());
+    multiply_add(kDown, gate.get(), n[kGate], inner.get(), out, out);
+  }
+};
+
+void decoder_layer(const Tensor& x, std::vector<Tensor> packed, std::vector<Tensor> biases, std::vector<int64_t> columns,
+                   std::vector<Tensor> norms, std::vector<float> eps, const Tensor& cos, const Tensor& sin, const Tensor& k_cache,
+                   const Tensor& v_cache, const Tensor& slots, const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& block_tables,
+                   double scale, int64_t window, double softcap, const Tensor& out) {
+  by_element("decoder_layer: x", x, [&]<typename T>(T) {
+    if (x.dim() != 3 || x.size(0) != 1 || k_cache.dim() != 4) fail("expected x [1, T, width] and caches [blocks, heads, block_size, head_dim]");
+    const int64_t rows = x.size(1), width = x.size(2), head_dim = k_cache.size(3);
+    if (packed.size() != kProducts || biases.size() != kProducts || columns.size() != kProducts)
+      fail("expected seven products with their biases and columns");
+    if ((norms.size() != 2 && norms.size() != 4) || eps.size() != norms.size()) fail("expected two or four norms with their eps");
+    const bool heads = head_dim > 0 && head_dim % 2 == 0 && columns[kQ] % head_dim == 0 && columns[kK] == k_cache.size(1) * head_dim;
+    if (!heads || columns[kK] != columns[kV] || columns[kGate] != columns[kUp] || columns[kO] != width || columns[kDown] != width)
+      fail("the products' columns do not fit together");
+    cos.check("decoder_layer: cos", x.dtype, {1, rows, head_dim});
+    elements<T>("decoder_layer: cos", cos, cos);
+    elements<T>("decoder_layer: sin", sin, cos);
+    const T* from = elements<T>("decoder_layer: x", x, x);
+    T* to = elements<T>("decoder_layer: out", out, x);
+    const Call call{std::move(packed), std::move(biases), std::move(norms), std::move(columns), std::move(eps), cos, sin,
+                    {k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap}};
+    py::gil_scoped_release release;
+    Layer<T>{call, rows, width, head_dim}.run(from, to);
+  });
+}
+
+}  // namespace
+
+void bind_decoder_layer(py::module_& m) {
+  m.def("decoder_layer", &decoder_layer, py::arg("x"), py::arg("packed"), py::arg("biases"), py::arg("columns"), py::arg("norms"),
+        py::arg("eps"), py::arg("cos"), py::arg("sin"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("cu_seqlens"),
+        py::arg("context_lens"), py::arg("block_tables"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out"),
+        "A layer's forward over a paged cache: products of q, k, v, o, gate, up, down (packed; an empty bias is none), norms before the "
+        "attention, before the MLP, of the heads of q and of k.");
+}
+
+}  // namespace fa
