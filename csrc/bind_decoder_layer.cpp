@@ -23,11 +23,12 @@ enum Norm : size_t { kBefore, kBetween, kNormQ, kNormK };
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("decoder_layer: " + what); }
 
 struct Call {
-  std::vector<Tensor> packed, biases, norms;  // of the products; no bias: empty
-  std::vector<int64_t> columns;               // of the products
-  std::vector<float> eps;
-  Tensor cos, sin;  // [1, T, head_dim]
-  PagedStep step;
+  const std::vector<Tensor>&packed, &biases;  // of the products; no bias: empty
+  const std::vector<int64_t>& columns;        // of the products
+  const std::vector<Tensor>& norms;
+  const std::vector<float>& eps;
+  const Tensor &cos, &sin;  // [1, T, head_dim]
+  const PagedStep& step;
 };
 
 // Memory that is not filled first.
@@ -56,18 +57,21 @@ struct Layer {
   // The sums of x * weight + bias, in `to` where the product writes T, else in fp32.
   const float* sums(Of of, const T* x, int64_t depth, T* to) {
     const int64_t n = call.columns[of];
-    Tensor bias = call.biases[of];
+    const Tensor* bias = &call.biases[of];
     Memory<float> widened;
+    Tensor wide_bias;
     if constexpr (sizeof(T) == 2) {
-      if (bias.numel()) {
+      if (bias->numel()) {
         widened = memory<float>(n);
-        FA_CALL(widen, bias.check("decoder_layer: bias", type, {n}).contiguous("decoder_layer: bias").template ptr<T>(), n, widened.get());
-        bias.data = widened.get(), bias.dtype = DType::f32;
+        FA_CALL(widen, bias->check("decoder_layer: bias", type, {n}).contiguous("decoder_layer: bias").template ptr<T>(), n, widened.get());
+        wide_bias = *bias;
+        wide_bias.data = widened.get(), wide_bias.dtype = DType::f32;
+        bias = &wide_bias;
       }
     }
     Tensor out = table(to, {rows, n});
     if (sizeof(T) == 2 && !product_rounds(type, depth)) out.dtype = DType::f32, out.data = wide.get();
-    multiply_packed(table(x, {rows, depth}), call.packed[of], bias, out);
+    multiply_packed(table(x, {rows, depth}), call.packed[of], *bias, out);
     return out.data == wide.get() ? wide.get() : nullptr;
   }
 
@@ -126,8 +130,8 @@ struct Layer {
   }
 };
 
-void decoder_layer(const Tensor& x, std::vector<Tensor> packed, std::vector<Tensor> biases, std::vector<int64_t> columns,
-                   std::vector<Tensor> norms, std::vector<float> eps, const Tensor& cos, const Tensor& sin, const Tensor& k_cache,
+void decoder_layer(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
+                   const std::vector<int64_t>& columns, const std::vector<Tensor>& norms, const std::vector<float>& eps, const Tensor& cos, const Tensor& sin, const Tensor& k_cache,
                    const Tensor& v_cache, const Tensor& slots, const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& block_tables,
                    double scale, int64_t window, double softcap, const Tensor& out) {
   by_element("decoder_layer: x", x, [&]<typename T>(T) {
@@ -144,8 +148,8 @@ void decoder_layer(const Tensor& x, std::vector<Tensor> packed, std::vector<Tens
     elements<T>("decoder_layer: sin", sin, cos);
     const T* from = elements<T>("decoder_layer: x", x, x);
     T* to = elements<T>("decoder_layer: out", out, x);
-    const Call call{std::move(packed), std::move(biases), std::move(norms), std::move(columns), std::move(eps), cos, sin,
-                    {k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap}};
+    const PagedStep step{k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap};
+    const Call call{packed, biases, columns, norms, eps, cos, sin, step};
     py::gil_scoped_release release;
     Layer<T>{call, rows, width, head_dim}.run(from, to);
   });

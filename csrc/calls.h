@@ -6,7 +6,7 @@ namespace fa {
 
 // A step over a paged cache (ops/attention.py, PagedLayout): one layer's cache, the step's rows, how scores are made.
 struct PagedStep {
-  Tensor k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables;
+  const Tensor &k_cache, &v_cache, &slots, &cu_seqlens, &context_lens, &block_tables;
   double scale;
   int64_t window;  // 0: none
   double softcap;  // 0: none

@@ -203,11 +203,10 @@ class Sampler:
     def _at_own(self, logits: Tensor, tokens: Tensor, temperature: NDArray[np.float64], head: Head) -> tuple[Tensor, Tensor]:
         """[D] fp32 log-probs and log-sum-exps at each draw's own temperature; greedy draws at 1."""
         heat = np.where(temperature > 0, temperature, 1)
-        values = np.unique(heat)
-        if len(values) == 1:
-            return self._at(logits, tokens, float(values[0]), head)
+        if (heat == heat[0]).all():
+            return self._at(logits, tokens, float(heat[0]), head)
         logprobs, lse = logits.new_empty(2, len(heat), dtype=torch.float32).unbind()
-        for value in values:
+        for value in np.unique(heat):
             index = torch.from_numpy(np.flatnonzero(heat == value)).to(logits.device)
             logprobs[index], lse[index] = self._at(logits[index], tokens[index], float(value), head)
         return logprobs, lse
