@@ -10,8 +10,8 @@ own shapes with 256 rows. All are measured in the same rounds as the steps.
 Measured on one core of an AMD EPYC with AVX-512 that others used, CPU time, 40M: fp32 3.6, 1.9 and 1.1 times the floor at 1, 16 and 256
 sequences, bf16 4.1, 3.4 and 1.5. At 1 and 16 a third is Python and the modules of transformers; the linears, the head above all, read
 their weights at a third to a half of the bandwidth of a copy.
-shares: of a profiled call (cProfile, which makes Python look larger than it is): linears, attention, sampler, other torch operators,
-Python and the modules of transformers.
+shares: of a profiled call (cProfile, which makes Python look larger than it is): layers (linears, attention and the rest in one call, where
+our own products run), linears, attention, sampler, other torch operators, Python and the modules of transformers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NAMES = {
     "linears": ("_C.gemm_packed", "_linear_pointwise", "nn.linear", "method torch.mm", "addmm", "gemm of"),
     "attention": ("paged_attention",),
 }
-NAMES |= {"sampler": ("_C.sample", "_C.logp_rows", "_C.philox_uniform")}
+NAMES |= {"layers": ("_C.decoder_layer",), "sampler": ("_C.sample", "_C.logp_rows", "_C.philox_uniform")}
 
 
 def calls(engine: Engine, sequences: int) -> Callable[[int], None]:

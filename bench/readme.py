@@ -111,8 +111,9 @@ def section() -> str:
     lines = [BEGIN, ""]
     for folder in PROCESSORS:
         lines += trainers(folder)
-    for record in records("generation-*.json"):
-        lines += generation(record)
+    for folder in PROCESSORS:
+        for record in records(f"{folder}generation-*.json"):
+            lines += generation(record)
     for record in records("kernels-*.json"):
         lines += kernels(record)
     return "\n".join([*lines, END])
