@@ -273,7 +273,8 @@ void paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
 void attend_paged(const Tensor& q, const Tensor& k, const Tensor& v, const PagedStep& step, const Tensor& out) {
   Forward f{problem("paged_attention", q, k, v, step.scale, step.window, step.softcap), {}, {}, {}, nullptr, nullptr};
   const Cache cache = check_cache(f.p, step.k_cache, step.v_cache);
-  const int64_t sequences = step.context_lens.dim() == 1 ? step.context_lens.size(0) : -1;
+  if (step.context_lens.dim() != 1) fail("paged_attention: context_lens: expected int32 [S], got " + Tensor::describe(step.context_lens.dtype, step.context_lens.shape));
+  const int64_t sequences = step.context_lens.size(0);
   const auto bounds = offsets("paged_attention: cu_seqlens", step.cu_seqlens, sequences, q.size(0));
   const auto contexts = integers("paged_attention: context_lens", step.context_lens, sequences);
   step.block_tables.check("paged_attention: block_tables", DType::i32, {sequences, -1});

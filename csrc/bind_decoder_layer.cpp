@@ -149,6 +149,9 @@ void decoder_layer(const Tensor& x, const std::vector<Tensor>& packed, const std
     const T* from = elements<T>("decoder_layer: x", x, x);
     T* to = elements<T>("decoder_layer: out", out, x);
     const PagedStep step{k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap};
+    for (const auto* tensors : {&packed, &biases, &norms})
+      for (const Tensor& t : *tensors)
+        if (t.cuda) fail("expected tensors on the CPU, got one on a GPU");
     const Call call{packed, biases, columns, norms, eps, cos, sin, step};
     py::gil_scoped_release release;
     Layer<T>{call, rows, width, head_dim}.run(from, to);

@@ -31,7 +31,7 @@ def model_of(family, dtype=torch.float32, **changes):
 
 
 def planned(model):
-    return [m._plan for m in model.modules() if decoder_layer.is_planned(m)]
+    return [decoder_layer.plan_of(m) for m in model.modules() if decoder_layer.is_planned(m)]
 
 
 def generated(model, **options):
@@ -42,15 +42,15 @@ def generated(model, **options):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often `run` computed a layer, and how often it left it to the layer."""
-    counts, run = {True: 0, False: 0}, decoder_layer.run
+    """How often a layer was ready to be run, and how often it was left to its own forward."""
+    counts, ready = {True: 0, False: 0}, decoder_layer.ready
 
     def count(*arguments):
-        found = run(*arguments)
+        found = ready(*arguments)
         counts[found is not None] += 1
         return found
 
-    monkeypatch.setattr(decoder_layer, "run", count)
+    monkeypatch.setattr(decoder_layer, "ready", count)
     return counts
 
 
@@ -141,13 +141,105 @@ def test_layers_that_were_numbered_anew_write_their_own_cache():
     assert generated(model) == found
 
 
-def test_a_part_that_was_replaced_is_called(counted):
+def own_forward(monkeypatch):
+    monkeypatch.setattr(decoder_layer, "run", lambda *_: None)
+
+
+def test_a_part_that_was_replaced_is_called(monkeypatch):
     model = model_of("llama")
-    layer = model.model.layers[0]
-    layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Identity())
-    counted.update({True: 0, False: 0})
-    generated(model)
-    assert all(counted.values())  # one of two layers
+    before = generated(model)
+    mlp = model.model.layers[0].mlp
+
+    class Doubled(type(mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    mlp.__class__ = Doubled
+    found = generated(model)
+    assert found != before
+    own_forward(monkeypatch)
+    assert generated(model) == found
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_head_norms_that_were_replaced_are_called(monkeypatch, name):
+    model = model_of("qwen3")
+    before = generated(model)
+    setattr(model.model.layers[1].self_attn, name, torch.nn.Identity())
+    found = generated(model)
+    assert found != before
+    own_forward(monkeypatch)
+    assert generated(model) == found
+
+
+def test_layers_with_weights_of_their_own_keep_their_forward():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SMALL))
+    kind = type(model.model.layers[0])
+
+    class Gained(kind):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs) * self.gain
+
+    model.model.layers[1].__class__ = Gained
+    model.model.layers[1].gain = torch.nn.Parameter(torch.ones(()))
+    assert len(planned(ready(model))) == 1
+
+
+def test_what_a_configuration_says_later_holds_for_the_next_engine(monkeypatch):
+    model = model_of("mistral", sliding_window=None)
+    before = generated(model)
+    model.config.sliding_window = 3
+    found = generated(model)
+    assert found != before
+    own_forward(monkeypatch)
+    assert generated(model) == found
+
+
+def test_a_configuration_that_is_no_json_is_no_obstacle():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SMALL))
+    model.config.something = object()
+    assert not planned(ready(model))
+
+
+def test_a_cast_is_noticed(monkeypatch):
+    model = model_of("llama").bfloat16()
+    found = generated(model)
+    own_forward(monkeypatch)
+    assert generated(model) == found
+
+
+def test_weights_with_gaps_go_through_the_layer(monkeypatch):
+    model = model_of("llama")
+    norm = model.model.layers[0].input_layernorm
+    norm.weight = torch.nn.Parameter(torch.randn(2 * norm.weight.numel())[::2])
+    found = generated(model)
+    own_forward(monkeypatch)
+    assert generated(model) == found
+
+
+def test_hooks_on_every_module_are_called(monkeypatch):
+    model, seen = model_of("llama"), []
+    found = generated(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        assert generated(model) == found
+    finally:
+        handle.remove()
+    assert seen.count(type(model.model.layers[0])) == 2 * seen.count(type(model.model.norm)) / 5 > 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_one_call_has_the_bits_of_its_ops(monkeypatch, family, dtype):
+    if not products_run(dtype):
+        pytest.skip("the packed products of this dtype are not used here")
+    model, calls, one_call = model_of(family, dtype, attention_bias=True), [], decoder_layer._in_one_call
+    monkeypatch.setattr(decoder_layer, "_in_one_call", lambda step: (calls.append(1), one_call(step))[1])
+    found = generated(model)
+    if not calls:
+        pytest.skip("oneDNN multiplies here")
+    monkeypatch.setattr(decoder_layer, "_in_one_call", decoder_layer._one_by_one)
+    assert generated(model) == found
 
 
 def test_weights_that_changed_are_the_ones_used():

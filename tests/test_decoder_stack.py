@@ -8,9 +8,12 @@ from test_decoder_layer import RUNS, generated, model_of, products_run
 from tiny_models import SMALL, ready
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fastalign.models import decoder_stack
+from fastalign.models import decoder_layer, decoder_stack
 from fastalign.models.adapters import attach_lora
+from fastalign.models.attention import reading_layout
+from fastalign.ops.attention import PagedLayout
 from fastalign.ops.backend import load_native
+from fastalign.ops.gemm import PackedWeights
 
 pytestmark = pytest.mark.skipif(load_native()[0] is None, reason="the native module is not built")
 
@@ -56,9 +59,10 @@ def test_a_backbone_that_computes_something_else_is_left_alone(own_calls):
     own_calls.clear()
     assert generated(model) != plain
     assert len(own_calls) > 6
-    assert decoder_stack._exact[model.model][1] is False
-    model.model.__class__ = kind  # another class is looked at anew
+    model.model.__class__ = kind
+    own_calls.clear()
     assert generated(model) == plain
+    assert len(own_calls) == 1  # the step that packs
 
 
 @pytest.mark.parametrize(
@@ -83,19 +87,59 @@ def test_a_forward_put_into_a_module_is_called():
     assert len(seen) > 12
 
 
-def test_logits_that_are_not_finite_decide_nothing():
-    model = model_of("llama")
-    weight = model.model.norm.weight
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight.fill_(torch.nan)
-    with pytest.raises(Exception, match="NaN"):
-        generated(model)
-    assert model.model not in decoder_stack._exact
-    with torch.no_grad():
-        weight.copy_(kept)
+def step_of(model):
+    """A step of three tokens of one sequence, and what is to be called with it."""
+    rows, config = 3, model.config
+    lengths = torch.tensor([0, rows], dtype=torch.int32)
+    shape = (1, config.num_key_value_heads, 4, config.head_dim)
+    keys, values = ([torch.zeros(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))
+    layout = PagedLayout(lengths, lengths[1:], torch.zeros(1, 1, dtype=torch.int32), torch.arange(rows), keys, values)
+    return torch.tensor([[3, 4, 5]]), torch.arange(rows)[None], layout
+
+
+def test_rows_that_are_not_finite_decide_nothing():
+    model = model_of("llama").model
+    ids, positions, layout = step_of(model)
+    with torch.no_grad(), reading_layout(), PackedWeights().active():
+
+        def own():
+            return model(input_ids=ids, position_ids=positions, use_cache=False, attention_layout=layout).last_hidden_state
+
+        truth = decoder_stack.last_hidden(model, ids, positions, layout, own)  # packs
+        assert decoder_stack.last_hidden(model, ids, positions, layout, lambda: own() * torch.nan).isnan().all()
+        assert model not in decoder_stack._exact
+        assert torch.equal(decoder_stack.last_hidden(model, ids, positions, layout, own), truth)
+        assert decoder_stack._exact[model][1]
+        assert torch.equal(decoder_stack.last_hidden(model, ids, positions, layout, None), truth)
+
+
+def test_a_layer_that_is_not_ready_costs_the_others_nothing(monkeypatch, own_calls):
+    model, runs, run = model_of("llama"), [], decoder_layer.run
     generated(model)
-    assert decoder_stack._exact[model.model][1]
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    own_calls.clear()
+    monkeypatch.setattr(decoder_layer, "run", lambda *arguments: (runs.append(1), run(*arguments))[1])
+    generated(model)
+    assert len(runs) == len(own_calls) - 1 > 6  # the first layer alone, and not in the step that packs
+    handle.remove()
+
+
+def test_fewer_layers_are_fewer(monkeypatch):
+    model = model_of("llama")
+    before = generated(model)
+    model.config.num_hidden_layers = 1
+    found = generated(model)
+    assert found != before
+    monkeypatch.setattr(decoder_stack, "_run", lambda *_: None)
+    assert generated(model) == found
+
+
+def test_a_backbone_that_asks_its_parts_otherwise_keeps_its_forward(own_calls):
+    if "mellum" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no family whose rotary embedding asks for a kind of layer")
+    sizes = SMALL | {"head_dim": 16, "mlp_layer_types": ["dense", "dense"]}
+    generated(ready(AutoModelForCausalLM.from_config(CONFIG_MAPPING["mellum"](**sizes))))
+    assert len(own_calls) > 6
 
 
 def test_adapters_go_through_the_backbone(own_calls):

@@ -7,6 +7,7 @@ layer is run this way only after that gave the bits of its own forward, in the o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -38,35 +39,47 @@ class Plan(NamedTuple):
     """
 
     kinds: tuple[type, ...]
+    dtype: torch.dtype
     head_dim: int
     scale: float
     window: int | None
     softcap: float | None
 
 
+class Ready(NamedTuple):
+    """A layer that can be run now.
+
+    layer: of the cache; kept: the products of q, k, v, o, gate, up, down; norms: before the attention, before the MLP, of the heads.
+    """
+
+    plan: Plan
+    layer: int
+    kept: list[Packed]
+    biases: list[Tensor | None]
+    norms: list[Tensor]
+    eps: list[float]
+
+
 def use_decoder_runs(model: nn.Module) -> None:
-    """Turns the decoder layers of a model that `run` computes to the bit into subclasses that call it, in place.
+    """Turns the decoder layers of a model that are computed to the bit into subclasses that try `ready`, in place.
 
     After `use_fused_layers` and with the fastalign attention: those are the parts that it looks for.
     """
     for module in model.modules():
-        if is_planned(module) or not _looks_like_one(module):
-            continue
-        plan = _plan(module)
-        if plan is not None:
+        if not is_planned(module) and plan_of(module) is not None:
             module.__class__ = _subclass(type(module))
-            module._plan = plan  # type: ignore[assignment]
 
 
 def is_planned(layer: nn.Module) -> bool:
-    """Whether `run` may be asked for this layer."""
-    return type(layer) in _planned
+    """Whether `ready` may be asked for this layer."""
+    return type(layer) in _own
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's forward: no hooks, and no forward of its own, as accelerate puts into a module."""
+    """Whether calling the module is calling its class's forward: no hooks, not compiled, no forward of its own (as accelerate's)."""
     own = module.__dict__
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"]) and "forward" not in own
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("_compiled_call_impl") is not None
+    return not hooked and "forward" not in own
 
 
 def _looks_like_one(module: nn.Module) -> bool:
@@ -74,97 +87,122 @@ def _looks_like_one(module: nn.Module) -> bool:
     parts = module._modules
     if parts.keys() != LAYER or not all(part is not None and is_fused(part) for part in parts.values()):
         return False
-    attention, mlp = parts["self_attn"], parts["mlp"]
-    names = attention._modules.keys()  # type: ignore[union-attr]
+    attention: Any = parts["self_attn"]
+    mlp: Any = parts["mlp"]
+    names = attention._modules.keys()
     if names not in (set(ATTENTION), {*ATTENTION, *HEAD_NORMS}) or not isinstance(getattr(attention, "head_dim", None), int):
         return False
     if not isinstance(getattr(attention, "config", None), PreTrainedConfig):
+        return False
+    if module._parameters or module._buffers or attention._parameters or attention._buffers or mlp._parameters or mlp._buffers:
+        return False
+    norms: list[Any] = [parts["input_layernorm"], parts["post_attention_layernorm"], *(attention._modules.get(name) for name in HEAD_NORMS)]
+    if any(norm is not None and {*norm._parameters, *norm._buffers} != {"weight"} for norm in norms):
         return False
     linears = [getattr(attention, name) for name in ATTENTION] + [getattr(mlp, name, None) for name in MLP]
     return all(type(linear) is RowLinear and linear.weight.device.type == "cpu" for linear in linears)
 
 
 def _subclass(kind: type) -> type:
-    """The layer that tries `run` first; made once."""
+    """The layer that tries `ready` first; made once."""
     if kind not in _classes:
-        own: Any = kind.forward  # type: ignore[attr-defined]
 
         def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             layout, rotation = kwargs.get("attention_layout"), kwargs.get("position_embeddings")
             if type(layout) is PagedLayout and rotation is not None and not args:
-                found = run(self, self._plan, hidden_states, layout, rotation)
+                parts = ready(self, hidden_states.dtype)
+                found = None if parts is None else run(parts, hidden_states, layout, rotation)
                 if found is not None:
                     return found
-            return own(self, hidden_states, *args, **kwargs)
+            return kind.forward(self, hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
 
         # under the family's own name: device maps and FSDP policies look for it
         _classes[kind] = type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": forward})
-        _planned.add(_classes[kind])
+        _own[_classes[kind]] = kind
     return _classes[kind]
 
 
 _classes: dict[type, type] = {}
-_planned: set[type] = set()  # its values
+_own: dict[type, type] = {}  # the other way round
 _plans: dict[tuple[Any, ...], Plan | None] = {}  # what decides what a layer computes → how it is run
+_global_hooks: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 
 
-def run(layer: nn.Module, plan: Plan, x: Tensor, layout: PagedLayout, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
-    """The layer's forward of x [1, T, H] for a step of generation; None where it is not this function's to compute."""
-    packs, parts = active_packs(), layer._modules
-    if packs is None or packs.quantizes or torch.is_grad_enabled() or x.dim() != 3 or x.shape[0] != 1:
+def ready(layer: nn.Module, dtype: torch.dtype) -> Ready | None:
+    """What `run` needs of a layer for rows of this dtype; None where its own forward is to compute them.
+
+    What a layer computes is looked at again for every engine, and after its weights were announced to have changed.
+    """
+    packs = active_packs()
+    if packs is None or packs.quantizes or torch.is_grad_enabled() or _global_hooks():
         return None
-    if tuple(map(type, parts.values())) != plan.kinds:
+    if layer not in packs.notes:
+        packs.notes[layer] = plan_of(layer)
+    plan = packs.notes[layer]
+    return None if plan is None else _ready(layer, plan, packs, dtype)
+
+
+def _ready(layer: nn.Module, plan: Plan, packs: PackedWeights, dtype: torch.dtype) -> Ready | None:
+    if dtype != plan.dtype or _kinds(layer) != plan.kinds:
         return None
+    parts = layer._modules
     attention: Any = parts["self_attn"]
     mlp: Any = parts["mlp"]
     own, gate = attention._modules, mlp._modules
     linears: list[Any] = [*(own[name] for name in ATTENTION), *(gate[name] for name in MLP)]
     norms: list[Any] = [parts["input_layernorm"], parts["post_attention_layernorm"], *(own[name] for name in HEAD_NORMS if name in own)]
-    for linear in linears:
-        if type(linear) is not RowLinear:
-            return None
     for part in (attention, mlp, *linears, *norms):
         if not is_plain(part):
             return None
     weights, biases = ([linear._parameters[name] for linear in linears] for name in ("weight", "bias"))  # linear.weight takes 2 us
-    scales = [norm._parameters["weight"] for norm in norms]
-    cos, sin = rotation
-    module, kept = native_for("rms_norm", x, cos, sin, *scales), packs.kept(weights, x.dtype)
-    if module is None or kept is None or cos.shape[-1] != plan.head_dim:
+    kept, scales = packs.kept(weights, dtype), [norm._parameters["weight"] for norm in norms]
+    if kept is None or not all(scale.is_contiguous() for scale in scales):
         return None
-    step = _Step(module, plan, attention.layer_idx, x.contiguous(), layout, cos.contiguous(), sin.contiguous())
-    eps = [norm.variance_epsilon for norm in norms]
-    run_all = _in_one_call if all(one.ours for one in kept) else _one_by_one
-    return run_all(step, kept, biases, scales, eps)
+    return Ready(plan, attention.layer_idx, kept, biases, scales, [norm.variance_epsilon for norm in norms])
+
+
+def _kinds(layer: nn.Module) -> tuple[type, ...]:
+    parts = layer._modules
+    inner = [parts[name]._modules.values() for name in ("self_attn", "mlp") if parts.get(name) is not None]  # type: ignore[union-attr]
+    return tuple(type(part) for modules in (parts.values(), *inner) for part in modules)
+
+
+def run(parts: Ready, x: Tensor, layout: PagedLayout, rotation: tuple[Tensor, Tensor]) -> Tensor | None:
+    """The layer's forward of x [1, T, H] for a step of generation; None where the native ops do not take such tensors."""
+    cos, sin = rotation
+    biases = [bias for bias in parts.biases if bias is not None]
+    module = native_for("rms_norm", x, cos, sin, *parts.norms, *biases)
+    if module is None or x.dim() != 3 or x.shape[0] != 1 or cos.shape[-1] != parts.plan.head_dim:
+        return None
+    step = _Step(module, parts, x.contiguous(), layout, cos.contiguous(), sin.contiguous())
+    return (_in_one_call if all(one.ours for one in parts.kept) else _one_by_one)(step)
 
 
 class _Step(NamedTuple):
-    """layer: of the cache; x [1, T, H], cos and sin [1, T, D]: without gaps."""
+    """x [1, T, H], cos and sin [1, T, D]: without gaps."""
 
     module: ModuleType
-    plan: Plan
-    layer: int
+    parts: Ready
     x: Tensor
     layout: PagedLayout
     cos: Tensor
     sin: Tensor
 
 
-# of both: the products of q, k, v, o, gate, up, down with their biases; the norms before the attention, before the MLP, of the heads
-def _in_one_call(step: _Step, kept: list[Packed], biases: list[Tensor | None], norms: list[Tensor], eps: list[float]) -> Tensor:
+def _in_one_call(step: _Step) -> Tensor:
     """Where all the products are our own."""
-    plan, layout, out = step.plan, step.layout, torch.empty(step.x.shape, dtype=step.x.dtype)
+    parts, plan, layout, out = step.parts, step.parts.plan, step.layout, torch.empty(step.x.shape, dtype=step.x.dtype)
     step.module.decoder_layer(
         step.x,
-        [one.form for one in kept],
-        [_NONE if bias is None else bias for bias in biases],
-        [one.out for one in kept],
-        norms,
-        eps,
+        [one.form for one in parts.kept],
+        [_NONE if bias is None else bias for bias in parts.biases],
+        [one.out for one in parts.kept],
+        parts.norms,
+        parts.eps,
         step.cos,
         step.sin,
-        layout.k_cache[step.layer],
-        layout.v_cache[step.layer],
+        layout.k_cache[parts.layer],
+        layout.v_cache[parts.layer],
         layout.slots,
         layout.cu_seqlens,
         layout.context_lens,
@@ -177,17 +215,17 @@ def _in_one_call(step: _Step, kept: list[Packed], biases: list[Tensor | None], n
     return out
 
 
-def _one_by_one(step: _Step, kept: list[Packed], biases: list[Tensor | None], norms: list[Tensor], eps: list[float]) -> Tensor:
+def _one_by_one(step: _Step) -> Tensor:
     """Where oneDNN multiplies."""
-    module, plan, x = step.module, step.plan, step.x
-    shape = (1, x.shape[1], -1, plan.head_dim)
-    q, k, v, o, gate, up, down = [partial(_times, one.product, bias) for one, bias in zip(kept, biases, strict=True)]
+    module, parts, plan, x = step.module, step.parts, step.parts.plan, step.x
+    shape, norms, eps = (1, x.shape[1], -1, plan.head_dim), parts.norms, parts.eps
+    q, k, v, o, gate, up, down = [partial(_times, one.product, bias) for one, bias in zip(parts.kept, parts.biases, strict=True)]
     inner = normalized(module, x, norms[0], eps[0])
     queries, keys, values = q(inner).view(shape), k(inner).view(shape), v(inner).view(shape)
     if len(norms) > 2:
         queries, keys = normalized(module, queries, norms[2], eps[2]), normalized(module, keys, norms[3], eps[3])
     queries, keys = (rotated(module, heads.transpose(1, 2), step.cos, step.sin)[0].transpose(0, 1) for heads in (queries, keys))
-    seen = paged_attention(queries, keys, values[0], step.layout, step.layer, scale=plan.scale, window=plan.window, softcap=plan.softcap)
+    seen = paged_attention(queries, keys, values[0], step.layout, parts.layer, scale=plan.scale, window=plan.window, softcap=plan.softcap)
     x = x + o(seen.view(1, shape[1], -1))
     inner = normalized(module, x, norms[1], eps[1])
     return x + down(gated(module, gate(inner), up(inner)))
@@ -198,11 +236,16 @@ def _times(product: Product | None, bias: Tensor | None, x: Tensor) -> Tensor:
     return product(x, bias)
 
 
-def _plan(layer: nn.Module) -> Plan | None:
+def plan_of(layer: nn.Module) -> Plan | None:
     """How to run a layer, if that gives the bits of its own forward. Remembered for layers that differ in their weights alone."""
-    attention: Any = layer._modules["self_attn"]
-    said = attention.config.to_json_string(use_diff=False)  # a forward may read it
-    key = (forced_backend(), type(layer), *(_facts(part) for part in layer.modules()), _kind_of(layer), said)
+    if not _looks_like_one(layer):
+        return None
+    config: Any = layer._modules["self_attn"].config  # type: ignore[union-attr]
+    try:
+        said = config.to_json_string(use_diff=False)  # a forward may read it
+    except (TypeError, ValueError):  # it holds what JSON does not
+        return None
+    key = (forced_backend(), *(_facts(part) for part in layer.modules()), _kind_of(layer), said)
     if key not in _plans:
         _plans[key] = _tried(layer)
     return _plans[key]
@@ -215,11 +258,22 @@ def _kind_of(layer: nn.Module) -> str | None:
     return str(kinds[attention.layer_idx]) if kinds else None
 
 
+def own_class(module: nn.Module) -> type:
+    """The family's class of a layer."""
+    return _own.get(type(module), type(module))
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Its own numbers, words and switches."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, type(None)))}
+
+
 def _facts(module: nn.Module) -> tuple[Any, ...]:
-    """Type, plain attributes but the layer's number, shapes and dtypes of the weights."""
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, type(None)))}
+    """Class, forward, plain attributes but the layer's number, shapes and dtypes of the weights."""
+    kind: Any = own_class(module)
+    plain = plain_attributes(module)
     plain.pop("layer_idx", None), plain.pop("training", None)
-    return (type(module), *sorted(plain.items()), *((name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False)))
+    return (kind, kind.forward, *sorted(plain.items()), *((name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False)))
 
 
 def _tried(layer: nn.Module) -> Plan | None:
@@ -238,17 +292,18 @@ def _tried(layer: nn.Module) -> Plan | None:
         keys, values = ([torch.zeros(2, kv_heads, 4, attention.head_dim, dtype=dtype)] * (attention.layer_idx + 1) for _ in range(2))
         return PagedLayout(lengths, lengths.diff(), tables, torch.tensor([0, 1, 4, 5, 6]), keys, values)
 
-    was, theirs, ours = layer.training, layout(), layout()
+    was, theirs, ours, packs = layer.training, layout(), layout(), PackedWeights()
     layer.training = attention.training = False
     try:
-        with torch.no_grad(), PackedWeights().active():
+        with torch.no_grad(), packs.active():
             with observe_calls() as calls:
-                found = layer(x, position_embeddings=(cos, sin), attention_layout=theirs)
+                found = own_class(layer).forward(layer, x, position_embeddings=(cos, sin), attention_layout=theirs)  # type: ignore[attr-defined]
             if len(calls) != 1 or calls[0]["layer"] != attention.layer_idx or not isinstance(found, Tensor):
                 return None
             asked = (calls[0][name] for name in ("scale", "window", "softcap"))
-            plan = Plan(tuple(map(type, layer._modules.values())), attention.head_dim, *asked)
-            same = run(layer, plan, x, ours, (cos, sin))
+            plan = Plan(_kinds(layer), dtype, attention.head_dim, *asked)
+            parts = _ready(layer, plan, packs, dtype)
+            same = None if parts is None else run(parts, x, ours, (cos, sin))
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):  # it does not even take such inputs
         return None
     finally:

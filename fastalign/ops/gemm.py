@@ -40,11 +40,15 @@ class PackedWeights:
     Args:
         quantization: "int8": linear layers multiply by integers (`ops.int8`), kept until `clear`; what is asked for here, as the
             head's products are, stays exact.
+
+    Attributes:
+        notes: what callers found out about modules while these copies hold; forgotten with them.
     """
 
     def __init__(self, quantization: str | None = None) -> None:
         self._quantized = None if quantization is None else QuantizedWeights()
         self._kept: dict[int, Packed] = {}  # by the weight's id
+        self.notes: dict[Any, Any] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -59,6 +63,7 @@ class PackedWeights:
     def clear(self) -> None:
         """Forgets every copy and frees its memory."""
         self._kept.clear()
+        self.notes.clear()
         if self._quantized is not None:
             self._quantized.clear()
 
