@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, SMALL, prompts_of, ready
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import fastalign as fa
-from fastalign.models import decoder_layer
+from fastalign.models import decoder_layer, decoder_run
 from fastalign.models.adapters import attach_lora
 from fastalign.models.attention import use_fastalign_attention
 from fastalign.ops.backend import load_native, use_backend
@@ -233,12 +233,12 @@ def test_hooks_on_every_module_are_called(monkeypatch):
 def test_one_call_has_the_bits_of_its_ops(monkeypatch, family, dtype):
     if not products_run(dtype):
         pytest.skip("the packed products of this dtype are not used here")
-    model, calls, one_call = model_of(family, dtype, attention_bias=True), [], decoder_layer._in_one_call
-    monkeypatch.setattr(decoder_layer, "_in_one_call", lambda step: (calls.append(1), one_call(step))[1])
+    model, calls, one_call = model_of(family, dtype, attention_bias=True), [], decoder_run._in_one_call
+    monkeypatch.setattr(decoder_run, "_in_one_call", lambda step: (calls.append(1), one_call(step))[1])
     found = generated(model)
     if not calls:
         pytest.skip("oneDNN multiplies here")
-    monkeypatch.setattr(decoder_layer, "_in_one_call", decoder_layer._one_by_one)
+    monkeypatch.setattr(decoder_run, "_in_one_call", decoder_run._one_by_one)
     assert generated(model) == found
 
 
