@@ -6,33 +6,17 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "elementwise.h"
 
 namespace fa::FA_ISA {
 namespace {
 
 constexpr int64_t kAlone = 32768;  // elements that are not worth a second thread
 
-// run(i, n) of every vector of the row: its first element and how many of it are the row's.
-template <typename Run>
-FA_SIMD void each_vector(int64_t width, const Run& run) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) run(i, kLanes);
-  if (i < width) run(i, width - i);
-}
-template <typename T>
-FA_SIMD vf load_some(const T* p, int64_t n) {
-  return n == kLanes ? load(p) : load_part(p, n, 0.0f);
-}
-template <typename T>
-FA_SIMD void store_some(T* p, vf v, int64_t n) {
-  n == kLanes ? store(p, v) : store_part(p, v, n);
-}
-
 template <typename T>
 FA_SIMD float scale_of(const RmsNorm<T>& of, const T* x) {
   vf squares{};
-  each_vector(of.width, [&](int64_t i, int64_t n) {
+  each_vector(0, of.width, [&](int64_t i, int64_t n) {
     const vf v = load_some(x + i, n);
     squares += v * v;
   });
@@ -46,7 +30,7 @@ void forward(const RmsNorm<T>& of, T* out) {
     const T* x = of.x + row * of.width;
     T* y = out + row * of.width;
     const float r = scale_of(of, x);
-    each_vector(of.width, [&](int64_t i, int64_t n) { store_some(y + i, load_some(x + i, n) * r * load_some(of.weight + i, n), n); });
+    each_vector(0, of.width, [&](int64_t i, int64_t n) { store_some(y + i, load_some(x + i, n) * r * load_some(of.weight + i, n), n); });
   }
 }
 
@@ -54,7 +38,7 @@ void forward(const RmsNorm<T>& of, T* out) {
 template <typename T>
 void backward_row(const RmsNorm<T>& of, const T* x, const T* grad, T* dx, float* partial) {
   vf squares{}, products{};
-  each_vector(of.width, [&](int64_t i, int64_t n) {
+  each_vector(0, of.width, [&](int64_t i, int64_t n) {
     const vf v = load_some(x + i, n);
     squares += v * v;
     products += load_some(grad + i, n) * load_some(of.weight + i, n) * v;
@@ -62,11 +46,11 @@ void backward_row(const RmsNorm<T>& of, const T* x, const T* grad, T* dx, float*
   const float mean = sum(squares) / static_cast<float>(of.width) + of.eps;
   const float r = 1.0f / std::sqrt(mean);
   const float along = sum(products) / static_cast<float>(of.width) / mean;
-  each_vector(of.width, [&](int64_t i, int64_t n) {
+  each_vector(0, of.width, [&](int64_t i, int64_t n) {
     store_some(dx + i, (load_some(grad + i, n) * load_some(of.weight + i, n) - load_some(x + i, n) * along) * r, n);
   });
   if (!partial) return;
-  each_vector(of.width, [&](int64_t i, int64_t n) {
+  each_vector(0, of.width, [&](int64_t i, int64_t n) {
     store_some(partial + i, load_some(partial + i, n) + load_some(grad + i, n) * load_some(x + i, n) * r, n);
   });
 }

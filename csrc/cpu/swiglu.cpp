@@ -4,47 +4,25 @@
 #include "swiglu.h"
 
 #include "../math/swiglu.h"
-#include "simd.h"
+#include "elementwise.h"
 
 namespace fa::FA_ISA {
 namespace {
 
-constexpr int64_t kBlock = 8192;  // elements a task
-
-template <typename Run>
-void each_vector(int64_t size, const Run& run) {
-#pragma omp parallel for schedule(static) if (size > 4 * kBlock)
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t end = begin + kBlock < size ? begin + kBlock : size;
-    for (int64_t i = begin; i < end; i += kLanes) run(i, end - i);
-  }
-}
-
 template <typename T>
 void forward(const Swiglu<T>& of, T* out) {
-  each_vector(of.size, [&](int64_t i, int64_t left) {
-    if (left >= kLanes) {
-      store(out + i, math::swiglu<vu>(load(of.gate + i), load(of.up + i)));
-    } else {
-      store_part(out + i, math::swiglu<vu>(load_part(of.gate + i, left, 0.0f), load_part(of.up + i, left, 0.0f)), left);
-    }
+  each_vector_of_all(of.size, [&](int64_t i, int64_t n) {
+    store_some(out + i, math::swiglu<vu>(load_some(of.gate + i, n), load_some(of.up + i, n)), n);
   });
 }
 
 template <typename T>
 void backward(const Swiglu<T>& of, const SwigluGrads<T>& to) {
-  each_vector(of.size, [&](int64_t i, int64_t left) {
-    const bool whole = left >= kLanes;
-    vf gate = whole ? load(of.gate + i) : load_part(of.gate + i, left, 0.0f);
-    vf up = whole ? load(of.up + i) : load_part(of.up + i, left, 0.0f);
-    math::swiglu_backward<vu>(whole ? load(to.grad + i) : load_part(to.grad + i, left, 0.0f), gate, up);
-    if (whole) {
-      store(to.gate + i, gate);
-      store(to.up + i, up);
-    } else {
-      store_part(to.gate + i, gate, left);
-      store_part(to.up + i, up, left);
-    }
+  each_vector_of_all(of.size, [&](int64_t i, int64_t n) {
+    vf gate = load_some(of.gate + i, n), up = load_some(of.up + i, n);
+    math::swiglu_backward<vu>(load_some(to.grad + i, n), gate, up);
+    store_some(to.gate + i, gate, n);
+    store_some(to.up + i, up, n);
   });
 }
 

@@ -7,6 +7,7 @@ bits of its own forward.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from fastalign.models import decoder_layer
 from fastalign.ops.attention import PagedLayout
 from fastalign.ops.gemm import PackedWeights, active_packs
+
+log = logging.getLogger("fastalign")
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
@@ -38,9 +41,10 @@ def last_hidden(model: nn.Module, ids: Tensor, positions: Tensor, layout: PagedL
         return own()
     try:
         found = _run(model, ids, positions, layout)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # it does not even take such arguments
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # it does not even take such arguments
         if known:
             raise
+        log.debug("%s runs its own forward: %s: %s", type(model).__name__, type(error).__name__, error)
         packs.notes[model] = False
         return own()
     if found is None:
