@@ -9,8 +9,8 @@ bandwidth from a copy of 256 MiB (read and written); FLOP: 2 x weights x B; rate
 own shapes with 256 rows. All are measured in the same rounds as the steps.
 Measured on one core of an AMD EPYC with AVX-512 that others used, CPU time, 40M: fp32 3.6, 1.9 and 1.1 times the floor at 1, 16 and 256
 sequences, bf16 4.1, 3.4 and 1.5. At 1 and 16 a third is Python and the modules of transformers; the linears, the head above all, read
-their weights at a third to a half of the bandwidth of a copy. On both hardware threads of an idle one with AVX2 alone, fp32: 1.44, 1.63 and
-1.05 times: at 1 sequence the rest is Python, 4 of 13 ms; at 16 bytes and FLOP do not overlap.
+their weights at a third to a half of the bandwidth of a copy. On both cores of an idle one of the first generation, fp32: 1.44, 1.6, 1.17
+and 1.05 times at 1, 16, 64 and 256: at 1 sequence the rest is Python, 4 of 13 ms; at 16 bytes and FLOP do not overlap.
 shares: of a profiled call (cProfile, which makes Python look larger than it is): layers (linears, attention and the rest in one call, where
 our own products run), linears, attention, sampler, other torch operators, Python and the modules of transformers.
 """

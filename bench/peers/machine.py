@@ -35,11 +35,14 @@ def describe(*packages: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name, with family and model where the system tells them: a hypervisor names many generations alike."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in info.read_text().splitlines()) if info.exists() else ()
+    facts: dict[str, str] = {}
+    for name, _, value in pairs:
+        facts.setdefault(name.strip(), value.strip())
+    named = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{named} (family {facts['cpu family']} model {facts['model']})" if {"cpu family", "model"} <= facts.keys() else named
 
 
 def version(package: str) -> str:
