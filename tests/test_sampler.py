@@ -232,3 +232,17 @@ def test_sample_reads_columns_with_gaps(backend):
         assert torch.equal(uniform(*keys), uniform(*(k.clone() for k in keys)))
     assert torch.equal(tokens, wanted)
     assert torch.equal(kept, wanted_kept)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kept", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-20, 1e-39])
+def test_a_tiny_temperature_takes_the_most_probable_token(temperature, kept, softcap):
+    """x / T - max / T in one rounding can be above 0 there, and a weight above 1 was written past the histogram's end."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(64, 5003, generator=generator)
+    tokens, mass = draw(logits, torch.rand(64, generator=generator, dtype=torch.float64), temperature=temperature, softcap=softcap, **kept)
+    capped = softcap * torch.tanh(logits / softcap) if softcap else logits
+    room = 20 * temperature + (2e-6 if softcap else 0.0)  # what the soft-cap's own rounding can turn round
+    assert (capped.gather(1, tokens[:, None])[:, 0] >= capped.max(1).values - room).all()
+    assert (mass <= 1).all()

@@ -6,6 +6,7 @@
 #include "sample.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -53,8 +54,11 @@ Peak peak(const T* x, int64_t n) {
   return {best, !any && std::isfinite(best)};
 }
 
+// e^((cap(x) - top) / temperature), top = cap(max x). The difference comes first: x / T - top / T in one rounding can be above 0 at a
+// small T, and a weight above 1 has no bucket. The soft-cap's rounding may put x past top by itself.
 FA_SIMD vf weight(vf x, const Soften& s, float top) {
-  const vf w = math::exp<vu, vf>(math::soften<vu, vf>(x, s.softcap, s.inv_softcap, s.inv_temperature) - top);
+  const vf down = math::soften<vu, vf>(x, s.softcap, s.inv_softcap, 1.0f) - top;
+  const vf w = math::exp<vu, vf>((down > 0.0f ? vf{} : down) * s.inv_temperature);
   return x == -INFINITY ? vf{} : w;  // the soft-cap would lift -inf to -softcap
 }
 
@@ -208,8 +212,8 @@ void sample_row(const SampleRows<T>& rows, int64_t row, Scratch& scratch) {
     rows.tokens[row] = first;
     return;
   }
-  const Soften s{rows.softcap, rows.softcap > 0 ? 1.0f / rows.softcap : 0.0f, 1.0f / rows.temperature[row]};
-  weigh(x, n, s, math::soften<uint32_t, float>(top.max, s.softcap, s.inv_softcap, s.inv_temperature), scratch);
+  const Soften s{rows.softcap, rows.softcap > 0 ? 1.0f / rows.softcap : 0.0f, std::min(1.0f / rows.temperature[row], FLT_MAX)};
+  weigh(x, n, s, math::soften<uint32_t, float>(top.max, s.softcap, s.inv_softcap, 1.0f), scratch);
   const int64_t k = rows.top_k[row];
   const float p = rows.top_p[row];
   float threshold = rows.min_p[row];

@@ -22,6 +22,9 @@ class NotFiniteError(RequestFailedError, FloatingPointError):
     """A row of logits holds NaN or +inf, or is all -inf."""
 
 
+MIN_TEMPERATURE = 1e-4
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the completions of one prompt are drawn.
@@ -31,7 +34,7 @@ class SamplingParams:
 
     Args:
         n: completions of the prompt; the prompt is forwarded once for all of them.
-        temperature: softmax temperature; 0 takes the most probable token.
+        temperature: softmax temperature, at least 1e-4; 0 takes the most probable token.
         top_p: keep the smallest set of most probable tokens with this probability; 1: off.
         top_k: keep the k most probable tokens; 0: off.
         min_p: keep tokens at least this fraction of the most probable one; 0: off.
@@ -71,18 +74,23 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
+        for name in ("n", "top_k", "max_tokens", "min_tokens", "top_logprobs", "seed"):
+            value = getattr(self, name)
+            self._expect(value is None or hasattr(value, "__index__"), name, "a whole number")
         self._expect(self.n >= 1, "n", ">= 1")
         self._expect(0 <= self.temperature < math.inf, "temperature", "finite and >= 0")
+        small = 0 < self.temperature < MIN_TEMPERATURE  # logits over it have no digits left for their differences
+        self._expect(not small, "temperature", f"0, which takes the most probable token, or at least {MIN_TEMPERATURE:g}")
         self._expect(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        self._expect(self.top_k >= 0, "top_k", ">= 0 (0: off)")
+        self._expect(0 <= self.top_k < 2**31, "top_k", "in [0, 2**31) (0: off)")
         self._expect(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        self._expect(self.max_tokens >= 1, "max_tokens", ">= 1")
+        self._expect(1 <= self.max_tokens < 2**31, "max_tokens", "in [1, 2**31)")
         self._expect(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"in [0, max_tokens={self.max_tokens}]")
         self._expect(all(self.stop), "stop", "non-empty strings")
         self._expect(self.seed is None or 0 <= self.seed < 2**64, "seed", "in [0, 2**64) or None")
         self._expect(all(map(callable, self.logits_processors)), "logits_processors", "functions of (ids, logits)")
         self._expect(self.timeout is None or 0 < self.timeout < math.inf, "timeout", "a finite number of seconds > 0, or None")
-        self._expect(self.top_logprobs >= 0, "top_logprobs", ">= 0 (0: none)")
+        self._expect(0 <= self.top_logprobs < 2**31, "top_logprobs", "in [0, 2**31) (0: none)")
 
     def _expect(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:

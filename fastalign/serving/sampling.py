@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.generation.params import LogitsProcessor, SamplingParams
+from fastalign.generation.params import MIN_TEMPERATURE, LogitsProcessor, SamplingParams
 from fastalign.serving.errors import ApiError
 from fastalign.serving.protocol import GenerationRequest
 
@@ -38,6 +38,11 @@ class Penalties:
         return scores
 
 
+def _temperature(given: float | None) -> float:
+    """1 by default; what clients send in place of 0 is 0."""
+    return 1.0 if given is None else 0.0 if given < MIN_TEMPERATURE else given
+
+
 def sampling_params(
     request: GenerationRequest, *, prompt_tokens: int, max_tokens: int, vocab_size: int, logprobs: bool, top_logprobs: int
 ) -> SamplingParams:
@@ -60,7 +65,7 @@ def sampling_params(
             raise ApiError(f"stop_token_ids: expected token ids below {vocab_size}, got {token}", param="stop_token_ids")
     return SamplingParams(
         n=request.n or 1,
-        temperature=1.0 if request.temperature is None else request.temperature,
+        temperature=_temperature(request.temperature),
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=max(request.top_k or 0, 0),  # -1 is how some clients say "off"
         min_p=request.min_p or 0.0,
