@@ -6,6 +6,8 @@ from tiny_models import PARAMS, PROMPTS, VOCAB, llama, prompts_of, ready, values
 
 from fastalign.generation import Engine, SamplingParams
 from fastalign.generation.run import Run
+from fastalign.models.attention import UnsupportedModelError
+from fastalign.models.probe import probe
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +37,61 @@ def test_engine_refuses_prompts(model, prompts, match):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"n": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"max_tokens": 0}, {"stop": [""]}],
+    [
+        *({"n": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"max_tokens": 0}, {"stop": [""]}),
+        *(
+            {"temperature": 1e-6},
+            {"top_k": 2**63},
+            {"top_k": 2.5},
+            {"seed": 1.5},
+            {"max_tokens": 2**40},
+            {"n": 2.0},
+            {"top_logprobs": 2**63},
+        ),
+    ],
     ids=str,
 )
 def test_engine_refuses_parameters(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"request_id": 2**63}, {"request_id": -(2**63) - 1}, {"sample": 2**63}, {"priority": 2**63}], ids=str)
+def test_numbers_that_do_not_fit_are_refused_before_they_end_others(model, plain, wrong):
+    engine = Engine(model)
+    live = engine.add_request(PROMPTS[0], PARAMS, request_id=0)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be in"):
+        engine.add_request(PROMPTS[1], PARAMS, **wrong)
+    while engine.has_work:
+        engine.step()
+    assert [out.token_ids for out in live.output().outputs] == [sample.ids for sample in plain.samples[0]]
+
+
+def test_a_sequence_ends_where_its_rotary_embedding_would_change_for_all():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    engine = Engine(ready(llama(rope_parameters=rope, max_position_embeddings=32)))
+    long, short = prompts_of(24, 4)
+    outputs = engine.generate([long, short], SamplingParams(max_tokens=20, seed=0, ignore_eos=True))
+    assert [(len(out.outputs[0].token_ids), out.outputs[0].finish_reason) for out in outputs] == [(8, "length"), (20, "length")]
+
+
+def test_a_family_that_attends_twice_a_layer_is_refused():
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.DiffLlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=64)
+    with pytest.raises(UnsupportedModelError, match="a layer that attends twice has one place for keys and values"):
+        probe(ready(transformers.DiffLlamaForCausalLM(config)))
+
+
+def test_a_model_that_was_cast_gets_a_cache_of_its_dtype():
+    built = ready(llama())
+    engine = Engine(built)
+    engine.generate(PROMPTS, PARAMS)
+    with engine.updating_weights():
+        built.bfloat16()
+    again = engine.generate(PROMPTS, PARAMS, request_ids=range(len(PROMPTS)))
+    fresh = Engine(built).generate(PROMPTS, PARAMS, request_ids=range(len(PROMPTS)))
+    assert [out.token_ids for one in again for out in one.outputs] == [out.token_ids for one in fresh for out in one.outputs]
 
 
 def test_engine_refuses_what_cannot_fit(model):

@@ -291,6 +291,17 @@ def test_weights_changed_without_a_word_are_noticed(change):
     assert engine.stats.cached_tokens == 0
 
 
+def test_a_change_of_some_columns_is_noticed():
+    built = ready(llama())
+    engine = Engine(built, block_size=4)
+    prompt, params = prompts_of(33)[0], SamplingParams(max_tokens=4, seed=0)
+    engine.generate([prompt], params)
+    for p in built.parameters():
+        p.data[..., 1:] *= 1.3
+    same(engine.generate([prompt], params)[0], alone(built, prompt, params, 0))
+    assert engine.stats.cached_tokens == 0
+
+
 # --- processors and alternatives -----------------------------------------------------------------------------------------
 
 

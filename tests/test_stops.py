@@ -48,6 +48,20 @@ def test_stop_strings_are_found_when_they_are_completed_and_not_again():
     assert [scanner.push(token) for token in (0, 1, 0, 2, 1)] == [None, "b", None, None, "b"]
 
 
+def test_stop_strings_behind_a_special_token():
+    """As sentencepiece decodes: a leading space is dropped, so that a window of special tokens alone would take it from what follows."""
+
+    class Words(Pieces):
+        all_special_ids = (2,)
+
+        def decode(self, ids, **_):
+            return super().decode([i for i in ids if i not in self.all_special_ids]).removeprefix(" ")
+
+    tokenizer = Words(" the", " was", "</s>")
+    assert stopped_at(tokenizer, [0, 2, 1], " was") == (3, " was")
+    assert stopped_at(tokenizer, [0, 2, 2, 1], "thewas") is None
+
+
 def test_stop_strings_among_unfinished_characters():
     euro = "€".encode()
     tokenizer = Pieces("a", euro[:1], euro[1:2], euro[2:], b"END" + euro[:2], b"\xff")

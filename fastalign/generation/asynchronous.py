@@ -25,8 +25,8 @@ from fastalign.generation.engine import Engine
 from fastalign.generation.params import RequestOutput, SamplingParams
 from fastalign.generation.scoring import SequenceScores
 from fastalign.generation.stepping import EngineClosedError, EngineFailedError, ScoreJob, SteppingThread
+from fastalign.generation.stops import special_ids
 from fastalign.generation.streams import Stream, StreamDelta
-from fastalign.generation.text import special_ids
 
 __all__ = ["AsyncEngine", "EngineClosedError", "EngineFailedError", "EngineFullError", "Stream", "StreamDelta"]
 

@@ -17,7 +17,7 @@ from fastalign.generation.graphs import DecodeGraphs
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.memory import Memory
 from fastalign.generation.params import TIMEOUT, RequestFailedError, SamplingParams, Stats
-from fastalign.generation.requests import Limits, Prompt, PromptLike, Request, groups_of, read_requests
+from fastalign.generation.requests import Limits, Prompt, PromptLike, Request, groups_of, in_int64, read_requests
 from fastalign.generation.rows import Record, Rows
 from fastalign.generation.run import Run
 from fastalign.generation.runner import KVCache, Runner
@@ -89,7 +89,7 @@ class LiveEngine:
             key = self._arrivals if request_id is None else request_id
             read = read_requests([prompt], params or SamplingParams(), self.tokenizer, [key])
             run, groups = self._accept(read, [priority], live=True)
-            groups[0].first_sample = sample
+            groups[0].first_sample = in_int64(sample, "sample")
             request = self._requests[groups[0].index] = Request(groups[0], read[0].text, run.rows, self.tokenizer)
             return request
 

@@ -40,6 +40,8 @@ class Memory:
         Raises:
             ValueError: one sequence cannot fit; names the request and the remedy.
         """
+        if self.cache is not None and not busy and not self.cache.fits(self.model):
+            self.release()  # the model was cast, or moved
         num_blocks = self._size([*groups, *others], live or keeping, self.pool.num_cached if keeping and self.pool is not None else 0)
         self._check(max(groups, key=lambda group: group.limit), num_blocks)
         keeps = self.pool is not None and (busy or self.pool.num_cached > 0)

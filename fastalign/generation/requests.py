@@ -16,7 +16,7 @@ from fastalign.generation.outputs import completion_output, drawn_ids, new_outpu
 from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams
 from fastalign.generation.rows import Rows
 from fastalign.generation.stops import StopTable
-from fastalign.models.backbone import causal_lm, head_of
+from fastalign.models.backbone import causal_lm, head_of, positions_of
 
 PromptLike = str | Sequence[int]
 
@@ -140,7 +140,7 @@ class Limits:
         vocab_size = head_of(model).weight.shape[0]
         named = (getattr(base.generation_config, "eos_token_id", None), config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
         eos = {int(i) for ids in named if ids is not None for i in (ids if isinstance(ids, Sequence) else [ids])}
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = positions_of(base)
         embeddings = base.get_input_embeddings().weight.shape[0]
         return cls(vocab_size, embeddings, longest, frozenset(i for i in eos if 0 <= i < vocab_size))
 
@@ -192,6 +192,8 @@ def groups_of(
     groups: list[Group] = []
     for prompt, priority in zip(prompts, priorities, strict=True):
         _check(prompt, limits)
+        in_int64(prompt.key, "request_id")
+        in_int64(priority, "priority")
         params, length = prompt.params, len(prompt.ids)
         limit = min(length + params.max_tokens, limits.max_length or length + params.max_tokens)
         stop_set = stops.add(stop_ids(params, limits, tokenizer))
@@ -200,6 +202,13 @@ def groups_of(
         parts = (first + len(groups), prompt.ids, params, seed, prompt.key, limit, stop_set)
         groups.append(Group(*parts, priority=priority, logprobs=wants, place=prompt.index))
     return groups
+
+
+def in_int64(number: int, name: str) -> int:
+    """The number, which a row of the engine keeps in 64 bits. Raises ValueError where it does not fit."""
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"generate: {name} must be in [-2**63, 2**63), got {number}")
+    return number
 
 
 def stop_ids(params: SamplingParams, limits: Limits, tokenizer: Any) -> Iterable[int]:
@@ -219,7 +228,7 @@ def _check(request: Prompt, limits: Limits) -> None:
     if limits.max_length is not None and len(ids) >= limits.max_length:
         raise ValueError(
             f"generate: prompt {index} has {len(ids)} tokens, expected at most {limits.max_length - 1}: the model's longest sequence"
-            f" is {limits.max_length} (max_position_embeddings) and a completion needs one; shorten the prompt"
+            f" is {limits.max_length} (its positions) and a completion needs one; shorten the prompt"
         )
     bad = np.flatnonzero((ids < 0) | (ids >= limits.num_embeddings))
     if len(bad):

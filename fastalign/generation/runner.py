@@ -38,6 +38,11 @@ class KVCache:
         self.data = torch.zeros(2, layers, num_blocks, heads, block_size, head_dim, dtype=weight.dtype, device=weight.device)
         self.keys, self.values = list(self.data[0]), list(self.data[1])
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model's keys and values are of this dtype and device."""
+        weight = next(causal_lm(model).parameters())
+        return (weight.dtype, weight.device) == (self.data.dtype, self.data.device)
+
     def grow(self, num_blocks: int) -> None:
         """Makes room for more blocks behind those that there are."""
         added = num_blocks - self.num_blocks

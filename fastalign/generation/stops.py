@@ -41,6 +41,12 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that `decode` leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(getattr(tokenizer, "all_special_ids", ())) | {number for number, token in added.items() if token.special}
+
+
 def first_stop(text: str, stops: Sequence[str], seen: int = 0) -> tuple[int, str] | None:
     """(position, string) of the stop string that begins first, of those that end behind the first `seen` characters; the longer
     one when two begin together."""
@@ -63,14 +69,16 @@ class StopScanner:
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.ids: list[int] = []
+        self.tokenizer, self.stops, self.special = tokenizer, stops, special_ids(tokenizer)
+        self.ids: list[int] = []  # those that have text: behind a special token alone a decoder drops a piece's leading space
         self.text = ""
         self._seen = 0  # characters in which every stop string has been reported
         self._prefix = self._read = 0  # ids[prefix:read] is settled text that the next tokens are decoded together with
 
     def push(self, token: int) -> str | None:
         """Reads one more token; returns the stop string that it completes, if any."""
+        if token in self.special:
+            return None
         self.ids.append(token)
         before = decode(self.tokenizer, self.ids[self._prefix : self._read])
         after = decode(self.tokenizer, self.ids[self._prefix :])

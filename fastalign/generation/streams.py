@@ -99,7 +99,10 @@ class Stream:
             EngineFailedError, EngineClosedError: the engine did not get there. RuntimeError: the stream was closed before.
         """
         self.quiet = True
-        await self._over.wait()
+        try:
+            await self._over.wait()
+        finally:
+            self.quiet = self._over.is_set()  # given up: what comes is told again
         if self._failure is not None:
             raise self._failure
         if not self._ended:

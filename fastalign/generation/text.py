@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastalign.generation.stops import decode
+from fastalign.generation.stops import decode, special_ids
 
 WINDOW = 16  # tokens decoded together with new ones; it slides over what is settled
 UNFINISHED = "\ufffd"  # what a decoder gives for the bytes of a character that is not all there
@@ -29,12 +29,6 @@ def completion_text(tokenizer: Any, ids: Sequence[int], stop_reason: int | str |
     before = decode(tokenizer, ids[: min_tokens - 1]).rstrip(UNFINISHED) if min_tokens > 1 else ""
     at = text.find(stop_reason, max(0, len(before) - len(stop_reason) + 1))
     return text if at < 0 else text[:at]
-
-
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that `decode` leaves out."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(getattr(tokenizer, "all_special_ids", ())) | {number for number, token in added.items() if token.special}
 
 
 def begun_stop(text: str, stops: Iterable[str]) -> int:

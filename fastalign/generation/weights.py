@@ -24,12 +24,14 @@ def fingerprint(model: nn.Module) -> list[Any]:
     for parameter in causal_lm(model).parameters():
         seen.append((parameter.data_ptr(), parameter._version))
         flat = parameter.detach().reshape(-1)
-        values.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float())
+        stride = int(flat.numel() / (SAMPLES + 0.472)) | 1  # golden-ratio steps: no divisor of the width, which would stay in one column
+        values.append(flat[::stride][:SAMPLES].float())
     if values:
         seen.append(torch.cat(values).tolist())
     for module in causal_lm(model).modules():
         if "_disable_adapters" in vars(module):  # a PEFT layer
-            seen.append((module._disable_adapters, str(module.active_adapters), getattr(module, "merged", False)))
+            scaling = str(getattr(module, "scaling", None))
+            seen.append((module._disable_adapters, str(module.active_adapters), getattr(module, "merged", False), scaling))
     return seen
 
 

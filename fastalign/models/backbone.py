@@ -50,6 +50,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens a sequence may have, by the positions and by what the rotary embedding bears; None where nothing bounds it."""
+    config = causal_lm(model).config.get_text_config()
+    bounds = (getattr(config, "max_position_embeddings", None), _rope_limit(config))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
 def head_of(model: nn.Module) -> Head:
     """The head of a causal LM, with what its family does to the logits.
 

@@ -74,6 +74,10 @@ def _compare(base: PreTrainedModel, family: str) -> None:
 def check_calls(base: PreTrainedModel, family: str, calls: list[dict]) -> None:
     """Raises UnsupportedModelError unless every layer read the attention layout, each with its own window."""
     layers = {call["layer"] for call in calls}
+    if len(calls) != len(layers):
+        raise UnsupportedModelError(
+            f"{family}: {len(calls)} attention calls of {len(layers)} layers; a layer that attends twice has one place for keys and values"
+        )
     expected = base.config.get_text_config().num_hidden_layers
     if len(layers) != expected:
         raise UnsupportedModelError(f"{family}: only {len(layers)} of {expected} layers read the attention layout")

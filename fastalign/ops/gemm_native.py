@@ -46,7 +46,7 @@ def product_with(module: ModuleType, packed: Tensor, out: int, dtype: torch.dtyp
     gemm_packed, empty = module.gemm_packed, torch.empty
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        result = empty((*x.shape[:-1], out))
+        result = empty((*x.shape[:-1], out), dtype=torch.float32)
         gemm_packed(x.contiguous(), packed, _NONE if bias is None else bias.float(), result)
         return result
 
@@ -92,7 +92,7 @@ def store_(module: ModuleType, out: Tensor, a: Tensor, b: Tensor, *, alpha: floa
 
 
 def _sums(module: ModuleType, a: Tensor, b: Tensor, alpha: float, bias: Tensor | None) -> Tensor:
-    out = torch.empty(a.shape[0], b.shape[1])
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
     add_(module, out, a, b, alpha=alpha, first=True, bias=bias)
     return out
 

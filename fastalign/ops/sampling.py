@@ -90,7 +90,7 @@ def sample(
     if backend == "reference":
         return sample_reference(logits, uniforms, temperature, top_k, top_p, min_p, logit_softcap)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    kept = torch.empty(len(logits), device=logits.device)
+    kept = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     columns = (column.contiguous() for column in (uniforms, temperature, top_k, top_p, min_p))  # an expanded one has gaps
     _call(backend, "sample", logits, *columns, logit_softcap or 0.0, tokens, kept)
     return tokens, kept
