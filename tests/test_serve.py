@@ -422,6 +422,22 @@ def test_serve_a_sample_that_fails_is_an_error(model):
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+def test_serve_streams_the_log_probs_that_were_asked_for(client, post):
+    body = {"prompt": "hello", "max_tokens": 40, "seed": 3, "logprobs": 0}
+    whole = post(**body)["choices"][0]["logprobs"]["token_logprobs"]
+    pieces = [
+        choice["logprobs"]["token_logprobs"] for chunk in streamed(client, **body) for choice in chunk["choices"] if choice["logprobs"]
+    ]
+    assert [value for piece in pieces for value in piece] == whole
+
+
+def test_serve_takes_what_clients_send_in_place_of_zero(post):
+    greedy = post(prompt="hello", max_tokens=12, temperature=0)["choices"]
+    for temperature in (1e-9, 5e-5):
+        for kept in ({}, {"top_p": 0.9}, {"top_k": 5}):
+            assert post(prompt="hello", max_tokens=12, temperature=temperature, **kept)["choices"][0]["text"] == greedy[0]["text"]
+
+
 # --- errors -------------------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +467,16 @@ def test_serve_a_sample_that_fails_is_an_error(model):
         ("completions", {"prompt": "a", "logit_bias": {"259": 1}}, 400, "logit_bias", "got '259'"),
         ("completions", {"prompt": "a", "stop_token_ids": [259]}, 400, "stop_token_ids", "below 259, got 259"),
         ("completions", {"prompt": "a", "messages": CHAT}, 400, "messages", "unknown field messages"),
+        ("completions", {"prompt": "a", "tools": []}, 400, "tools", "unknown field tools: it has no place here"),
+        ("completions", {"prompt": "a", "top_k": 2**63}, 400, "top_k", "less than 2147483648"),
+        (
+            "chat/completions",
+            {"messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+            400,
+            "messages",
+            "no variable of a chat",
+        ),
+        ("chat/completions", {"messages": CHAT, "chat_template_kwargs": {"max_length": 10**9}}, 400, "messages", "no variable of a chat"),
         ("chat/completions", {"messages": []}, 400, "messages", "at least 1 item"),
         ("chat/completions", {"messages": [{"content": "a"}]}, 400, "messages", "expected {role, content}"),
         ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, 400, "messages", "expected text in 'content', got int"),
@@ -471,6 +497,12 @@ def test_serve_refuses_in_openais_words(client, path, body, status, param, words
         assert error["param"] == param
         assert words in error["message"]
         assert error["type"] == {400: "invalid_request_error", 404: "not_found_error"}[status]
+
+
+def test_serve_refuses_half_of_a_surrogate_pair(client):
+    answer = client.post("/v1/completions", content=b'{"prompt": "a\\ud800"}', headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "half of a surrogate pair at character 1" in answer.json()["error"]["message"]
 
 
 def test_serve_refuses_what_is_no_request(client):

@@ -18,7 +18,10 @@ from .records import DataError, Record
 
 Message = dict[str, Any]
 
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, RecursionError)
+# arguments of apply_chat_template that say how it works: not a record's, nor a client's, to give
+_OWN = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"}
+_OWN |= {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "tools"}
 
 
 def read_messages(record: Record, column: str) -> list[Message]:
@@ -80,6 +83,8 @@ class ChatEncoder:
         extra = record.get("chat_template_kwargs") or {}
         if not isinstance(extra, dict):
             raise record.bad("wrong type", f"expected an object in column 'chat_template_kwargs', got {type(extra).__name__} {extra!r}")
+        if taken := sorted(_OWN & set(extra)):
+            raise record.bad("wrong type", f"chat_template_kwargs: {', '.join(taken)} is no variable of a chat template; leave it out")
         return {"tools": tools or None, **extra}
 
     def _render(self, record: Record, messages: Sequence[Message], **options: Any) -> list[int]:

@@ -79,7 +79,7 @@ def plain_message(message: Message) -> Message:
     Tables give every message every key, null where it has none, and a template that asks whether a key is there is misled.
     """
     message = {key: value for key, value in message.items() if value is not None}
-    if message.get("tool_calls"):
+    if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
     return message
 

@@ -67,6 +67,10 @@ class Record(dict[str, Any]):
         value = self.require(column)
         if not isinstance(value, str):
             raise self.bad("wrong type", f"expected text in column {column!r}, got {type(value).__name__} {str(value)[:80]}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise self.bad("wrong type", f"column {column!r} is no text: half of a surrogate pair at character {error.start}") from error
         return value
 
 

@@ -152,7 +152,8 @@ class _Writer:
     def says(self, delta: StreamDelta) -> bool:
         """Whether a client learns anything from a delta: text may be held back."""
         request = self.work.request
-        return bool(delta.text or delta.finish_reason or request.return_token_ids or request.logprobs not in (None, False))
+        told = request.logprobs is not None and request.logprobs is not False  # 0 asks for the sampled token's own
+        return bool(delta.text or delta.finish_reason or request.return_token_ids or told)
 
     def undrawn(self, index: int) -> dict[str, Any]:
         """The piece of a choice that is to have no tokens."""

@@ -99,6 +99,8 @@ def validation_error(errors: Any) -> ApiError:
     if not place:
         return ApiError("expected a JSON object as the body, with Content-Type: application/json", code="invalid_json")
     param = str(place[0])
+    if error["type"] == "extra_forbidden" and error["loc"][-1] in FIELDS:
+        return ApiError(f"unknown field {error['loc'][-1]}: it has no place here", param=param, code="unknown_field")
     if error["type"] == "extra_forbidden":
         return ApiError(nearest(str(error["loc"][-1]), FIELDS, prefix="field "), param=str(error["loc"][-1]), code="unknown_field")
     if error["type"] == "missing":

@@ -66,7 +66,7 @@ class GenerationRequest(BaseModel):
     service_tier: Any = None
     store: Any = None
     # extensions
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Probability | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None

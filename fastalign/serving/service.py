@@ -11,8 +11,7 @@ from fastalign.data.chat import ChatEncoder, read_messages
 from fastalign.data.records import DataError, Record
 from fastalign.generation.asynchronous import AsyncEngine
 from fastalign.generation.requests import Limits
-from fastalign.generation.stops import decode
-from fastalign.generation.text import special_ids
+from fastalign.generation.stops import decode, special_ids
 from fastalign.serving.errors import ApiError
 from fastalign.serving.tokens import TokenNames
 
@@ -69,6 +68,10 @@ class Service:
     def completion_prompt(self, prompt: str | list[int]) -> PromptIds:
         """A prompt of /v1/completions: text is tokenized as the tokenizer does it, with the special tokens that it adds."""
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ApiError(f"prompt: half of a surrogate pair at character {error.start}", param="prompt") from error
             return self._checked(PromptIds(self.tokenizer(prompt, verbose=False).input_ids, prompt), "prompt")
         self._checked(PromptIds(prompt, ""), "prompt")
         return PromptIds(prompt, decode(self.tokenizer, prompt))
