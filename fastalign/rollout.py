@@ -24,6 +24,7 @@ class Sample:
         rewards: by name; NaN where the reward is missing.
         turns: how often the model had its say; more than once only with an environment.
         total: what the rewards come to, where they are not simply added; None: their weighted sum.
+        unshaped: the total without what only shapes another reward (DAPO's overlong punishment); None: the total.
         step_ends, step_rewards: the last token of each step and the step's reward, where steps are judged; NaN where one is missing.
     """
 
@@ -38,6 +39,7 @@ class Sample:
     rewards: dict[str, float] = field(default_factory=dict)
     turns: int = 1
     total: float | None = None
+    unshaped: float | None = None
     step_ends: list[int] = field(default_factory=list)
     step_rewards: list[float] = field(default_factory=list)
 
@@ -52,6 +54,10 @@ class Sample:
             return self.total
         found = [weights[name] * value for name, value in self.rewards.items() if not math.isnan(value)]
         return sum(found) if found else math.nan
+
+    def unshaped_reward(self, weights: dict[str, float]) -> float:
+        """The reward before shaping: whether a group's samples differ in more than their lengths."""
+        return self.reward(weights) if self.unshaped is None else self.unshaped
 
 
 @dataclass

@@ -355,7 +355,20 @@ def test_the_last_step_begins_nothing(task, tmp_path):
 def test_a_rollout_is_saved_exactly():
     numbers = [0.1, -1e-45, -math.inf, 3.0, math.nan]
     whole = Sample(
-        [1, 2**40], numbers, numbers, [0.5, 1.0], [3, 3], "length", [True, False], 'é"\n', {"r": math.nan, "s": 0.1}, 2, None, [1], [0.25]
+        [1, 2**40],
+        numbers,
+        numbers,
+        [0.5, 1.0],
+        [3, 3],
+        "length",
+        [True, False],
+        'é"\n',
+        {"r": math.nan, "s": 0.1},
+        2,
+        None,
+        0.5,
+        [1],
+        [0.25],
     )
     rollout = Rollout([[5, 6], []], [[whole], [Sample([], [], [])]], [{}, {}], [whole], [[whole, whole]])
     again = unpacked_rollout(json.loads(json.dumps(packed_rollout(rollout))))

@@ -13,7 +13,7 @@ from fastalign.judges.reward_model import same_tokenizer
 from fastalign.models.load import load_tokenizer
 from fastalign.models.reward import score_trees
 from fastalign.packing import Segment
-from fastalign.recipes import arithmetic, online, reward
+from fastalign.recipes import arithmetic, model_rewards, online, reward
 from fastalign.recipes.arguments import (
     Arguments,
     BatchArguments,
@@ -181,8 +181,8 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path):
     tokenizer = arithmetic.build_tokenizer()
     arithmetic.build_model(0, len(tokenizer)).save_pretrained(tmp_path / "policy")
     with pytest.raises(ValueError, match="expected the folder of a reward model"):
-        online.with_reward_models([str(tmp_path / "policy")], None)
-    assert online.with_reward_models(["math", "module:function", "path/file.py:function"], None) == [
+        model_rewards.with_reward_models([str(tmp_path / "policy")], None)
+    assert model_rewards.with_reward_models(["math", "module:function", "path/file.py:function"], None) == [
         "math", "module:function", "path/file.py:function",
     ]  # fmt: skip
 

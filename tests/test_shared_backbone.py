@@ -318,10 +318,10 @@ def test_a_policy_that_is_an_adapter_goes_on_from_it_and_its_beginning_is_the_re
 def test_grpo_shares_its_reward_model(task, tmp_path, caplog):
     args = arguments(task, tmp_path, optim={"max_steps": 2}, model={"merge_adapter": True, "gradient_checkpointing": True})
     loaded = load_policy(args)
-    (named,) = online.with_reward_models([str(task / "rm")], loaded)
+    (named,) = model_rewards.with_reward_models([str(task / "rm")], loaded)
     judge = named.isolated.caller.function
     assert judge.model.get_base_model() is loaded.model.get_base_model()
-    own = online.with_reward_models([str(task / "rm")], load_policy(arguments(task, tmp_path, online={"share_backbone": False})))
+    own = model_rewards.with_reward_models([str(task / "rm")], load_policy(arguments(task, tmp_path, online={"share_backbone": False})))
     prompts, answers = ["1+2=", "3+4="], ["3", "5"]
     assert judge(prompts, answers) == pytest.approx(own[0].isolated.caller.function(prompts, answers), abs=1e-5)
     given = replace(args.online, num_generations=4, beta=0.1)
@@ -339,7 +339,7 @@ def test_models_that_cannot_share_are_loaded_apart_with_a_word_why(task, tmp_pat
     tokenizer.save_pretrained(tmp_path / "whole")
     loaded = load_policy(arguments(task, tmp_path))
     with caplog.at_level(logging.WARNING, "fastalign"):
-        found = online.with_reward_models([str(tmp_path / "rm"), str(tmp_path / "whole"), str(task / "rm")], loaded)
+        found = model_rewards.with_reward_models([str(tmp_path / "rm"), str(tmp_path / "whole"), str(task / "rm")], loaded)
     assert f"{tmp_path / 'rm'} is loaded as a model of its own: its base is {tmp_path / 'other'}, and the policy's is" in caplog.text
     assert f"{tmp_path / 'whole'} is loaded as a model of its own: it is a whole model" in caplog.text
     whole, own = (each.isolated.caller.function for each in found[1:])

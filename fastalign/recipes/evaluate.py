@@ -64,6 +64,7 @@ def run(args: Arguments) -> dict[str, Any]:
     if args.sampling.temperature == 0 and given.num_samples > 1:
         raise ValueError(f"--num_samples {given.num_samples}: greedy samples are all the same; give --temperature, or one sample")
     win_rate.check(args.win_rate)
+    judged = bool(given.reward or sampler_of(args.environment).weights)
     folder = Path(given.output_dir)
     claim(folder, args.flat(), files=(SAMPLES, SUMMARY), free=FREE, overwrite=given.overwrite_output_dir, what="an evaluation")
     done = completed_prompts(folder / SAMPLES, whole_key)
@@ -76,7 +77,7 @@ def run(args: Arguments) -> dict[str, Any]:
             rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
         sample(args, own, loaded, rewards, ranker, list(not_done(prompts, done, whole_key)))
     items = problems(folder / SAMPLES, prompts)
-    found = summarize([item["completions"] for item in items], wanted if given.reward else [], given.min_reward, VOTES[given.vote])
+    found = summarize([item["completions"] for item in items], wanted if judged else [], given.min_reward, VOTES[given.vote])
     if args.win_rate.judge:
         found["win_rate"] = win_rate.compare(args.win_rate, items, loaded, folder)
     write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
@@ -100,7 +101,7 @@ def sample(
             keys = [prompt.index for prompt in chunk]
             rollout = sampler(engine, chunk, params, keys, bar.update)
             if rewards is not None:
-                score(rewards, chunk, rollout)
+                score(rewards, chunk, rollout, beside=sampler.weights)
             for prompt, samples in zip(chunk, rollout.samples, strict=True):
                 texts, totals = [one.text for one in samples], [one.reward(weights) for one in samples]
                 completions: list[dict[str, Any]] = [

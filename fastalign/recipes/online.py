@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 from ..advantages import ADVANTAGES
-from ..algorithms import ACTOR_CRITICS, ALGORITHMS, Algorithm, OnlinePreference, resolve
+from ..algorithms import ACTOR_CRITICS, ALGORITHMS, Algorithm, Exploring, OnlinePreference, resolve
 from ..data import DataOrder, Prompt, prompt_examples
 from ..generation import SamplingParams
 from ..losses.policy import POLICY
-from ..models.backbone import causal_lm, head_of
+from ..models.backbone import causal_lm, head_of, positions_of
 from ..models.linear import check_quantization
 from ..ops.policy import PolicyOptions
-from ..rewards import RewardSet, load_rewards
 from .arguments import Arguments, OnlineArguments
-from .model_rewards import with_reward_models
 from .online_kinds import task_of, with_own_options
+from .online_rewards import check_rewards, rewards_of
 from .online_task import OnlineTask
 from .reading import prompts_named_by
 from .reference import Reference
@@ -47,7 +46,7 @@ def algorithm_of(args: Arguments) -> Algorithm:
     algorithm = with_own_options(resolved(args), args)
     if not isinstance(algorithm, OnlinePreference):
         check_group_size(algorithm, args.online.num_generations)
-    elif args.online.num_generations < 2:
+    elif args.online.num_generations < 2 and not isinstance(algorithm, Exploring):  # which pairs one of each policy
         raise ValueError(f"--num_generations {args.online.num_generations}: a pair needs two completions of a prompt; give 2 or more")
     return algorithm
 
@@ -68,6 +67,7 @@ def resolved(args: Arguments) -> Algorithm:
         loss=online.loss,
         aggregate=online.aggregate,
         kl_coef=online.beta,
+        kl=online.kl_estimator,
         advantage_options=args.advantage_options,
         loss_options=options,
         preference=online.preference_loss,
@@ -117,17 +117,25 @@ def correction_of(online: OnlineArguments, own: Mapping[str, Any]) -> dict[str, 
 
 def prompts_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples: int) -> list[Prompt]:
     """The data set as tokenized prompts with the columns that the rewards read."""
-    data = args.data
-    room = data.max_length - args.sampling.max_completion_length
+    data, positions = args.data, positions_of(loaded.model)
+    of_model = positions is not None and positions < data.max_length
+    room = (positions if of_model and positions else data.max_length) - args.sampling.max_completion_length
+    if of_model and room < 1:
+        raise ValueError(
+            f"--max_completion_length {args.sampling.max_completion_length} leaves no room for a prompt in the model's"
+            f" {positions} positions"
+        )
     if room < 1:
         raise ValueError(
             f"--max_completion_length {args.sampling.max_completion_length} leaves no room for a prompt in --max_length {data.max_length};"
             " raise --max_length"
         )
+    within = f"prompt and completion have the model's {positions} positions" if of_model else f"both have --max_length {data.max_length}"
     return prompt_examples(
         prompts_named_by(data, name, max_samples),
         loaded.tokenizer,
         max_prompt_length=min(data.max_prompt_length or room, room),
+        limit_flag="--max_prompt_length" if 0 < data.max_prompt_length <= room else f"lower --max_completion_length: {within}",
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,
         vocab_size=head_of(loaded.model).weight.shape[0],
@@ -171,27 +179,6 @@ def sampling_of(args: Arguments) -> SamplingParams:
         stop=list(s.stop),
         seed=args.run.seed,
     )
-
-
-def rewards_of(args: Arguments, algorithm: Algorithm, loaded: Loaded) -> RewardSet:
-    """The rewards that the flags name (reward models, too), and the row's soft overlong punishment (DAPO, arXiv:2503.14476, Eq. 13)."""
-    specifications, weights = with_reward_models(args.online.reward, loaded), list(args.online.reward_weights)
-    if algorithm.overlong_buffer:
-        limit = args.sampling.max_completion_length
-        specifications.append(f"overlong:max_length={limit},buffer={max(1, round(algorithm.overlong_buffer * limit))}")
-        weights = [*weights, 1.0] if weights else weights
-    if not specifications:
-        return RewardSet([], [])  # the environment's own is the only one
-    return load_rewards(specifications, weights or None, args.online.reward_timeout, combination=args.online.reward_combination)
-
-
-def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: list[Prompt]) -> None:
-    """Raises before anything is sampled when a reward or the environment does not load or lacks a column."""
-    sampler_of(args.environment, *data)
-    with rewards_of(args, algorithm, loaded) as rewards:
-        for prompts in data:
-            if prompts:
-                rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
 
 
 def build_task(args: Arguments, loaded: Loaded, prompts: list[Prompt], held_out: list[Prompt], max_steps: int) -> OnlineTask:

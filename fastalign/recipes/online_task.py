@@ -149,12 +149,12 @@ class OnlineTask:
             apply()
 
     def collect(self) -> Rollout:
-        """A rollout of `num_prompts` groups; under dynamic sampling only groups with mixed rewards, refilled."""
+        """A rollout of `num_prompts` groups; under dynamic sampling only groups with mixed rewards (before shaping), refilled."""
         kept = Rollout([], [], [])
         for _ in range(MAX_REFILLS if self.algorithm.dynamic_sampling else 1):
             rollout = self.sample([self.prompts[i] for i in self.order.next_batch(self.num_prompts - len(kept.prompts))])
             for p, (prompt, samples, columns) in enumerate(zip(rollout.prompts, rollout.samples, rollout.columns, strict=True)):
-                totals = {s.reward(self.reward_weights) for s in samples}
+                totals = {s.unshaped_reward(self.reward_weights) for s in samples}
                 if not self.algorithm.dynamic_sampling or len({t for t in totals if not math.isnan(t)}) > 1:
                     kept.prompts.append(prompt)
                     kept.samples.append(samples)
@@ -177,9 +177,9 @@ class OnlineTask:
                 if READS.get(self.algorithm.advantage) == "greedy":
                     most_probable = self.sampler(self.engine, prompts, greedy_params(self.params), progress=self.progress)
             with self.timed("reward"):
-                score(self.rewards, prompts, rollout, groups)
+                score(self.rewards, prompts, rollout, groups, beside=self.sampler.weights)
                 if most_probable is not None:
-                    score(self.rewards, prompts, most_probable)
+                    score(self.rewards, prompts, most_probable, beside=self.sampler.weights)
                     rollout.greedy = most_probable.flat
         self.timing["reward_overlapped"] += groups.seconds
         return rollout

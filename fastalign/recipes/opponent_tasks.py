@@ -37,7 +37,7 @@ class OpposedTask(OnlineTask):
         with self.timed("rollout"):
             others = self.opponent.samples(prompts, self.params, keys)
         with self.timed("reward"):
-            score(self.rewards, prompts, Rollout([prompt.ids for prompt in prompts], others))
+            score(self.rewards, prompts, Rollout([prompt.ids for prompt in prompts], others), beside=self.sampler.weights)
         rollout = super().sample(prompts)
         rollout.opponents = others
         return rollout

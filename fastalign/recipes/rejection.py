@@ -26,6 +26,8 @@ from .training import Job, clear, execute
 def rewards_of(args: Arguments, loaded: Loaded) -> RewardSet:
     """The rewards that the flags name."""
     own = args.rejection
+    if not own.reward:
+        return RewardSet([], [])  # the environment's own is the only one
     return load_rewards(with_reward_models(own.reward, loaded), list(own.reward_weights) or None, timeout=own.reward_timeout)
 
 
@@ -130,7 +132,7 @@ def run(args: Arguments) -> dict[str, Any]:
     selection_of(args, supervised_loss(args.rejection.loss, args.loss_options))
     sampling(args)
     steps_of(args, 1)
-    if not args.rejection.reward:
+    if not args.rejection.reward and not sampler_of(args.environment).weights:
         raise ValueError("--reward is required: a built-in (math, gsm8k, format, length, code), a reward model, or path.py:function")
     seed_everything(args.run.seed)
     loaded = load(args.model)

@@ -131,7 +131,7 @@ class RejectionTask:
             self.engine.release_cache()  # the update has the memory
             self.num_requests += len(prompts)
             sampled = time.perf_counter()
-            scored_rollouts.score(self.rewards, prompts, rollout, groups)
+            scored_rollouts.score(self.rewards, prompts, rollout, groups, beside=self.sampler.weights)
         weights = self.rewards.weights | self.sampler.weights
         best = [self.selection.best(samples, weights) for samples in rollout.samples]
         self.round += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..data import Prompt, columns_of_prompts
@@ -56,8 +58,20 @@ class ScoringGroups:
         self.early.close()
 
 
-def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout, groups: ScoringGroups | None = None) -> None:
-    """Fills in every sample's rewards; one that was broken off has none. `groups`: what has been begun."""
+def score(
+    rewards: RewardSet,
+    prompts: list[Prompt],
+    rollout: Rollout,
+    groups: ScoringGroups | None = None,
+    *,
+    beside: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Fills in every sample's rewards; one that was broken off has none.
+
+    Args:
+        groups: what has been begun.
+        beside: weights of the rewards that the samples have already, an environment's: they are added to what the others come to.
+    """
     owners = [prompt for prompt, samples in zip(prompts, rollout.samples, strict=True) for _ in samples]
     samples = rollout.flat
     scores = rewards.score(
@@ -70,11 +84,21 @@ def score(rewards: RewardSet, prompts: list[Prompt], rollout: Rollout, groups: S
     for name, values in scores.items():
         for sample, value in zip(samples, values, strict=True):
             sample.rewards[name] = math.nan if sample.finish_reason == "abort" else value
-    if rewards.combination != "sum":
-        combine = COMBINATIONS[rewards.combination]
+    if rewards.combination != "sum" or rewards.shaping:
+        combined = {name: weight for name, weight in rewards.weights.items() if name not in rewards.shaping}
         for group in rollout.samples:
-            for sample, total in zip(group, combine([s.rewards for s in group], rewards.weights), strict=True):
-                sample.total = total
+            totals = COMBINATIONS[rewards.combination]([s.rewards for s in group], combined)
+            for sample, total in zip(group, totals, strict=True):
+                own = [weight * sample.rewards.get(name, math.nan) for name, weight in beside.items()]
+                sample.unshaped = _sum([total, *own])
+                added = [rewards.weights[name] * sample.rewards[name] for name in rewards.shaping]
+                sample.total = math.nan if math.isnan(sample.unshaped) else _sum([sample.unshaped, *added])
+
+
+def _sum(values: list[float]) -> float:
+    """Of those that are there; NaN where none is."""
+    found = [value for value in values if not math.isnan(value)]
+    return sum(found) if found else math.nan
 
 
 def greedy_params(params: SamplingParams) -> SamplingParams:
@@ -86,7 +110,7 @@ def greedy(engine: Engine, rewards: RewardSet, prompts: list[Prompt], params: Sa
     """The most probable completion of each prompt under the weights as they are, scored; `params` gives its limits."""
     rollout = sampler(engine, prompts, greedy_params(params))
     engine.release_cache()  # the update, or another engine, has the memory
-    score(rewards, prompts, rollout)
+    score(rewards, prompts, rollout, beside=sampler.weights)
     return rollout
 
 

@@ -16,6 +16,8 @@ def weighted_sum(group: Sequence[Rewards], weights: Mapping[str, float]) -> list
 
 def gated(group: Sequence[Rewards], weights: Mapping[str, float]) -> list[float]:
     """The first reward times the weighted sum of the others: a right answer in the wrong format is worth nothing. NaN without the first."""
+    if len(weights) < 2:
+        return [math.nan for _ in group]
     gate, *others = weights
     rest = {name: weights[name] for name in others}
     return [weights[gate] * rewards[gate] * _sum(rewards, rest) for rewards in group]

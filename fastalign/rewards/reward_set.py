@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -64,10 +64,18 @@ class RewardSet:
         weights: one a reward.
         timeout: seconds that one sample may take in one reward.
         combination: how a sample's rewards become one number, a row of `COMBINATIONS`.
+        shaping: names of rewards that are added to the number that the others come to, and are none where the others are none.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], timeout: float = 10.0, combination: str = "sum") -> None:
-        self._rewards, self.combination = list(rewards), combination
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        weights: Sequence[float],
+        timeout: float = 10.0,
+        combination: str = "sum",
+        shaping: Collection[str] = (),
+    ) -> None:
+        self._rewards, self.combination, self.shaping = list(rewards), combination, frozenset(shaping)
         self.weights: dict[str, float] = {r.name: float(w) for r, w in zip(rewards, weights, strict=True)}
         self.timeout = timeout
 

@@ -27,7 +27,12 @@ Specification = str | Callable[..., Any] | Reward
 
 
 def load_rewards(
-    specifications: Sequence[Specification], weights: Sequence[float] | None = None, timeout: float = 10.0, *, combination: str = "sum"
+    specifications: Sequence[Specification],
+    weights: Sequence[float] | None = None,
+    timeout: float = 10.0,
+    *,
+    combination: str = "sum",
+    shaping: Sequence[Specification] = (),
 ) -> RewardSet:
     """The rewards of a run.
 
@@ -39,11 +44,12 @@ def load_rewards(
         timeout: seconds that one sample may take in one reward.
         combination: how a sample's rewards become one number: "sum", "gate" (the first times the sum of the others) or "normalize" (each
             over its group first).
+        shaping: more rewards, of weight 1, that are added to what the others come to; a sample without any of the others has none.
 
     Raises:
         ValueError: for an unknown name (with the nearest), a function that cannot be loaded, or a wrong number of weights.
     """
-    if not specifications:
+    if not (specifications or shaping):
         raise ValueError(f"expected at least one reward, got none; built-in are {', '.join(BUILTIN)}")
     weights = list(weights or [1.0] * len(specifications))
     if len(weights) != len(specifications):
@@ -56,15 +62,17 @@ def load_rewards(
         raise ValueError("reward combination 'gate': the first reward is the gate of the others, got one reward; name another, or 'sum'")
     rewards: list[Reward] = []
     try:
-        for specification in specifications:
+        every = [*specifications, *shaping]
+        for specification in every:
             rewards.append(_reward(specification, {r.name for r in rewards}))
-        for reward, specification in zip(rewards, specifications, strict=True):
+        for reward, specification in zip(rewards, every, strict=True):
             _wait(reward, specification)
     except BaseException:
         for reward in rewards:
             reward.isolated.caller.close()
         raise
-    return RewardSet(rewards, weights, timeout, combination)
+    added = [reward.name for reward in rewards[len(specifications) :]]
+    return RewardSet(rewards, [*weights, *(1.0 for _ in added)], timeout, combination, added)
 
 
 def _wait(reward: Reward, specification: Specification) -> None:
