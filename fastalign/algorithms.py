@@ -55,7 +55,7 @@ class ActorCritic(Algorithm):
     """A row with a critic: `advantage` names a row of `TOKEN_ADVANTAGES`.
 
     Attributes:
-        kl_in: where the KL to the reference goes: "reward" (k1 a token, from the rewards) or "loss".
+        kl_in: where the KL to the reference goes: "reward" (k1 a token, from the rewards) or "loss" (the estimator `kl`).
         whiten: advantages to mean 0 and deviation 1 over the batch's tokens.
         value_clip: a value moves at most this far from the one at sampling time (arXiv:1707.06347's authors' code); None: not clipped.
         critic_warmup: first steps that train the critic alone.
@@ -173,7 +173,7 @@ MAXRL = replace(GRPO, advantage="maxrl", aggregate="token", kl_coef=0.0)
 PASSK = replace(GRPO, advantage="passk", aggregate="token", kl_coef=0.0)
 RAFT = replace(REINFORCE, loss="raft", aggregate="token")
 RAFT_PP = replace(RAFT, loss="raft_pp", loss_options={"epsilon": 0.2})
-PPO = ActorCritic(advantage="gae", aggregate="token", kl_coef=0.05, kl="k1", loss_options={"epsilon": 0.2})
+PPO = ActorCritic(advantage="gae", aggregate="token", kl_coef=0.05, kl="k2", loss_options={"epsilon": 0.2})
 PPO_MAX = replace(PPO, normalize_rewards=True, reward_clip=5.0, critic_warmup=50)
 VC_PPO = replace(PPO, critic_warmup=50, advantage_options={"lam_critic": 1.0})
 VAPO = replace(
@@ -225,13 +225,16 @@ def row(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
-    """Raises a ValueError when an option is not a keyword-only argument of the function."""
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
+    """Raises a ValueError when an option is not a keyword-only argument of the function, or no number where its default is one."""
+    known = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"{what}: {function.__name__} has no option {name!r}; {hint}Options: {', '.join(known) or 'none'}")
+        whole = type(known[name]) is int and isinstance(value, float)
+        if value is not None and type(known[name]) in (int, float) and (whole or not isinstance(value, (int, float))):
+            raise ValueError(f"{what}.{name}: expected a {'whole ' * whole}number, as in {known[name]}; got {value!r}")
 
 
 def resolve(
@@ -241,6 +244,7 @@ def resolve(
     loss: str = "",
     aggregate: str = "",
     kl_coef: float | None = None,
+    kl: str = "",
     advantage_options: Mapping[str, Any] | None = None,
     loss_options: Mapping[str, Any] | None = None,
     preference: str = "",
@@ -252,12 +256,13 @@ def resolve(
     """
     base: Algorithm = row(ALGORITHMS | ACTOR_CRITICS, name, "algorithm")
     if isinstance(base, OnlinePreference):
-        for flag, given in (("advantage", advantage or advantage_options), ("loss", loss), ("aggregate", aggregate)):
+        parts = {"advantage": advantage or advantage_options, "loss": loss, "aggregate": aggregate, "kl_estimator": kl}
+        for flag, given in parts.items():
             if given:
                 raise ValueError(f"--{flag}: {name} compares a group's best and worst completion, it has no {flag}; see --preference_loss")
         return _compared(base, preference, kl_coef, loss_options or {})
-    if isinstance(base, MixturePlay) and (advantage or advantage_options):
-        raise ValueError(f"--advantage: {name}'s is how often a completion is preferred to the mixture's; leave it out")
+    if isinstance(base, MixturePlay) and (advantage or advantage_options or kl):
+        raise ValueError(f"--{'kl_estimator' if kl else 'advantage'}: {name}'s advantage is its own, with the KL in it; leave it out")
     if preference:
         raise ValueError(f"--preference_loss: {name} compares no completions; give --algorithm online_dpo")
     own_loss = {} if loss and loss != base.loss else dict(base.loss_options)
@@ -268,6 +273,7 @@ def resolve(
         loss=loss or base.loss,
         aggregate=aggregate or base.aggregate,
         kl_coef=base.kl_coef if kl_coef is None else kl_coef,
+        kl=kl or base.kl,
         advantage_options=own_advantage | dict(advantage_options or {}),
         loss_options=own_loss | dict(loss_options or {}),
     )
@@ -275,7 +281,9 @@ def resolve(
     check_options(row(estimators, chosen.advantage, "advantage"), chosen.advantage_options, "--advantage")
     check_options(row(POLICY, chosen.loss, "loss").function, chosen.loss_options, "--loss")
     row(dict.fromkeys(AGGREGATES), chosen.aggregate, "aggregate")
-    row(KL, chosen.kl, "kl")
+    row(KL, chosen.kl, "kl_estimator")
+    if chosen.kl == "k1":
+        raise ValueError("--kl_estimator k1: the gradient of k1 in a loss is 0 on average, it holds nothing back; take k2 or k3")
     if chosen.kl_coef < 0:
         raise ValueError(f"--beta must be >= 0, got {chosen.kl_coef}")
     return chosen
@@ -287,7 +295,6 @@ def _compared(base: OnlinePreference, preference: str, beta: float | None, optio
     if chosen.couples_pairs or chosen.statistics is not None:
         raise ValueError(f"--preference_loss {name}: it needs numbers of a whole batch of pairs; give one that judges pairs one by one")
     own = dict(base.preference_options) if name == base.preference else {}
-    own |= {} if beta is None else {"beta": beta}
-    own |= options
+    own |= ({} if beta is None else {"beta": beta}) | dict(options)
     check_options(chosen.function, own, "--loss")
     return replace(base, preference=name, preference_options=own, kl_coef=0.0)

@@ -35,6 +35,8 @@ class Echo:
 
     def reset(self, answer, prompt):
         self.answer, self.prompt = answer, prompt
+        if self.fails[:1] == "!" and prompt.startswith(self.fails[1:]):
+            raise RuntimeError("no such world")
 
     def step(self, text):
         if self.fails and self.prompt.startswith(self.fails):
@@ -113,6 +115,38 @@ def test_a_broken_environment_costs_its_samples_alone(task, tmp_path, caplog):
     assert missing == sum(row["tool_calls/failed"] for row in rows) == 4 * sum(p.startswith(digit) for p in prompts)
     assert "the tool is broken" in caplog.text
     assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "process_grpo", "prime", "ppo"])
+def test_a_world_that_does_not_begin_costs_its_samples_alone(task, tmp_path, algorithm):
+    digit = json.loads((task / "train.jsonl").read_text().splitlines()[0])["prompt"][0]
+    own, reward = f"{task / 'echo_of_the_test.py'}:Echo:fails=!{digit}", f"{task / 'echo_of_the_test.py'}:length"
+    given = {"environment": {"environment": own}, "data": {"eval_dataset_name": ""}, "optim": {"max_steps": 6}}
+    given["process"] = {"step_reward": reward if algorithm == "process_grpo" else ""}
+    args = arguments(task, tmp_path, **given, online={"algorithm": algorithm, "reward": [reward]})
+    (ppo if algorithm == "ppo" else online).run(args)
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert len(rows) == 6
+    assert algorithm == "prime" or sum(row["tool_calls/failed"] for row in rows) > 0, "prime samples other prompts in their place"
+    assert all(math.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
+
+
+def test_a_reward_that_is_not_finite_costs_its_sample_alone(task, tmp_path, caplog):
+    (tmp_path / "world.py").write_text(FILE.replace('float(text.count("7"))', 'float("inf") if self.prompt[0] in "12345" else 1.0'))
+    online.run(arguments(task, tmp_path / "out", environment={"environment": f"{tmp_path / 'world.py'}:Echo"}, optim={"max_steps": 2}))
+    assert "its reward is not finite" in caplog.text
+
+
+def test_an_environment_that_rewards_needs_no_reward_flag(task, tmp_path):
+    flags = ["--model_name_or_path", str(task / "model"), "--dataset_name", str(task / "train.jsonl")]
+    flags += ["--environment", f"{task / 'echo_of_the_test.py'}:Echo"]
+    small = ["--device", "cpu", "--dtype", "float32", "--max_completion_length", "20"]
+    trained = ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_steps", "1", "--max_length", "60"]
+    assert cli.main(["grpo", *flags, *small, *trained, "--output_dir", str(tmp_path / "grpo")]) == 0
+    assert cli.main(["rft", *flags, *small, *trained, "--prompts_per_round", "4", "--output_dir", str(tmp_path / "rft")]) == 0
+    own = ["--max_samples", "4", "--num_samples", "2", "--min_reward", "0", "--output_dir", str(tmp_path / "eval")]
+    assert cli.main(["eval", *flags, *small, *own]) == 0
+    assert "pass@1" in (tmp_path / "eval" / "summary.json").read_text()
 
 
 def test_the_greedy_baseline_and_a_critic_take_turns_too(task, tmp_path):

@@ -242,7 +242,7 @@ def test_equal_rewards_teach_nothing_and_break_nothing(task, tmp_path, caplog):
     [
         ("grpo", {"opponent": {"mixture_coef": 0.2}}, "--mixture_coef: the algorithm does not read it; nash_md does"),
         ("nash_md", {"opponent": {"exploration_coef": 0.2}}, "--exploration_coef: the algorithm does not read it; xpo does"),
-        ("nash_md", {"online": {"advantage": "rloo"}}, "--advantage: nash_md's is how often"),
+        ("nash_md", {"online": {"advantage": "rloo"}}, "--advantage: nash_md's advantage is its own"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(task, tmp_path, algorithm, changes, message):

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from fastalign.advantages import generalized
 from fastalign.algorithms import ACTOR_CRITICS, resolve
+from fastalign.losses.policy import KL
 from fastalign.losses.value import value_loss
 from fastalign.recipes import arithmetic, online, ppo
 from fastalign.recipes.arguments import (
@@ -216,7 +217,7 @@ def test_the_critic_warms_up_alone(task, tmp_path):
     assert rows[2]["grad_norm"] > 0
 
 
-def test_resume_continues_to_the_bit(task, tmp_path):
+def test_resume_continues_to_the_bit(task, tmp_path, caplog):
     changes = {
         "online": {"algorithm": "ppo_max"},
         "ppo": {"critic_warmup": 1, "kl_target": 0.5, "kl_horizon": 20},
@@ -226,14 +227,56 @@ def test_resume_continues_to_the_bit(task, tmp_path):
     part = assert_resumes_to_the_bit(ppo.run, args, tmp_path, (".", "critic"))
     coefficients = [row["objective/kl_coef"] for row in rows_of(tmp_path / "whole")]
     assert len(set(coefficients)) > 1, "the coefficient is steered"
+    assert "was written with other" not in caplog.text
+    config = (tmp_path / "part" / "config.yaml").read_text()
     with pytest.raises(ValueError, match="was written by another command: it has critic beside the policy"):
         online.run(replace(args, command="grpo", online=replace(args.online, algorithm="grpo"), run=part))
+    assert (tmp_path / "part" / "config.yaml").read_text() == config, "what was refused leaves the folder as it is"
+    ppo.run(
+        replace(
+            args, online=replace(args.online, beta=0.5), run=replace(part, resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
+        )
+    )
+    assert "was written with other beta; the run goes on with what is given now" in caplog.text
 
 
 def test_a_sample_without_a_reward_is_left_out(task, tmp_path):
     ppo.run(arguments(task, tmp_path, online={"reward": [f"{task / 'reward.py'}:sometimes"], "num_generations": 4}, optim={"max_steps": 2}))
     rows = rows_of(tmp_path)
     assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "loss/value_avg", "grad_norm"))
+
+
+def test_a_step_in_which_nothing_has_a_reward_is_passed_over(task, tmp_path):
+    source = "n = [0]\ndef down(completions, **k):\n    n[0] += 1\n    return [None if n[0] == 2 else 1.0 for c in completions]\n"
+    (tmp_path / "down.py").write_text(source)
+    own = {"reward": [f"{tmp_path / 'down.py'}:down"]}
+    ppo.run(arguments(task, tmp_path / "out", online=own, data={"eval_dataset_name": ""}, optim={"max_steps": 4}))
+    rows = [row for row in rows_of(tmp_path / "out") if "completions/mean_length" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert sum(row.get("rewards/down/missing", 0) for row in rows) == 8
+    assert all(math.isfinite(row["completions/mean_length"]) for row in rows)
+
+
+def test_the_kl_in_the_loss_pulls_towards_the_reference(task, tmp_path):
+    """Over all tokens the row's estimator has the gradient of β KL(π || π_ref); that of k1 is 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    logits.requires_grad_(True)
+    row = ppo.algorithm_of(arguments(task, tmp_path, ppo={"kl_in": "loss"}))
+    assert ppo.algorithm_of(arguments(task, tmp_path)).kl == "k1", "log-ratios, in the rewards"
+    logp, ref_logp = logits.log_softmax(0), ref.log_softmax(0)
+    (wanted,) = torch.autograd.grad((logp.exp() * (logp - ref_logp)).sum(), logits, retain_graph=True)
+    for name, expected in ((row.kl, wanted), ("k1", torch.zeros(5, dtype=torch.float64))):
+        (found,) = torch.autograd.grad((logp.detach().exp() * KL[name](logp, ref_logp)).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+
+
+def test_beta_is_steered_once_the_policy_learns(task, tmp_path):
+    changes = {"online": {"algorithm": "ppo_max"}, "ppo": {"critic_warmup": 2, "kl_target": 6.0, "kl_horizon": 100}}
+    ppo.run(arguments(task, tmp_path, **changes))
+    told = [row["objective/kl_coef"] for row in rows_of(tmp_path) if "objective/kl_coef" in row]
+    assert told[0] == told[1] == told[2] == 0.05, "while the critic warms up the KL is 0 whatever β is"
+    assert told[3] != 0.05
 
 
 def test_a_critic_may_begin_from_a_reward_model_and_the_kl_may_be_in_the_loss(task, tmp_path):
@@ -255,6 +298,8 @@ def test_a_critic_may_begin_from_a_reward_model_and_the_kl_may_be_in_the_loss(ta
         ({"online": {"reward": []}}, "--reward is required"),
         ({"online": {"algorithm": "pppo"}}, "did you mean ppo"),
         ({"online": {"advantage": "grpo"}}, "no row named 'grpo'; Rows: gae"),
+        ({"online": {"kl_estimator": "k2"}}, "the KL is in the rewards, as log-ratios; give --kl_in loss"),
+        ({"online": {"kl_estimator": "k1"}, "ppo": {"kl_in": "loss"}}, "the gradient of k1 in a loss is 0 on average"),
     ],
 )
 def test_bad_input_names_the_remedy(task, tmp_path, changes, message):

@@ -98,6 +98,15 @@ def test_steps_end_with_their_separators_and_the_last_with_the_completion():
     assert steps_of(tokenizer, Sample([], [], []), "+") == []
 
 
+def test_what_an_environment_wrote_is_no_step_and_what_broke_off_has_none():
+    tokenizer = arithmetic.build_tokenizer()
+    sample = completion(tokenizer, "1+2=3+4")
+    sample.scored = [True, True, False, False, False, False, True, True]
+    assert [step.end for step in steps_of(tokenizer, sample, "+")] == [1, 7], "the observation belongs to the step that follows"
+    sample.finish_reason = "abort"
+    assert steps_of(tokenizer, sample, "+") == []
+
+
 def test_every_token_of_a_step_has_its_advantage_and_unscored_ones_none():
     sample = Sample([1, 2, 3, 4], [0.0] * 4, [0.0] * 4, scored=[True, False, True, True], step_ends=[1, 2], step_rewards=[0.0, 0.0])
     assert spread(sample, torch.tensor([0.5, -1.0])).tolist() == [0.5, -1.0, 0.0]

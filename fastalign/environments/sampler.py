@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -146,7 +147,10 @@ class _Round:
             return self._fail(one, outcome)
         try:
             observation, reward, done = outcome
-            one.reward += 0.0 if reward is None else float(reward)
+            given = 0.0 if reward is None else float(reward)
+            if not math.isfinite(given):
+                raise ValueError("its reward is not finite")
+            one.reward += given
             text = "" if observation is None else _text(observation)
         except (TypeError, ValueError) as error:
             return self._fail(one, Failure(f"expected (observation, reward, done) of its step, got {str(outcome)[:80]!r}: {error}"))

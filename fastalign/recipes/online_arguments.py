@@ -40,6 +40,7 @@ class OnlineArguments:
         num_generations: completions a prompt (the group's size G).
         num_iterations: optimizer passes over each rollout (mu).
         beta: coefficient of the KL penalty to the reference; unset: the algorithm's.
+        kl_estimator: of the KL in the loss: k2, whose gradient is the KL's while samples are the policy's, or k3; empty: the algorithm's.
         epsilon: clip range below 1 (and above, unless epsilon_high); unset: the algorithm's.
         epsilon_high: clip range above 1; unset: the algorithm's, or epsilon.
         reward: a built-in (math, gsm8k, format, code), a reward model, judge:model=…, module:function, path.py:function (repeatable).
@@ -65,6 +66,7 @@ class OnlineArguments:
     num_generations: int = 8
     num_iterations: int = 1
     beta: float | None = None
+    kl_estimator: str = ""
     epsilon: float | None = None
     epsilon_high: float | None = None
     reward: list[str] = field(default_factory=list)

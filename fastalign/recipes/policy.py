@@ -105,7 +105,7 @@ def _sampler_logp(rollout: Rollout, groups: Sequence[int]) -> Tensor:
             logp = torch.tensor(sample.logprobs, dtype=torch.float64)
             if sample.kept_mass is not None:  # undo the truncation: the trainer's distribution is not truncated
                 logp = logp + torch.tensor(sample.kept_mass, dtype=torch.float64).log()
-            kept = logp if sample.scored is None else logp[torch.tensor(sample.scored)]
+            kept = logp if sample.scored is None else logp[torch.tensor(sample.scored, dtype=torch.bool)]
             values.extend(kept.tolist())
     return torch.tensor(values, dtype=torch.float32)
 

@@ -16,6 +16,7 @@ from . import online
 from .arguments import Arguments
 from .critic import Critic
 from .model_rewards import reward_modules
+from .online_rewards import check_rewards
 from .ppo_task import PPOTask
 from .rollout_engines import planned_copy, quantization_of
 from .setup import Loaded, build_updater, check_output, num_steps, plan, seed_everything
@@ -40,7 +41,9 @@ def algorithm_of(args: Arguments) -> ActorCritic:
         raise ValueError("--kl_target: there is no KL to steer, because its coefficient is 0; give --beta its first value")
     if row.kl_in not in ("reward", "loss"):
         raise ValueError(f"--kl_in: expected reward or loss, got {row.kl_in!r}")
-    return row
+    if args.online.kl_estimator and row.kl_in == "reward":
+        raise ValueError(f"--kl_estimator {args.online.kl_estimator}: the KL is in the rewards, as log-ratios; give --kl_in loss with it")
+    return row if row.kl_in == "loss" else replace(row, kl="k1")
 
 
 def load_critic(args: Arguments, loaded: Loaded, max_steps: int, row: ActorCritic) -> tuple[Critic, Any]:
@@ -100,7 +103,7 @@ def run(args: Arguments) -> dict[str, Any]:
     max_steps = num_steps(args.optim, len(prompts), num_prompts)
     if max_steps <= row.critic_warmup:
         raise ValueError(f"--critic_warmup {row.critic_warmup}: the run has {max_steps} steps, so the policy would never be trained")
-    online.check_rewards(args, row, loaded, prompts, held_out)
+    check_rewards(args, row, loaded, prompts, held_out)
     if args.run.dry_run:
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(row)}
         extra |= planned_copy(args, loaded)

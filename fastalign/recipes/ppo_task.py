@@ -37,7 +37,8 @@ class PPOTask(OnlineTask):
 
     def step(self, index: int) -> dict[str, float]:
         self.timing.clear()
-        rollout = self._with_rewards(self.next_rollout(index))
+        sampled = self.next_rollout(index)
+        rollout = self._with_rewards(sampled)
         every_token = torch.ones(len(rollout.flat))
         chunks = build_chunks(rollout, every_token, self.row, budget=self.params.max_tokens, max_tokens=self.max_tokens)
         if self.reference is not None:
@@ -57,8 +58,9 @@ class PPOTask(OnlineTask):
                 updates = [self.update(chunks, first=i == 0) for i in range(self.num_iterations)]
             else:
                 updates = [self._not_yet()]
-        self._steer(told["objective/kl"], len(rollout.flat))
-        return self.metrics(rollout, chunks, updates) | told | learned[0]
+        if index >= self.row.critic_warmup:  # before, the policy is the reference, whatever the coefficient
+            self._steer(told["objective/kl"], len(rollout.flat))
+        return self.metrics(sampled, chunks, updates) | told | learned[0]
 
     def _with_rewards(self, rollout: Rollout) -> Rollout:
         """The samples that have a reward: the others would teach the critic nothing true."""

@@ -103,9 +103,12 @@ class PrimeTask(OnlineTask):
             assert chunk.index is not None
             for i, own in zip(chunk.index.tolist(), values.split(chunk.packed.cu_targets.diff().tolist()), strict=True):
                 by_sample[i] = own
-        lengths, flat = [len(own) for own in by_sample], torch.cat([torch.zeros(0), *by_sample])
+        broken = [sample.finish_reason == "abort" for sample in samples]  # no rewards: no part of the others' baseline
+        judged = [own[:0] if off else own for own, off in zip(by_sample, broken, strict=True)]
+        lengths, flat = [len(own) for own in judged], torch.cat([torch.zeros(0), *judged])
         cu_groups = torch.tensor(rollout.cu_groups, dtype=torch.int32)
         dense = DENSE_ADVANTAGES[row.dense](flat, offsets(lengths), cu_groups, **row.dense_options)
         outcome = group_advantages(rollout, row, self.reward_weights)
-        give_tokens(chunks, [own + row.outcome_coef * value for own, value in zip(dense.split(lengths), outcome, strict=True)])
+        advantages = [own + row.outcome_coef * value for own, value in zip(dense.split(lengths), outcome, strict=True)]
+        give_tokens(chunks, [torch.zeros_like(all_) if off else own for own, all_, off in zip(advantages, by_sample, broken, strict=True)])
         return chunks, told | {"rewards/implicit/mean": float(flat.mean()) if len(flat) else math.nan}

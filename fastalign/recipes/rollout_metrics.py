@@ -36,10 +36,10 @@ def group_metrics(rollout: Rollout, weights: dict[str, float]) -> dict[str, floa
     return {
         "reward_std": sum(spreads) / max(len(spreads), 1),
         "frac_reward_zero_std": sum(s < 1e-6 for s in spreads) / max(len(spreads), 1),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in rollout.flat) / len(lengths),
+        "completions/mean_length": sum(lengths) / len(lengths) if lengths else math.nan,
+        "completions/min_length": float(min(lengths, default=math.nan)),
+        "completions/max_length": float(max(lengths, default=math.nan)),
+        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in rollout.flat) / len(lengths) if lengths else math.nan,
         **turn_metrics(rollout.flat),
     }
 

@@ -32,8 +32,11 @@ class Step:
 def steps_of(tokenizer: Any, sample: Sample, separator: str) -> list[Step]:
     """The steps of a completion: each ends with the token that completes a separator, the last one with the last token.
 
-    Without a separator ("") every token ends one. Text that is blank makes no step of its own; it belongs to the one before.
+    Without a separator ("") every token ends one. Text that is blank makes no step of its own; it belongs to the one before. Nor does
+    what an environment wrote: it belongs to the step that follows. A completion that was broken off has no steps, as it has no reward.
     """
+    if sample.finish_reason == "abort":
+        return []
     found: list[Step] = []
     begun, seen = 0, 0  # where the step's text begins, and how many separators were passed
     pieces: dict[int, str] = {}
@@ -49,7 +52,13 @@ def steps_of(tokenizer: Any, sample: Sample, separator: str) -> list[Step]:
             found, begun = _with(found, Step(t, text), begun)
     if sample.ids:
         found, begun = _with(found, Step(len(sample.ids) - 1, sample.text), begun)
-    return found
+    return found if sample.scored is None else _written(found, sample.scored)
+
+
+def _written(steps: list[Step], scored: list[bool]) -> list[Step]:
+    """The steps in which the model wrote a token."""
+    begins = [0, *(step.end + 1 for step in steps)]
+    return [step for begin, step in zip(begins, steps, strict=False) if any(scored[begin : step.end + 1])]
 
 
 def _with(steps: list[Step], step: Step, begun: int) -> tuple[list[Step], int]:
@@ -177,7 +186,7 @@ def spread(sample: Sample, advantages: Tensor) -> Tensor:
     for end, value in zip(sample.step_ends, advantages, strict=True):
         out[begin : end + 1] = value
         begin = end + 1
-    return out if sample.scored is None else out[torch.tensor(sample.scored)]
+    return out if sample.scored is None else out[torch.tensor(sample.scored, dtype=torch.bool)]
 
 
 def give_tokens(chunks: list[PolicyChunk], by_token: list[Tensor]) -> None:
