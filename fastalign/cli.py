@@ -93,7 +93,10 @@ def _run_pipeline(argv: list[str]) -> None:
     given = p.parse_args(argv)
     from .recipes import pipeline
 
-    pipeline.run(given.pipeline, _start, restart=given.restart, dry_run=given.dry_run)
+    def check(command: str, values: dict[str, Any]) -> None:
+        check_given(build(command, values))
+
+    pipeline.run(given.pipeline, _start, check, restart=given.restart, dry_run=given.dry_run)
 
 
 def _start(command: str, values: dict[str, Any]) -> None:
@@ -107,7 +110,10 @@ def _start(command: str, values: dict[str, Any]) -> None:
         options = DemoArguments(**values)
         from .recipes import demo
 
-        demo.run(options.output_dir, options.seed, quick=options.quick)
+        try:
+            demo.run(options.output_dir, options.seed, quick=options.quick)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the demo begins anew when it is run again") from None
         return
     args = build(command, values)
     check_required(args)
@@ -138,11 +144,26 @@ def check_required(args: Arguments) -> None:
         ValueError: a flag is missing.
         FileNotFoundError: the model or data is a local path, and there is nothing there.
     """
+    check_given(args)
+    paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
+    paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
+    paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}
+    paths |= {"--critic_model_name_or_path": args.ppo.critic_model_name_or_path}
+    paths |= {"--eval_dataset_name": args.data.eval_dataset_name}
+    names = [args.data.dataset_name] if isinstance(args.data.dataset_name, str) else args.data.dataset_name
+    for flag, name in [*paths.items(), *(("--dataset_name", name) for name in names)]:
+        if name and _is_local(name) and not Path(name).expanduser().exists():
+            raise FileNotFoundError(f"{flag}: there is no {name} (looked in {Path.cwd()})")
+
+
+def check_given(args: Arguments) -> None:
+    """Raises ValueError where a flag is missing that the command needs, or given that it does not read."""
     required = {"--model_name_or_path": bool(args.model.model_name_or_path)}
     if args.command != "serve":
         required["--dataset_name"] = bool(args.data.dataset_name or args.generate.prompt)
     if args.command in ("grpo", "ppo", "rft", "eval"):
-        required["--reward"] = bool(args.online.reward or args.rejection.reward or args.evaluate.reward or args.win_rate.judge)
+        rewards = args.online.reward or args.rejection.reward or args.evaluate.reward or args.win_rate.judge
+        required["--reward"] = bool(rewards or args.environment.environment)  # which may give one itself
     if args.command == "distill":
         required["--teacher_model_name_or_path"] = bool(args.distill.teacher_model_name_or_path)
     missing = [flag for flag, given in required.items() if not given]
@@ -153,15 +174,6 @@ def check_required(args: Arguments) -> None:
             raise ValueError(f"--{flag} is for {' and '.join(MIXING)}; fastalign {args.command} takes every record once an epoch")
     if args.batch.max_chunk_bytes and args.command in WITHOUT_CHUNKS:
         raise ValueError(f"--max_chunk_bytes: fastalign {args.command} does not read it; leave it out")
-    paths = {"--model_name_or_path": args.model.model_name_or_path, "--tokenizer_name_or_path": args.model.tokenizer_name_or_path}
-    paths |= {"--ref_model_name_or_path": args.reference.ref_model_name_or_path}
-    paths |= {"--teacher_model_name_or_path": args.distill.teacher_model_name_or_path}
-    paths |= {"--critic_model_name_or_path": args.ppo.critic_model_name_or_path}
-    paths |= {"--eval_dataset_name": args.data.eval_dataset_name}
-    names = [args.data.dataset_name] if isinstance(args.data.dataset_name, str) else args.data.dataset_name
-    for flag, name in [*paths.items(), *(("--dataset_name", name) for name in names)]:
-        if name and _is_local(name) and not Path(name).expanduser().exists():
-            raise FileNotFoundError(f"{flag}: there is no {name} (looked in {Path.cwd()})")
 
 
 def _is_local(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import shutil
 import statistics
 from dataclasses import replace
 from itertools import combinations
@@ -179,6 +181,14 @@ def test_eval_refuses_another_evaluations_folder(task, tmp_path):
         evaluate.run(arguments(task, tmp_path, evaluate={"seed": 1}))
     first = lines_of(tmp_path)
     evaluate.run(arguments(task, tmp_path, evaluate={"seed": 1, "overwrite_output_dir": True}))
+    trained = tmp_path / "trained"
+    shutil.copytree(task / "model", trained)
+    args = arguments(task, tmp_path / "again")
+    args = replace(args, model=replace(args.model, model_name_or_path=str(trained)))
+    evaluate.run(args)
+    os.utime(trained / "model.safetensors", ns=(1, 1))
+    with pytest.raises(FileExistsError, match="holds an evaluation with other weights"):
+        evaluate.run(args)
     assert lines_of(tmp_path) != first
 
 

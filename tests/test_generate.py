@@ -64,6 +64,24 @@ def test_generate_to_standard_output(folder, capsys):
     assert set(rows[0]["completions"][0]) == {"text", "finish_reason"}
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', "a note", '[{"prompt": 1}]'])
+def test_generate_leaves_another_files_only_line_alone(folder, data, tmp_path, text):
+    other = tmp_path / "notes.json"
+    other.write_text(text)
+    with pytest.raises(ValueError, match="is it another file"):
+        run(folder, data, other)
+    assert other.read_text() == text
+
+
+def test_generate_names_a_prompt_that_is_no_text_or_too_long(folder, data, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "note": "\ud800"}) + "\n" for p in ("one", "a\ud800", "o" * 5000)))
+    with pytest.raises(ValueError, match=r"odd.jsonl:2: column 'prompt' is no text: half of a surrogate pair at character 1"):
+        run(folder, DataArguments(dataset_name=str(path)), tmp_path / "out.jsonl")
+    rows = run(folder, DataArguments(dataset_name=str(path), on_bad_record="skip"), tmp_path / "out.jsonl")
+    assert [(row["prompt"], row["note"]) for row in rows] == [("one", "\ud800")]
+
+
 def test_generate_refuses_a_file_that_is_not_its_own(folder, data, tmp_path):
     other = tmp_path / "notes.txt"
     other.write_text("buy milk\n")

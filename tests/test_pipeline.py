@@ -107,20 +107,52 @@ def test_changed_flags_are_told_and_restart_runs_what_follows_anew(task, tmp_pat
     assert ran == []
 
 
-def test_a_stage_that_began_with_other_flags_begins_anew(task, tmp_path):
+def test_a_stage_that_was_broken_off_with_other_flags_keeps_what_it_has(task, tmp_path):
     stages, ran = stages_of(task)[:1], []
     path = write(tmp_path / "p.yaml", task, stages)
 
     def start(command, values):
         ran.append((values.get("resume_from_checkpoint"), values.get("overwrite_output_dir")))
+        (Path(values["output_dir"]) / "checkpoint-1").mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
-    for steps in (2, 3):
-        stages[0]["max_steps"] = steps
-        write(path, task, stages)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(path, start)
+    with pytest.raises(KeyboardInterrupt, match="stopped in stage warm; the same fastalign run goes on"):
+        pipeline.run(path, start)
+    stages[0]["max_steps"] += 1
+    write(path, task, stages)
+    with pytest.raises(
+        ValueError, match="stage warm: it was broken off with other max_steps; put them back to go on, or add --restart warm"
+    ):
+        pipeline.run(path, start)
+    kept = tmp_path / "out" / "1-warm" / "checkpoint-1"
+    assert kept.is_dir()
+
+    def ended_early(command, values):
+        ran.append((values.get("resume_from_checkpoint"), values.get("overwrite_output_dir")))
+        raise ValueError("before it began")
+
+    with pytest.raises(ValueError, match="before it began"):
+        pipeline.run(path, ended_early, restart="warm")
+    assert not kept.exists(), "checkpoints of other flags than the note has"
     assert ran == [("latest", None), (None, True)]
+
+
+def test_a_default_is_given_where_the_command_means_the_same(task, tmp_path):
+    stages = [*stages_of(task)[:1], {"name": "find", "command": "search", "dataset_name": "d.jsonl", "method": ["greedy"]}]
+    path = tmp_path / "p.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "defaults": {"save_steps": 5}, "stages": stages}))
+    first, second = pipeline.read(path)
+    assert first.values["save_steps"] == 5
+    assert "save_steps" not in second.values, "there it names a file"
+    path.write_text(yaml.safe_dump({"defaults": {"output_dir": "x"}, "stages": stages}))
+    with pytest.raises(ValueError, match="defaults: output_dir is the pipeline's own to give"):
+        pipeline.read(path)
+
+
+def test_a_commands_own_braces_are_left_alone(task, tmp_path):
+    checker = {"name": "rl", "command": "grpo", "dataset_name": "d", "reward": "command:run=check {file} {record}"}
+    stages = [*stages_of(task)[:1], checker]
+    assert pipeline.read(write(tmp_path / "p.yaml", task, stages))[1].values["reward"] == ["command:run=check {file} {record}"]
 
 
 def test_dry_run_tells_and_runs_nothing(task, tmp_path, capsys):

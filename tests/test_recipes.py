@@ -206,9 +206,11 @@ def test_stop_at_ends_the_run_at_the_first_evaluation_for_which_it_holds(task, t
 
 
 def test_run_refuses_to_write_over_another(task, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
         sft.run(arguments(task, tmp_path, "sft"))
+    (tmp_path / "metrics.jsonl").write_text("")  # of a run that ended before its first step
+    sft.run(arguments(task, tmp_path, "sft", optim={"max_steps": 1}))
 
 
 @pytest.mark.parametrize(

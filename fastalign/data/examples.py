@@ -110,6 +110,7 @@ def prompt_examples(
     on_bad_record: str = "error",
     system_prompt: str = "",
     vocab_size: int | None = None,
+    limit_flag: str = "--max_prompt_length",
 ) -> Prompts:
     """Records of `prompt`, plain or conversational, ready for generation; every other column is kept for the rewards.
 
@@ -118,6 +119,7 @@ def prompt_examples(
         tokenizer: a transformers tokenizer.
         max_prompt_length: longest prompt in tokens; 0: no limit. A longer record is a bad one, never cut.
         on_bad_record, system_prompt, vocab_size: as in `sft_examples`.
+        limit_flag: what a record that is too long is told to raise, where another flag set the limit.
 
     Raises:
         BadRecord, DataError: as `sft_examples`.
@@ -125,7 +127,7 @@ def prompt_examples(
     if max_prompt_length < 0:
         raise DataError(f"--max_prompt_length: expected at least 0 tokens (0: no limit), got {max_prompt_length}")
     encode = PromptEncoder(tokenizer, system_prompt)
-    limits = Limits(max_prompt_length, "--max_prompt_length", vocab_size)
+    limits = Limits(max_prompt_length, limit_flag, vocab_size)
     skips, prompts = Skips(on_bad_record), Prompts()
     for index, (ids, prompt) in _good(records, encode, limits, skips):
         prompts.append(Prompt(ids, prompt, {k: v for k, v in records[index].items() if k != "prompt"}, index))
@@ -160,7 +162,7 @@ def _finish(skips: Skips, total: int, left: int) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the ids of a record must keep to; `flag` is what sets the length."""
+    """What the ids of a record must keep to; `flag` is what to raise for longer ones, or the whole remedy where it is no flag."""
 
     max_length: int  # 0: none
     flag: str
@@ -168,7 +170,8 @@ class Limits:
 
     def check(self, record: Record, ids: Sequence[int]) -> None:
         if self.max_length and len(ids) > self.max_length:
-            message = f"expected at most {self.max_length} tokens, got {len(ids)}; raise {self.flag}{OR_SKIP}"
+            remedy = f"raise {self.flag}" if self.flag.startswith("--") else self.flag
+            message = f"expected at most {self.max_length} tokens, got {len(ids)}; {remedy}{OR_SKIP}"
             raise record.bad("too long", message)
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             at = next(i for i, token in enumerate(ids) if token >= self.vocab_size)

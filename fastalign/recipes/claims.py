@@ -12,6 +12,12 @@ from ..training.files import write_atomic
 SETTINGS = "config.json"
 
 
+def weights_of(name: str) -> str:
+    """What tells a local model's weights from others under the same path: each file's size and time; "" for a model of the Hub."""
+    files = sorted(Path(name).expanduser().glob("*.safetensors")) if name else []
+    return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+
+
 def claim(folder: Path, flags: Mapping[str, Any], *, files: Sequence[str], free: Collection[str], overwrite: bool, what: str) -> None:
     """Makes the folder this run's; one that was broken off is recognized by its flags.
 
@@ -25,6 +31,7 @@ def claim(folder: Path, flags: Mapping[str, Any], *, files: Sequence[str], free:
         FileExistsError: it holds another run's files.
     """
     settings = {name: value for name, value in flags.items() if name not in free}
+    settings["weights"] = weights_of(str(flags.get("model_name_or_path", "")))
     path = folder / SETTINGS
     if overwrite:
         for name in (*files, SETTINGS):

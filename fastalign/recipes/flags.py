@@ -125,6 +125,8 @@ def convert(name: str, kind: Any, value: Any, where: str, command: str = "grpo")
 
 
 def _check_range(name: str, value: Any, where: str) -> None:
+    if isinstance(value, str):
+        return  # another command's flag of that name is a number
     if name in _POSITIVE and value <= 0:
         raise ValueError(f"{where} must be > 0, got {value}")
     if name in _NOT_NEGATIVE and value < 0:

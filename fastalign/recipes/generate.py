@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data import Prompt, Record, prompt_examples
 from ..generation import Engine, SamplingParams
-from ..models.backbone import causal_lm
+from ..models.backbone import causal_lm, positions_of
 from ..rewards import RewardSet, load_rewards
 from ..rollout import Sample
 from .arguments import DataArguments, EvalArguments, GenerateArguments, ModelArguments, SamplingArguments
@@ -126,10 +126,14 @@ def read_prompts(data: DataArguments, generate: GenerateArguments, loaded: Loade
         records = [Record({"prompt": text}, "--prompt", number) for number, text in enumerate(generate.prompt, 1)]
     else:
         records = prompts_named_by(data, data.dataset_name, data.max_samples)
+    positions = positions_of(loaded.model)
+    room = positions - 1 if positions else data.max_prompt_length  # a completion needs one
+    own = 0 < data.max_prompt_length <= room
     return prompt_examples(
         records,
         loaded.tokenizer,
-        max_prompt_length=data.max_prompt_length,
+        max_prompt_length=data.max_prompt_length if own else room,
+        limit_flag="--max_prompt_length" if own else f"the model has {positions} positions, and a completion needs one: shorten the prompt",
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,
         vocab_size=causal_lm(loaded.model).get_input_embeddings().weight.shape[0],
@@ -176,7 +180,10 @@ def completed_prompts(path: Path, key: Key = key_of_prompt) -> Counter[str]:
                 f"--output_file {path}: line {number} is no object with a prompt, as fastalign generate writes;"
                 " is it another file? choose a new one"
             ) from error
-    if len(whole) < len(content):
+    rest = content[len(whole) :]
+    if rest and not (rest.startswith(b"{") and (whole or b'"prompt": ' in rest)):
+        raise ValueError(f"--output_file {path}: it ends in what fastalign generate does not write; is it another file? choose a new one")
+    if rest:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return done
@@ -187,7 +194,12 @@ def writer(output_file: str) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that writes one object a line, to the file or, when none is named, to standard output."""
 
     def write(value: dict[str, Any]) -> None:
-        file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+        line = json.dumps(value, ensure_ascii=False, default=str)
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair in a column: as JSON escapes it
+            line = json.dumps(value, default=str)
+        file.write(line + "\n")
         file.flush()
 
     if not output_file:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ STAGES = (*TRAINING, "generate", "critique", "eval", "search")
 NOTE = "stage.json"  # in a stage's folder: the flags that it began with, and the seconds it took once it is finished
 _NAME, _REFERENCE = re.compile(r"[A-Za-z][\w-]*"), re.compile(r"\{([A-Za-z][\w-]*)\}")
 _KEYS = ("output_dir", "defaults", "stages")
+FIXED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")  # a stage's, given by the pipeline
+_OF_COMMANDS = ("file", "record")  # what the reward command:run=… fills in
 
 Start = Callable[[str, dict[str, Any]], None]
 
@@ -104,8 +107,16 @@ def _check_defaults(defaults: Mapping[Any, Any], where: str) -> None:
     """A default that no command reads is misspelt."""
     known = {name for command in STAGES for name in flag_types(command)}
     for key in defaults:
+        if str(key).replace("-", "_") in FIXED:
+            raise ValueError(f"{where}: defaults: {key} is the pipeline's own to give; leave it out")
         if str(key).replace("-", "_") not in known:
             raise ValueError(f"{where}: defaults: {nearest(str(key), known, prefix='key ')}")
+
+
+def _fits(command: str, key: str, value: Any) -> bool:
+    """Whether the command has a default's flag; search's --save_steps is a file, that of the trainers a number."""
+    kind = flag_types(command).get(key.replace("-", "_"))
+    return kind is not None and not (kind is str and isinstance(value, (int, float)))
 
 
 def _stage(number: int, given: dict[str, Any], defaults: Mapping[Any, Any], root: Path, before: list[Stage], where: str) -> Stage:
@@ -118,10 +129,10 @@ def _stage(number: int, given: dict[str, Any], defaults: Mapping[Any, Any], root
     if command not in STAGES:
         raise ValueError(f"{here}: {nearest(command, STAGES, prefix='command ')}")
     folder = root / f"{number}-{name}"
-    for fixed in ("output_dir", "resume_from_checkpoint", "overwrite_output_dir"):
+    for fixed in FIXED:
         if fixed in given:
             raise ValueError(f"{here}: {fixed} is the pipeline's own to give; leave it out")
-    flags = {key: value for key, value in defaults.items() if str(key).replace("-", "_") in flag_types(command)} | given
+    flags = {key: value for key, value in defaults.items() if _fits(command, str(key), value)} | given
     known = {stage.name: stage.folder for stage in before}
     values = checked(command, {key: _resolved(value, known, here) for key, value in flags.items()}, here)
     models = [stage for stage in before if stage.command in TRAINING and stage.command != "reward"]
@@ -142,17 +153,19 @@ def _resolved(value: Any, folders: Mapping[str, Path], where: str) -> Any:
         return [_resolved(item, folders, where) for item in value]
     if not isinstance(value, str):
         return value
+    filled_in = _OF_COMMANDS if value.startswith("command:") else ()  # later, by the reward
     for name in _REFERENCE.findall(value):
-        if name not in folders:
+        if name not in folders and name not in filled_in:
             raise ValueError(f"{where}: {{{name}}} is no earlier stage; there are {', '.join(folders) or 'none'}")
-    return _REFERENCE.sub(lambda match: str(folders[match[1]]), value)
+    return _REFERENCE.sub(lambda match: str(folders.get(match[1], match[0])), value)
 
 
-def run(path: Path, start: Start, *, restart: str = "", dry_run: bool = False) -> None:
+def run(path: Path, start: Start, check: Start = lambda command, values: None, *, restart: str = "", dry_run: bool = False) -> None:
     """Runs the stages that are not finished, in order.
 
     Args:
         start: runs a command with its flags (`cli.start`).
+        check: raises ValueError where a command cannot be run with its flags; asked of every stage before the first begins.
         restart: from this stage on everything is run anew.
         dry_run: tells what would run, and runs nothing.
 
@@ -160,6 +173,11 @@ def run(path: Path, start: Start, *, restart: str = "", dry_run: bool = False) -
         ValueError: as `read`; a finished stage has other flags now; `restart` names no stage.
     """
     stages = read(path)
+    for stage in stages:
+        try:
+            check(stage.command, stage.values)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
     names = [stage.name for stage in stages]
     if restart and restart not in names:
         raise ValueError(f"--restart: {nearest(restart, names, prefix='stage ')}")
@@ -175,12 +193,20 @@ def run(path: Path, start: Start, *, restart: str = "", dry_run: bool = False) -
             print(f"{title} → {stage.folder}\n" + "".join(f"  {name}: {value}\n" for name, value in stage.values.items()), end="")
         else:
             print(title, flush=True)
-            outdated = stage.note().get("seconds") is not None or bool(stage.changed())
-            _run_stage(stage, start, anew=number >= first or outdated)
+            anew = number >= first or stage.note().get("seconds") is not None
+            if not anew and (other := stage.changed()):
+                raise ValueError(
+                    f"stage {stage.name}: it was broken off with other {', '.join(other)}; put them back to go on, or add"
+                    f" --restart {stage.name} to run it and what follows anew"
+                )
+            _run_stage(stage, start, anew=anew)
 
 
 def _run_stage(stage: Stage, start: Start, *, anew: bool) -> None:
     """Runs one stage: anew, or from its last checkpoint."""
+    if anew and stage.command in TRAINING:  # before the note has its flags: an early end must not leave another run's checkpoints
+        for checkpoint in stage.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     stage.write_note(None)
     values, began = dict(stage.values), time.perf_counter()
     if stage.command == "generate":
@@ -190,5 +216,8 @@ def _run_stage(stage: Stage, start: Start, *, anew: bool) -> None:
         values["overwrite_output_dir"] = True
     elif stage.command in TRAINING:
         values["resume_from_checkpoint"] = "latest"
-    start(stage.command, values)
+    try:
+        start(stage.command, values)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped in stage {stage.name}; the same fastalign run goes on from there") from None
     stage.write_note(time.perf_counter() - began)

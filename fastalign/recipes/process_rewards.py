@@ -10,7 +10,7 @@ from ..models.backbone import head_of
 from ..models.load import load_causal_lm
 from ..rewards import load_rewards
 from .arguments import Arguments
-from .model_rewards import names_model
+from .model_rewards import names_model, with_reward_models
 from .prime_task import ImplicitRewardModel
 from .reference import Reference
 from .setup import Loaded, build_updater
@@ -29,7 +29,7 @@ def step_judge(args: Arguments, loaded: Loaded) -> tuple[StepReward, str]:
     name = args.process.step_reward
     if not names_model(name, "--step_reward"):
         separator = args.process.step_separator.replace("\\n", "\n").replace("\\t", "\t")
-        return FunctionReward(load_rewards([name], timeout=args.online.reward_timeout)), separator
+        return FunctionReward(load_rewards(with_reward_models([name], loaded), timeout=args.online.reward_timeout)), separator
     model = reward_model(loaded, name, "step_reward", "--step_reward")
     if model.steps is None:
         raise ValueError(

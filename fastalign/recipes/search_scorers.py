@@ -15,7 +15,7 @@ from ..losses.reward import aggregate_steps
 from ..rewards import RewardSet, load_rewards
 from ..search import Path, Scorer
 from .evaluate import probability
-from .model_rewards import names_model
+from .model_rewards import names_model, with_reward_models
 from .search_arguments import SearchArguments
 from .setup import Loaded
 
@@ -53,7 +53,7 @@ def guide_of(own: SearchArguments, loaded: Loaded, closing: ExitStack) -> Guide 
     if not names_model(own.scorer, "--scorer"):
         if own.score_aggregation:
             raise ValueError(f"--score_aggregation {own.score_aggregation}: --scorer {own.scorer} has no steps to aggregate; leave it out")
-        return reward_guide(closing.enter_context(load_rewards([own.scorer], timeout=own.reward_timeout)))
+        return reward_guide(closing.enter_context(load_rewards(with_reward_models([own.scorer], loaded), timeout=own.reward_timeout)))
     judge = RewardModel.load(own.scorer, loaded.tokenizer, device=loaded.device)
     if judge.steps is not None:
         return step_guide(judge, own.score_aggregation or judge.aggregation)

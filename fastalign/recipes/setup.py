@@ -132,7 +132,8 @@ def check_output(run: RunArguments, eval_dataset_name: str | list[str]) -> Path 
         if found is None:
             log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
         return found
-    if (output_dir / "metrics.jsonl").exists() and not run.overwrite_output_dir and not run.dry_run:
+    rows = output_dir / "metrics.jsonl"  # empty: a run that ended before its first step
+    if rows.exists() and rows.stat().st_size and not run.overwrite_output_dir and not run.dry_run:
         raise FileExistsError(
             f"--output_dir {output_dir} already holds a run; add --resume_from_checkpoint latest, --overwrite_output_dir, or name another"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 from torch import nn
 
 from ..models.adapters import merged
@@ -25,7 +27,11 @@ from ..training.weights import restore_weights, save_model
 from .arguments import Arguments
 from .setup import Loaded
 
+log = logging.getLogger("fastalign")
 SAMPLES = "samples_before.json"
+# flags that say how far, where and how a run is told of, not what it learns
+FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "max_steps", "num_train_epochs", "stop_at", "device"}
+FREE |= {"save_steps", "save_total_limit", "eval_steps", "logging_steps", "report_to", "run_name", "config"}
 
 
 class TrainTask(Task, Protocol):
@@ -58,11 +64,13 @@ class Job:
     companions: Mapping[str, tuple[Updater, Any]] = field(default_factory=dict)  # name → (updater, tokenizer)
 
 
-def restore(job: Job, metrics: Metrics) -> int:
-    """Puts model, optimizer, schedule, data order and random states back; returns the step to go on from."""
+def restore(job: Job) -> Checkpoint | None:
+    """Puts model, optimizer, schedule and data order back; returns the checkpoint to go on from, where there is one."""
     if job.resume is None:
-        return 0
+        return None
     saved: Checkpoint = load_checkpoint(job.resume)
+    if changed := changed_flags(job.args, saved.path.parent / "config.yaml"):
+        log.warning("%s was written with other %s; the run goes on with what is given now", saved.path, ", ".join(changed))
     if set(saved.companions) != set(job.companions):
         had = ", ".join(saved.companions) or "no other model"
         raise ValueError(
@@ -73,9 +81,15 @@ def restore(job: Job, metrics: Metrics) -> int:
         own = saved.companions[beside]
         restore_updater(updater, updater.model, saved.path / beside, own["optimizer"], own["scheduler"])
     job.task.load_state_dict(saved.data_state)
-    metrics.resume(saved.step, saved.extra["metrics"])
-    restore_rng(saved.rng)
-    return saved.step
+    return saved
+
+
+def changed_flags(args: Arguments, config: Path) -> list[str]:
+    """The flags that a run began with otherwise, of those that say what it learns; none where its config.yaml is gone."""
+    if not config.exists():
+        return []
+    known, given = (yaml.safe_load(text) or {} for text in (config.read_text(encoding="utf-8"), yaml.safe_dump(args.flat())))
+    return sorted(name for name, value in given.items() if name not in FREE and name in known and known[name] != value)
 
 
 def restore_updater(updater: Updater, model: nn.Module, folder: Path, optimizer_state: dict, scheduler_state: dict) -> None:
@@ -108,7 +122,7 @@ def execute(job: Job) -> dict[str, Any]:
     args, output_dir = job.args, Path(job.args.run.output_dir)
     if job.resume is None:
         clear(output_dir)
-    run_args = args.run
+    run_args, saved = args.run, restore(job)  # a checkpoint that does not fit leaves the folder as it is
     metrics = Metrics(
         output_dir,
         report_to=run_args.report_to,
@@ -118,7 +132,11 @@ def execute(job: Job) -> dict[str, Any]:
         logging_steps=run_args.logging_steps,
     )
     with closing(metrics), interruptible() as interrupt:
-        start = restore(job, metrics)
+        start = 0
+        if saved is not None:
+            start = saved.step
+            metrics.resume(start, saved.extra["metrics"])
+            restore_rng(saved.rng)
         before = job.task.show() if start == 0 else read_samples(output_dir)
         write_atomic(output_dir / SAMPLES, json.dumps(before))
         cadence = Cadence(job.max_steps, run_args.save_steps, run_args.eval_steps, StopAt.parse(run_args.stop_at))
