@@ -9,6 +9,7 @@ from tiny_models import write_arithmetic_model
 
 from fastalign import cli
 from fastalign.recipes import arithmetic, pipeline
+from fastalign.recipes.flags import parse
 
 R1 = Path(__file__).resolve().parent.parent / "examples" / "pipelines" / "r1.yaml"
 SMALL = {"max_steps": 2, "per_device_train_batch_size": 4, "max_completion_length": 4, "num_generations": 2, "max_length": 48}
@@ -216,3 +217,16 @@ def test_the_r1_example_runs_on_a_tiny_model(task, tmp_path):
     path.write_text(yaml.safe_dump(told))
     assert cli.main(["run", str(path)]) == 0
     assert json.loads((tmp_path / "r1" / "5-measure" / "summary.json").read_text())["num_problems"] == 16
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_a_later_stage_that_lacks_a_flag_is_named_before_the_first_begins(task, tmp_path, dry_run, capsys):
+    stages = stages_of(task)[:2]
+    del stages[1]["reward"]
+    assert cli.main(["run", str(write(tmp_path / "p.yaml", task, stages)), *dry_run]) != 0
+    assert "stage reason: fastalign grpo needs --reward" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_searchs_save_steps_is_a_file():
+    assert parse("search", ["--save_steps", "steps.jsonl"])["save_steps"] == "steps.jsonl"

@@ -186,3 +186,15 @@ def test_positive_only_losses_leave_the_others_alone():
         assert (grad[(adv > 0) & (logp - old < math.log(1.2))] < 0).all()
     torch.testing.assert_close(rows["raft"].function(logp, old, adv, cu), torch.where(adv > 0, -logp, 0.0))
     torch.testing.assert_close(rows["self_imitation"].function(logp, old, adv, cu), -logp * adv.clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"loss_options": {"epsilon": "foo"}}, r"--loss.epsilon: expected a number, as in 0.2; got 'foo'"),
+        ({"advantage": "passk", "advantage_options": {"k": 2.5}}, r"--advantage.k: expected a whole number, as in \d+; got 2.5"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(given, words):
+    with pytest.raises(ValueError, match=words):
+        resolve("grpo", **given)
