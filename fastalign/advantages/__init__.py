@@ -3,6 +3,7 @@
 from ..ops.scan import discounted_returns, gae
 from .groups import (
     ADVANTAGES,
+    OF_SCALE,
     READS,
     dr_grpo,
     grpo,
@@ -21,6 +22,7 @@ from .tokens import DENSE_ADVANTAGES, TOKEN_ADVANTAGES, generalized, prime, proc
 __all__ = [
     "ADVANTAGES",
     "DENSE_ADVANTAGES",
+    "OF_SCALE",
     "READS",
     "TOKEN_ADVANTAGES",
     "discounted_returns",

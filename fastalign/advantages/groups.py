@@ -213,3 +213,4 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "passk": passk,
 }
 READS: dict[str, str] = {"opo": "lengths", "remax": "greedy"}  # what a row is given beside the rewards, an argument of its own
+OF_SCALE = frozenset({"remax", "maxrl"})  # rows that compare rewards beyond their group or divide by them: not for relative rewards

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..advantages import READS
+from ..advantages import OF_SCALE
 from ..algorithms import Algorithm, Exploring, ImplicitReward, MixturePlay
 from ..data import Prompt
 from ..rewards import RewardSet, load_rewards
@@ -32,7 +32,8 @@ def check_combination(online: OnlineArguments, algorithm: Algorithm) -> None:
     flag = f"--reward_combination {online.reward_combination}"
     if not online.reward:
         raise ValueError(f"{flag}: there is no --reward to combine; an environment's own is added up as it is")
-    if online.reward_combination == "normalize" and _reads_scale(algorithm):
+    of_scale = algorithm.advantage in OF_SCALE or isinstance(algorithm, (Exploring, MixturePlay, ImplicitReward))
+    if online.reward_combination == "normalize" and of_scale:
         raise ValueError(
             f"{flag}: rewards become relative to their own group, and this algorithm compares them with others (the greedy completion's, "
             "another policy's, a threshold); take sum or gate"
@@ -46,9 +47,3 @@ def check_rewards(args: Arguments, algorithm: Algorithm, loaded: Loaded, *data: 
         for prompts in data:
             if prompts:
                 rewards.check_columns(sorted({name for prompt in prompts for name in prompt.columns}))
-
-
-def _reads_scale(algorithm: Algorithm) -> bool:
-    """Whether the row compares rewards with something outside their group, or reads their sign."""
-    own = READS.get(algorithm.advantage) == "greedy" or algorithm.advantage == "maxrl"
-    return own or isinstance(algorithm, (Exploring, MixturePlay, ImplicitReward))

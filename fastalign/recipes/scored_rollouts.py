@@ -10,12 +10,13 @@ from typing import Any
 from ..data import Prompt, columns_of_prompts
 from ..generation import Engine, SamplingParams
 from ..rewards import RewardSet
-from ..rewards.combinations import COMBINATIONS
+from ..rewards.combinations import COMBINATIONS, total_of
 from ..rollout import Rollout, Sample
 from .rollout_metrics import reward_metrics, turn_metrics
 from .samplers import OnGroup, Sampler, single_turn
 
 NUM_SHOWN = 6
+_TOTAL = ""  # the name of what was combined, beside those of rewards
 
 
 class ScoringGroups:
@@ -85,20 +86,14 @@ def score(
         for sample, value in zip(samples, values, strict=True):
             sample.rewards[name] = math.nan if sample.finish_reason == "abort" else value
     if rewards.combination != "sum" or rewards.shaping:
-        combined = {name: weight for name, weight in rewards.weights.items() if name not in rewards.shaping}
+        shaping = {name: rewards.weights[name] for name in rewards.shaping}
+        combined = {name: weight for name, weight in rewards.weights.items() if name not in shaping}
         for group in rollout.samples:
             totals = COMBINATIONS[rewards.combination]([s.rewards for s in group], combined)
             for sample, total in zip(group, totals, strict=True):
-                own = [weight * sample.rewards.get(name, math.nan) for name, weight in beside.items()]
-                sample.unshaped = _sum([total, *own])
-                added = [rewards.weights[name] * sample.rewards[name] for name in rewards.shaping]
-                sample.total = math.nan if math.isnan(sample.unshaped) else _sum([sample.unshaped, *added])
-
-
-def _sum(values: list[float]) -> float:
-    """Of those that are there; NaN where none is."""
-    found = [value for value in values if not math.isnan(value)]
-    return sum(found) if found else math.nan
+                sample.unshaped = total_of({_TOTAL: total, **sample.rewards}, {_TOTAL: 1.0, **beside})
+                shaped = total_of({_TOTAL: sample.unshaped, **sample.rewards}, {_TOTAL: 1.0, **shaping})
+                sample.total = math.nan if math.isnan(sample.unshaped) else shaped
 
 
 def greedy_params(params: SamplingParams) -> SamplingParams:

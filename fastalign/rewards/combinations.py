@@ -11,7 +11,7 @@ Rewards = Mapping[str, float]  # by name; NaN where one is missing
 
 def weighted_sum(group: Sequence[Rewards], weights: Mapping[str, float]) -> list[float]:
     """Σ w r of the rewards that exist; NaN where a completion has none."""
-    return [_sum(rewards, weights) for rewards in group]
+    return [total_of(rewards, weights) for rewards in group]
 
 
 def gated(group: Sequence[Rewards], weights: Mapping[str, float]) -> list[float]:
@@ -20,7 +20,7 @@ def gated(group: Sequence[Rewards], weights: Mapping[str, float]) -> list[float]
         return [math.nan for _ in group]
     gate, *others = weights
     rest = {name: weights[name] for name in others}
-    return [weights[gate] * rewards[gate] * _sum(rewards, rest) for rewards in group]
+    return [weights[gate] * rewards[gate] * total_of(rewards, rest) for rewards in group]
 
 
 def normalized(group: Sequence[Rewards], weights: Mapping[str, float]) -> list[float]:
@@ -32,11 +32,12 @@ def normalized(group: Sequence[Rewards], weights: Mapping[str, float]) -> list[f
     if len(group) < 2:
         return weighted_sum(group, weights)
     scaled = {name: _z_scores([rewards[name] for rewards in group]) for name in weights}
-    return [_sum({name: values[i] for name, values in scaled.items()}, weights) for i in range(len(group))]
+    return [total_of({name: values[i] for name, values in scaled.items()}, weights) for i in range(len(group))]
 
 
-def _sum(rewards: Rewards, weights: Mapping[str, float]) -> float:
-    found = [weight * rewards[name] for name, weight in weights.items() if not math.isnan(rewards[name])]
+def total_of(rewards: Rewards, weights: Mapping[str, float]) -> float:
+    """Σ w r of the rewards that exist; NaN where none does."""
+    found = [weight * rewards[name] for name, weight in weights.items() if not math.isnan(rewards.get(name, math.nan))]
     return sum(found) if found else math.nan
 
 
