@@ -29,6 +29,7 @@ struct Call {
   const std::vector<float>& eps;
   const Tensor &cos, &sin;  // [1, T, head_dim]
   const PagedStep& step;
+  const std::vector<Tensor>& kept;  // where the products are to stay, each [1, T, columns] or empty; none: nowhere
 };
 
 // Memory that is not filled first.
@@ -52,6 +53,13 @@ struct Layer {
     t.strides.assign(t.shape.size(), 1);
     for (size_t i = t.shape.size(); i-- > 1;) t.strides[i - 1] = t.strides[i] * t.shape[i];
     return t;
+  }
+
+  // Memory of a product: the caller's, or `own` that lasts as long as the layer.
+  T* place(Of of, Memory<T>& own) const {
+    if (!call.kept.empty() && call.kept[of].numel()) return call.kept[of].template ptr<T>();
+    own = memory<T>(rows * call.columns[of]);
+    return own.get();
   }
 
   // The sums of x * weight + bias, in `to` where the product writes T, else in fp32.
@@ -83,8 +91,14 @@ struct Layer {
 
   // to = onto + x * weight + bias
   void multiply_add(Of of, const T* x, int64_t depth, T* scratch, const T* onto, T* to) {
-    const float* fp32 = sums(of, x, depth, scratch);
     const int64_t size = rows * call.columns[of];
+    if (!call.kept.empty() && call.kept[of].numel()) {
+      T* product = call.kept[of].template ptr<T>();
+      multiply(of, x, depth, product);
+      FA_CALL(add, onto, static_cast<const T*>(product), size, to);
+      return;
+    }
+    const float* fp32 = sums(of, x, depth, scratch);
     fp32 ? FA_CALL(add, onto, fp32, size, to) : FA_CALL(add, onto, static_cast<const T*>(scratch), size, to);
   }
 
@@ -103,37 +117,40 @@ struct Layer {
   void run(const T* x, T* out) {
     const auto& n = call.columns;
     if (sizeof(T) == 2) wide = memory<float>(rows * *std::max_element(n.begin(), n.end()));
-    const Memory<T> inner = memory<T>(rows * width), q = memory<T>(rows * n[kQ]), k = memory<T>(rows * n[kK]), v = memory<T>(rows * n[kV]);
+    const Memory<T> inner = memory<T>(rows * width), normal_q = memory<T>(rows * n[kQ]), normal_k = memory<T>(rows * n[kK]);
     const Memory<T> turned_q = memory<T>(rows * n[kQ]), turned_k = memory<T>(rows * n[kK]);
+    Memory<T> own_q, own_k, own_v, own_gate, own_up;
+    T *q = place(kQ, own_q), *k = place(kK, own_k), *v = place(kV, own_v), *gate = place(kGate, own_gate), *up = place(kUp, own_up);
     normalize(kBefore, x, rows, width, inner.get());
-    multiply(kQ, inner.get(), width, q.get());
-    multiply(kK, inner.get(), width, k.get());
-    multiply(kV, inner.get(), width, v.get());
+    multiply(kQ, inner.get(), width, q);
+    multiply(kK, inner.get(), width, k);
+    multiply(kV, inner.get(), width, v);
     const int64_t heads = n[kQ] / head_dim, kv_heads = n[kK] / head_dim;
     if (call.norms.size() > kNormQ) {
-      normalize(kNormQ, q.get(), rows * heads, head_dim, q.get());
-      normalize(kNormK, k.get(), rows * kv_heads, head_dim, k.get());
+      normalize(kNormQ, q, rows * heads, head_dim, normal_q.get());
+      normalize(kNormK, k, rows * kv_heads, head_dim, normal_k.get());
+      q = normal_q.get(), k = normal_k.get();
     }
-    rotate(q.get(), heads, turned_q.get());
-    rotate(k.get(), kv_heads, turned_k.get());
-    T* seen = q.get();  // what was not turned is not read again
+    rotate(q, heads, turned_q.get());
+    rotate(k, kv_heads, turned_k.get());
+    T* seen = normal_q.get();  // what was not turned is not read again
     attend_paged(table(turned_q.get(), {rows, heads, head_dim}), table(turned_k.get(), {rows, kv_heads, head_dim}),
-                 table(v.get(), {rows, kv_heads, head_dim}), call.step, table(seen, {rows, heads, head_dim}));
+                 table(v, {rows, kv_heads, head_dim}), call.step, table(seen, {rows, heads, head_dim}));
     multiply_add(kO, seen, n[kQ], inner.get(), x, out);
     normalize(kBetween, out, rows, width, inner.get());
-    const Memory<T> gate = memory<T>(rows * n[kGate]), up = memory<T>(rows * n[kUp]);
-    multiply(kGate, inner.get(), width, gate.get());
-    multiply(kUp, inner.get(), width, up.get());
-    const Swiglu<T> gates{gate.get(), up.get(), rows * n[kGate]};
-    FA_CALL(swiglu, gates, gate.get());
-    multiply_add(kDown, gate.get(), n[kGate], inner.get(), out, out);
+    multiply(kGate, inner.get(), width, gate);
+    multiply(kUp, inner.get(), width, up);
+    const Memory<T> gated = memory<T>(rows * n[kGate]);
+    const Swiglu<T> gates{gate, up, rows * n[kGate]};
+    FA_CALL(swiglu, gates, gated.get());
+    multiply_add(kDown, gated.get(), n[kGate], inner.get(), out, out);
   }
 };
 
 void decoder_layer(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
                    const std::vector<int64_t>& columns, const std::vector<Tensor>& norms, const std::vector<float>& eps, const Tensor& cos, const Tensor& sin, const Tensor& k_cache,
                    const Tensor& v_cache, const Tensor& slots, const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& block_tables,
-                   double scale, int64_t window, double softcap, const Tensor& out) {
+                   double scale, int64_t window, double softcap, const Tensor& out, const std::vector<Tensor>& kept) {
   by_element("decoder_layer: x", x, [&]<typename T>(T) {
     if (x.dim() != 3 || x.size(0) != 1 || k_cache.dim() != 4) fail("expected x [1, T, width] and caches [blocks, heads, block_size, head_dim]");
     const int64_t rows = x.size(1), width = x.size(2), head_dim = k_cache.size(3);
@@ -149,10 +166,13 @@ void decoder_layer(const Tensor& x, const std::vector<Tensor>& packed, const std
     const T* from = elements<T>("decoder_layer: x", x, x);
     T* to = elements<T>("decoder_layer: out", out, x);
     const PagedStep step{k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap};
-    for (const auto* tensors : {&packed, &biases, &norms})
+    if (!kept.empty() && kept.size() != kProducts) fail("expected seven places to keep products in, or none");
+    for (size_t i = 0; i < kept.size(); ++i)
+      if (kept[i].numel()) kept[i].check("decoder_layer: kept", x.dtype, {1, rows, columns[i]}).contiguous("decoder_layer: kept");
+    for (const auto* tensors : {&packed, &biases, &norms, &kept})
       for (const Tensor& t : *tensors)
         if (t.cuda) fail("expected tensors on the CPU, got one on a GPU");
-    const Call call{packed, biases, columns, norms, eps, cos, sin, step};
+    const Call call{packed, biases, columns, norms, eps, cos, sin, step, kept};
     py::gil_scoped_release release;
     Layer<T>{call, rows, width, head_dim}.run(from, to);
   });
@@ -163,9 +183,9 @@ void decoder_layer(const Tensor& x, const std::vector<Tensor>& packed, const std
 void bind_decoder_layer(py::module_& m) {
   m.def("decoder_layer", &decoder_layer, py::arg("x"), py::arg("packed"), py::arg("biases"), py::arg("columns"), py::arg("norms"),
         py::arg("eps"), py::arg("cos"), py::arg("sin"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("cu_seqlens"),
-        py::arg("context_lens"), py::arg("block_tables"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out"),
+        py::arg("context_lens"), py::arg("block_tables"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out"), py::arg("kept"),
         "A layer's forward over a paged cache: products of q, k, v, o, gate, up, down (packed; an empty bias is none), norms before the "
-        "attention, before the MLP, of the heads of q and of k.");
+        "attention, before the MLP, of the heads of q and of k. kept: where the products stay, an empty one: nowhere.");
 }
 
 }  // namespace fa

@@ -112,6 +112,7 @@ class Packed:
 
 @dataclass
 class _Builder:
+    forward_last: bool = True
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     cu_seqlens: list[int] = field(default_factory=lambda: [0])
@@ -128,7 +129,7 @@ class _Builder:
         while stack:
             segment, parent, position, predictor = stack.pop()
             index = self.add_segment(segment, parent, position, predictor)
-            last = len(self.ids) - 1 if segment.ids else predictor
+            last = len(self.ids) - 1 if segment.ids else predictor  # of a leaf nobody reads it
             if not segment.children:
                 self.cu_targets.append(len(self.targets))
             for child in reversed(segment.children):
@@ -137,7 +138,9 @@ class _Builder:
 
     def add_segment(self, segment: Segment, parent: int, position: int, predictor: int) -> int:
         start, count = len(self.ids), len(segment.ids)
-        self.ids.extend(segment.ids)
+        if count and not self.forward_last and not segment.children and (parent >= 0 or count > 1):
+            count -= 1
+        self.ids.extend(segment.ids[:count])
         self.positions.extend(range(position, position + count))
         self.cu_seqlens.append(start + count)
         self.parent.append(parent)
@@ -157,11 +160,13 @@ class _Builder:
             self.weights.append(float(weight if isinstance(weight, int | float) else weight[i]))
 
 
-def pack(trees: Segment | Iterable[Segment]) -> Packed:
+def pack(trees: Segment | Iterable[Segment], *, forward_last: bool = True) -> Packed:
     """Packs token trees into one micro-batch.
 
     Args:
         trees: roots, as `group`, `pair`, `conversation` or `Segment` build them. Empty segments are allowed.
+        forward_last: False: the last token of a sequence is predicted and not forwarded, where only predictions are read. Of a sequence
+            of one token it stays.
 
     Returns:
         A `Packed` on the CPU.
@@ -169,7 +174,7 @@ def pack(trees: Segment | Iterable[Segment]) -> Packed:
     Raises:
         ValueError: when there is no token at all, or a token id is negative.
     """
-    builder = _Builder()
+    builder = _Builder(forward_last)
     for root in [trees] if isinstance(trees, Segment) else trees:
         builder.add_tree(root)
     if not builder.ids:
@@ -188,6 +193,32 @@ def pack(trees: Segment | Iterable[Segment]) -> Packed:
         weights=None if uniform else torch.tensor(builder.weights, dtype=torch.float32),
         cu_targets=torch.tensor(builder.cu_targets, dtype=torch.int32),
         cu_groups=torch.tensor(builder.cu_groups, dtype=torch.int32),
+    )
+
+
+def one_sequence(packed: Packed, sequence: int) -> Packed:
+    """A root-to-leaf path alone, with the scored tokens that it owns in the order of `targets`; without weights."""
+    bounds, parent = packed.cu_seqlens.tolist(), packed.parent.tolist()
+    segment = sorted(set(range(len(parent))) - set(parent))[sequence]
+    chain = []
+    while segment >= 0:
+        chain.append(torch.arange(bounds[segment], bounds[segment + 1]))
+        segment = parent[segment]
+    index = torch.cat(chain[::-1])
+    place = torch.full((packed.num_tokens,), -1)
+    place[index] = torch.arange(len(index))
+    own = slice(*packed.cu_targets[sequence : sequence + 2].tolist())
+    device = packed.input_ids.device
+    return Packed(
+        input_ids=packed.input_ids[index.to(device)],
+        position_ids=packed.position_ids[index.to(device)],
+        cu_seqlens=torch.tensor([0, len(index)], dtype=torch.int32),
+        parent=torch.tensor([-1], dtype=torch.int32),
+        rows=place.to(device)[packed.rows[own]],
+        targets=packed.targets[own],
+        weights=None,
+        cu_targets=torch.tensor([0, own.stop - own.start], dtype=torch.int32),
+        cu_groups=torch.tensor([0, 1], dtype=torch.int32),
     )
 
 

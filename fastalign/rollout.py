@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .packing import Segment, group
 
 
@@ -25,6 +28,8 @@ class Sample:
         turns: how often the model had its say; more than once only with an environment.
         total: what the rewards come to, where they are not simply added; None: their weighted sum.
         unshaped: the total without what only shapes another reward (DAPO's overlong punishment); None: the total.
+        recorded: [prompt and completion, less the last token] the row that each token has in a recording of the forward passes
+            (`Engine.recording`), -1 for none; None without one.
         step_ends, step_rewards: the last token of each step and the step's reward, where steps are judged; NaN where one is missing.
     """
 
@@ -42,6 +47,7 @@ class Sample:
     unshaped: float | None = None
     step_ends: list[int] = field(default_factory=list)
     step_rewards: list[float] = field(default_factory=list)
+    recorded: NDArray[np.int64] | None = None
 
     @property
     def num_scored(self) -> int:

@@ -170,7 +170,7 @@ def test_abort_before_the_prompt_is_computed(model):
 
 def test_a_request_ends_when_its_time_is_over(model, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("fastalign.generation.live.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fastalign.generation.deadlines.time.monotonic", lambda: clock[0])
     engine = Engine(model)
     params = SamplingParams(n=2, max_tokens=400, timeout=5.0, ignore_eos=True)
     request = engine.add_request(prompts_of(5)[0], params)

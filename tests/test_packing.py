@@ -168,3 +168,15 @@ def test_split_by_tokens_takes_a_hundred_thousand_trees():
     assert sum(map(len, bins)) == 100_000
     total = sum(tree.num_tokens for tree in trees)
     assert len(bins) <= 11 / 9 * -(-total // 2100) + 1
+
+
+def test_a_last_token_that_nobody_reads_is_not_forwarded():
+    trees = [group([5, 6], [[7, 8, 9], [3], []]), conversation([1, 2, 4]), conversation([8])]
+    whole, short = pack(trees), pack(trees, forward_last=False)
+    assert short.input_ids.tolist() == [5, 6, 7, 8, 1, 2, 8]
+    assert short.cu_seqlens.tolist() == [0, 2, 4, 4, 4, 6, 7]
+    assert short.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0]
+    for name in ("targets", "cu_targets", "cu_groups", "parent"):
+        assert torch.equal(getattr(short, name), getattr(whole, name)), name
+    predicted_by = [packed.input_ids[packed.rows].tolist() for packed in (whole, short)]
+    assert predicted_by[0] == predicted_by[1] == [6, 7, 8, 6, 1, 2]

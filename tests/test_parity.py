@@ -116,7 +116,7 @@ def test_parity_in_every_step_of_a_grpo_run(tmp_path, dtype):
         batch=BatchArguments(per_device_train_batch_size=8),
         run=RunArguments(output_dir=str(tmp_path / "run")),
         sampling=SamplingArguments(max_completion_length=6),
-        online=OnlineArguments(num_generations=4, reward=[f"{tmp_path / 'reward.py'}:even"]),
+        online=OnlineArguments(num_generations=4, reward=[f"{tmp_path / 'reward.py'}:even"], reuse_forward=False),  # all of it anew
     )
     online.run(args)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

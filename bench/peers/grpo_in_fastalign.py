@@ -62,6 +62,7 @@ def step_on(task: Any, index: int, other: dict[str, Any]) -> dict[str, Any]:
         for mine, ids in zip(rollout.flat, other["completion_ids"], strict=True):
             mine.ids, mine.text = ids, task.engine.tokenizer.decode(ids, skip_special_tokens=True)
             mine.logprobs, mine.raw_logprobs = [0.0] * len(ids), [0.0] * len(ids)
+            mine.recorded = None  # the engine forwarded other tokens
         return rollout
 
     task.engine.rollout = replayed

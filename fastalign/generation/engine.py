@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -10,11 +11,14 @@ from fastalign.generation.groups import Group
 from fastalign.generation.live import LiveEngine
 from fastalign.generation.outputs import request_output
 from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams
+from fastalign.generation.recorder import Recorder
 from fastalign.generation.requests import Prompt, PromptLike, read_requests
 from fastalign.generation.rows import Rows
 from fastalign.generation.run import Run, finished
 from fastalign.generation.scoring import SequenceScores, score_sequences
 from fastalign.generation.weights import evaluating
+from fastalign.models.backbone import causal_lm
+from fastalign.models.recorded import Recording
 from fastalign.rollout import Rollout, Sample
 
 Progress = bool | Callable[[int], object]
@@ -104,7 +108,33 @@ class Engine(LiveEngine):
         return Rollout([prompt.ids.tolist() for prompt in read], samples, [{} for _ in read])
 
     def _samples(self, group: Group, rows: Rows) -> list[Sample]:
-        return [_sample(out) for out in request_output(group, None, self.tokenizer, rows).outputs]
+        samples = [_sample(out) for out in request_output(group, None, self.tokenizer, rows).outputs]
+        for sample, member in zip(samples, group.members, strict=True):
+            sample.recorded = member.record.recorded
+        return samples
+
+    @contextmanager
+    def recording(self, recording: Recording) -> Iterator[None]:
+        """Inside, forward passes are kept, and samples of `rollout` say where: `Sample.recorded`.
+
+        Args:
+            recording: with room for what will be forwarded (`models.linear.recording_of`).
+
+        Raises:
+            RuntimeError: requests are running, or the engine is of a kind that cannot record (`records`).
+        """
+        if not self.records or self._recorder is not None or self._at_work or self._busy:
+            raise RuntimeError("recording: the engine is at work, on a GPU or quantized; see Engine.records")
+        self._run, self._recorder = None, Recorder(recording, self.block_size)
+        try:
+            yield
+        finally:
+            self._run, self._recorder = (self._run if self._busy else None), None
+
+    @property
+    def records(self) -> bool:
+        """Whether forward passes can be kept for training: on the CPU, by the weights themselves."""
+        return not self._packs.quantizes and next(causal_lm(self.model).parameters()).device.type == "cpu"
 
     def score(self, sequences: Sequence[Sequence[int]], *, temperature: float = 1.0, top_logprobs: int = 0) -> list[SequenceScores]:
         """Log-probs of given sequences, as `raw_logprobs` would have them if they had been sampled (`scoring.score_sequences`).

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +11,12 @@ import torch
 from torch import nn
 
 from fastalign.generation.blocks import BlockPool
+from fastalign.generation.deadlines import Deadlines
 from fastalign.generation.graphs import DecodeGraphs
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.memory import Memory
 from fastalign.generation.params import TIMEOUT, RequestFailedError, SamplingParams, Stats
+from fastalign.generation.recorder import Recorder
 from fastalign.generation.requests import Limits, Prompt, PromptLike, Request, groups_of, in_int64, read_requests
 from fastalign.generation.rows import Record, Rows
 from fastalign.generation.run import Run
@@ -64,9 +64,10 @@ class LiveEngine:
         self._run: Run | None = None
         self._requests: dict[int, Request] = {}  # live ones, by id
         self._untold: dict[int, Group] = {}  # moved by a batch's steps; the next `step` names them
-        self._deadlines: list[tuple[float, int, Group]] = []
+        self._deadlines = Deadlines()
         self._arrivals, self._epoch, self._at_work = 0, 0, ""
         self._seen: list[Any] | None = None  # the weights of the current epoch
+        self._recorder: Recorder | None = None
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -204,7 +205,8 @@ class LiveEngine:
     def _forwarding(self) -> Iterator[None]:
         """Around steps: how the model must be for them; whatever breaks off in the middle of one leaves nothing taken."""
         try:
-            with evaluating(self.model), torch.no_grad(), self._packs.active():
+            kept = nullcontext() if self._recorder is None else self._recorder.recording.active()
+            with evaluating(self.model), torch.no_grad(), self._packs.active(), kept:
                 yield
         except RequestFailedError:
             raise
@@ -223,9 +225,8 @@ class LiveEngine:
             missing = range(len(request._group.members), request.params.n)
             request._group.members.extend(Member(request._group, j, finish_reason="error") for j in missing)
             request._group.error = RuntimeError(f"the engine's step broke off: {type(error).__name__}: {error}")
-        self._requests.clear()
-        self._untold.clear()
-        self._deadlines.clear()
+        for known in (self._requests, self._untold, self._deadlines):
+            known.clear()
         if self._memory.pool is not None:
             self._memory.pool.reset()
 
@@ -244,19 +245,15 @@ class LiveEngine:
         self._arrivals += len(groups)
         for group in groups:
             run.scheduler.add(group)
-            if group.params.timeout is not None:
-                heapq.heappush(self._deadlines, (time.monotonic() + group.params.timeout, group.index, group))
+            self._deadlines.add(group)
         return run, groups
 
     def _expire(self, run: Run) -> dict[int, Group]:
         """Ends the requests whose time is over."""
-        ended = {}
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            group = heapq.heappop(self._deadlines)[2]
-            if not group.done:
-                run.end(group, "abort", TIMEOUT)
-                ended[group.index] = group
-        return ended
+        ended = self._deadlines.passed()
+        for group in ended:
+            run.end(group, "abort", TIMEOUT)
+        return {group.index: group for group in ended}
 
     def _check_weights(self) -> None:
         """Notices a change that nobody announced, when nothing is running."""
@@ -270,6 +267,8 @@ class LiveEngine:
     def _next_epoch(self) -> None:
         self._epoch += 1
         self._packs.clear()
+        if self._recorder is not None:
+            self._recorder.recording.discard()
         if self._memory.cache is not None and self._memory.cache.graphs is not None:
             self._memory.cache.graphs.verify()
         if self._busy:
@@ -295,6 +294,7 @@ class LiveEngine:
         scheduler = Scheduler(pool, rows, self.max_num_batched_tokens, self.stats, self._root)
         if self.cuda_graphs and cache.data.is_cuda and cache.graphs is None:
             cache.graphs = DecodeGraphs(self.model, self.block_size)
-        runner = Runner(self.model, cache, rows, self.block_size)
+        rows.recorder = self._recorder
+        runner = Runner(self.model, cache, rows, self.block_size, self._recorder)
         sampler = Sampler(head_of(self.model), rows, stops)
         return Run(rows, scheduler, runner, sampler, stops, tokenizer=self.tokenizer, version=self.weight_version)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .params import LogitsProcessor, SamplingParams
+from .recorder import Recorder
 
 Array = NDArray[np.generic]
 
@@ -20,6 +21,7 @@ class Record:
         tokens: int64.
         logprobs, raw_logprobs, kept_mass: fp32.
         versions: int32, the weight version at each token.
+        recorded: int64, of every token that was forwarded, prompt included: its row of a recording; None without one.
     """
 
     tokens: Array
@@ -27,6 +29,7 @@ class Record:
     raw_logprobs: Array
     kept_mass: Array
     versions: Array
+    recorded: NDArray[np.int64] | None = None
 
     @classmethod
     def empty(cls) -> Record:
@@ -74,7 +77,10 @@ class Rows:
         draws: samples drawn when all known tokens have been forwarded.
         scans: whether stop strings are looked for; wants: whether log-probs are; top: alternatives to report.
         processors: the logits processors of each row's request; processed: whether there are any.
+        recorder: knows where forward passes were kept; None: nowhere. earlier: where those before a preemption were.
     """
+
+    recorder: Recorder | None = None
 
     length: NDArray[np.int64]
     computed: NDArray[np.int64]
@@ -111,6 +117,7 @@ class Rows:
         self.seed = np.zeros(num_rows, np.uint64)
         self.scans, self.wants, self.processed = (np.zeros(num_rows, bool) for _ in range(3))
         self.processors: list[tuple[LogitsProcessor, ...]] = [()] * num_rows
+        self.earlier: list[NDArray[np.int64] | None] = [None] * num_rows
 
     def reserve(self, width: int, completion_width: int, max_blocks: int) -> None:
         """Widens the rows where they are narrower."""
@@ -129,7 +136,7 @@ class Rows:
         self.tokens[row, start : start + drawn] = record.tokens
         for name in self.PER_TOKEN:
             getattr(self, name)[row, :drawn] = getattr(record, name)
-        self.length[row], self.prompt_length[row] = start + drawn, start
+        self.length[row], self.prompt_length[row], self.earlier[row] = start + drawn, start, record.recorded
         params = spec.params
         self.temperature[row], self.top_p[row], self.top_k[row], self.min_p[row] = (
             params.temperature,
@@ -151,7 +158,7 @@ class Rows:
         for name in (*self.CONSTANTS, "length", "computed", "num_blocks", "high_water"):
             column = getattr(self, name)
             column[target] = column[source]
-        self.processors[target] = self.processors[source]
+        self.processors[target], self.earlier[target] = self.processors[source], self.earlier[source]
         self.draws[target] = 1
 
     def record(self, row: int) -> Record:
@@ -164,7 +171,19 @@ class Rows:
             self.raw_logprobs[row, :drawn].copy(),
             self.kept_mass[row, :drawn].copy(),
             self.versions[row, :drawn].copy(),
+            None if self.recorder is None else self._recorded(row, self.recorder),
         )
+
+    def _recorded(self, row: int, recorder: Recorder) -> NDArray[np.int64]:
+        """Where the forward pass of each computed token was kept: the first time, if it was more than once, which has the logits."""
+        found, before = recorder.of(self.blocks(row), int(self.computed[row])), self.earlier[row]
+        if before is None:
+            return found
+        longer, shorter = (before, found) if len(before) > len(found) else (found, before)
+        out = longer.copy()
+        both = slice(0, len(shorter))
+        out[both] = np.where(before[both] >= 0, before[both], found[both])
+        return out
 
     def blocks(self, row: int) -> NDArray[np.int32]:
         """The blocks that `row` holds, a view."""

@@ -61,7 +61,7 @@ class Run:
             return
         drawing = plan.rows[at]
         draws = Draws.of(self.rows, drawing)
-        drawn = self.sampler.draw(self.runner.select(hidden, at), draws)
+        drawn = self.sampler.draw(self.runner.select(hidden, at), draws, self.runner.keep_logits(plan, at))
         if (drawn.tokens < 0).any():
             drawing, draws, drawn = self._without_failed(drawing, draws, drawn)
         if self.tracks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.generation.plan import Plan
+from fastalign.generation.recorder import Recorder
 from fastalign.generation.rows import Rows
 from fastalign.models.backbone import causal_lm, paged_hidden_states
 from fastalign.ops.attention import PagedLayout
@@ -95,10 +97,11 @@ class Runner:
         cache: where keys and values go.
         rows: the sequences.
         block_size: of the cache.
+        recorder: notes where the passes are kept; None: they are not.
     """
 
-    def __init__(self, model: nn.Module, cache: KVCache, rows: Rows, block_size: int) -> None:
-        self.model, self.cache, self.rows, self.block_size = model, cache, rows, block_size
+    def __init__(self, model: nn.Module, cache: KVCache, rows: Rows, block_size: int, recorder: Recorder | None = None) -> None:
+        self.model, self.cache, self.rows, self.block_size, self.recorder = model, cache, rows, block_size, recorder
         self.device = cache.data.device
 
     def forward(self, plan: Plan) -> Tensor:
@@ -115,19 +118,30 @@ class Runner:
         else:
             of = np.repeat(rows, counts)
             positions = np.arange(bounds[-1]) + np.repeat(plan.starts - bounds[:-1], counts)
-        ids, layout = self._there(self.rows.tokens[of, positions]), self._layout(plan, bounds, of, positions)
+        slots = self.rows.table[of, positions // self.block_size].astype(np.int64) * self.block_size + positions % self.block_size
+        ids, layout = self._there(self.rows.tokens[of, positions]), self._layout(plan, bounds, slots)
         hidden = paged_hidden_states(self.model, ids, self._there(positions), layout)
+        if self.recorder is not None:
+            self.recorder.copied(*plan.copies)
+            self.recorder.forwarded(slots)
         return hidden if len(rows) == bounds[-1] else hidden[self._there(bounds[1:].astype(np.int64) - 1)]
+
+    def keep_logits(self, plan: Plan, at: np.ndarray) -> Callable[[slice, Tensor], None] | None:
+        """Keeps logits of hidden rows that were selected by `at` from those of the plan just forwarded; None where nobody wants them."""
+        recorder = self.recorder
+        if recorder is None:
+            return None
+        last = np.cumsum(plan.counts)[at] - 1
+        return lambda span, logits: recorder.drawn_from(last[span], logits)
 
     def select(self, hidden: Tensor, at: np.ndarray) -> Tensor:
         """The rows `at` of hidden."""
         return hidden if len(at) == len(hidden) else hidden[self._there(at)]
 
-    def _layout(self, plan: Plan, bounds: np.ndarray, of: np.ndarray, positions: np.ndarray) -> PagedLayout:
+    def _layout(self, plan: Plan, bounds: np.ndarray, slots: np.ndarray) -> PagedLayout:
         columns, size = self.rows, self.block_size
         contexts = plan.starts + plan.counts
         width = -(-int(contexts.max()) // size)
-        slots = columns.table[of, positions // size].astype(np.int64) * size + positions % size
         return PagedLayout(
             cu_seqlens=torch.from_numpy(bounds),
             context_lens=torch.from_numpy(contexts.astype(np.int32)),

@@ -6,7 +6,7 @@ agree to the bit wherever the hidden rows do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from fastalign.ops.sampling import sample, uniform
 from fastalign.ops.staging import to_host
 
 CHUNK_BYTES = 64 << 20  # logits held at once
+KeepLogits = Callable[[slice, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +106,23 @@ class Sampler:
         vocab, size = head.weight.shape[0], head.weight.element_size()
         self.chunk = max(MIN_GEMM_ROWS, CHUNK_BYTES // (vocab * size))
 
-    def draw(self, hidden: Tensor, draws: Draws) -> Drawn:
-        """Draws every token of a step from hidden [K, H]."""
-        parts = [self._chunk(hidden, draws.cut(slice(at, at + self.chunk))) for at in range(0, len(draws.at), self.chunk)]
+    def draw(self, hidden: Tensor, draws: Draws, keep: KeepLogits | None = None) -> Drawn:
+        """Draws every token of a step from hidden [K, H].
+
+        Args:
+            keep: given spans of these rows and their logits as the head gave them, to have and to hold.
+        """
+        parts = [self._chunk(hidden, draws.cut(slice(at, at + self.chunk)), keep) for at in range(0, len(draws.at), self.chunk)]
         return Drawn.joined(parts)
 
-    def _chunk(self, hidden: Tensor, draws: Draws) -> Drawn:
+    def _chunk(self, hidden: Tensor, draws: Draws, keep: KeepLogits | None) -> Drawn:
         head, first, last = self.head, int(draws.at[0]), int(draws.at[-1]) + 1
         with borrowed(last - first, head.weight.shape[0], head.weight) as buffer:
             logits = head_logits(hidden[first:last].to(head.weight.dtype), head.weight, head.bias, out=buffer)
+            if keep is not None:
+                reused = logits.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+                changed = reused or bool((self.rows.min_length[draws.source] > draws.position + 1).any())  # see `_ban`
+                keep(slice(first, last), logits.clone() if changed else logits)
             if len(draws.at) != last - first:
                 logits = logits[torch.from_numpy(draws.at - first).to(logits.device)]
             return self._draw(logits, draws)

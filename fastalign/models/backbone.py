@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastalign.models.attention import UnsupportedModelError, reading_layout
 from fastalign.models.decoder_stack import last_hidden
+from fastalign.models.recorded import listener
 from fastalign.models.row_counts import row_counts
 from fastalign.ops.attention import PagedLayout, TreeLayout
 from fastalign.packing import Packed
@@ -121,6 +122,8 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
     if padding:
         input_ids = nn.functional.pad(input_ids, (0, padding))
         position_ids = nn.functional.pad(position_ids, (0, padding))
+    if (heard := listener()) is not None:
+        heard.begin(rows, rows + padding)
     ids, positions = input_ids[None], position_ids[None]
 
     def own() -> Tensor:

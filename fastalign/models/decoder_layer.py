@@ -125,7 +125,7 @@ def _ready(layer: nn.Module, plan: Plan, packs: PackedWeights, dtype: torch.dtyp
     kept, scales = packs.kept(weights, dtype), [norm._parameters["weight"] for norm in norms]
     if kept is None or not all(scale.is_contiguous() for scale in scales):
         return None
-    return Ready(plan, attention.layer_idx, kept, biases, scales, [norm.variance_epsilon for norm in norms])
+    return Ready(plan, attention.layer_idx, linears, kept, biases, scales, [norm.variance_epsilon for norm in norms])
 
 
 def _kinds(layer: nn.Module) -> tuple[type, ...]:

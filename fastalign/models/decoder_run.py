@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastalign.models.recorded import Recording, listener
 from fastalign.ops.attention import PagedLayout, paged_attention
 from fastalign.ops.backend import native_for
 from fastalign.ops.gemm import Packed, Product
@@ -36,11 +37,13 @@ class Plan(NamedTuple):
 class Ready(NamedTuple):
     """A layer that can be run now.
 
-    layer: of the cache; kept: the products of q, k, v, o, gate, up, down; norms: before the attention, before the MLP, of the heads.
+    layer: of the cache; linears, kept: q, k, v, o, gate, up, down and their products; norms: before the attention, before the MLP, of the
+    heads.
     """
 
     plan: Plan
     layer: int
+    linears: list[Any]
     kept: list[Packed]
     biases: list[Tensor | None]
     norms: list[Tensor]
@@ -72,6 +75,7 @@ class _Step(NamedTuple):
 def _in_one_call(step: _Step) -> Tensor:
     """Where all the products are our own."""
     parts, plan, layout, out = step.parts, step.parts.plan, step.layout, torch.empty(step.x.shape, dtype=step.x.dtype)
+    places = _places(parts, step.x)
     step.module.decoder_layer(
         step.x,
         [one.form for one in parts.kept],
@@ -91,15 +95,29 @@ def _in_one_call(step: _Step) -> Tensor:
         plan.window or 0,
         plan.softcap or 0.0,
         out,
+        places,
     )
     return out
+
+
+def _places(parts: Ready, x: Tensor) -> list[Tensor]:
+    """Where the products are to be kept; without a recording nowhere."""
+    recording = listener()
+    if not isinstance(recording, Recording):
+        return []
+    layers = zip(parts.linears, parts.kept, strict=True)
+    places = [recording.room(linear, (*x.shape[:2], one.out), x.dtype) for linear, one in layers]
+    return [_NONE if place is None else place for place in places]
 
 
 def _one_by_one(step: _Step) -> Tensor:
     """Where oneDNN multiplies."""
     module, parts, plan, x = step.module, step.parts, step.parts.plan, step.x
     shape, norms, eps = (1, x.shape[1], -1, plan.head_dim), parts.norms, parts.eps
-    q, k, v, o, gate, up, down = [partial(_times, one.product, bias) for one, bias in zip(parts.kept, parts.biases, strict=True)]
+    heard = listener()
+    recording = heard if isinstance(heard, Recording) else None
+    products = zip(parts.linears, parts.kept, parts.biases, strict=True)
+    q, k, v, o, gate, up, down = [partial(_times, linear, one.product, bias, recording) for linear, one, bias in products]
     inner = normalized(module, x, norms[0], eps[0])
     queries, keys, values = q(inner).view(shape), k(inner).view(shape), v(inner).view(shape)
     if len(norms) > 2:
@@ -111,6 +129,9 @@ def _one_by_one(step: _Step) -> Tensor:
     return x + down(gated(module, gate(inner), up(inner)))
 
 
-def _times(product: Product | None, bias: Tensor | None, x: Tensor) -> Tensor:
+def _times(linear: Any, product: Product | None, bias: Tensor | None, recording: Recording | None, x: Tensor) -> Tensor:
     assert product is not None  # `kept` leaves the others out
-    return product(x, bias)
+    out = product(x, bias)
+    if recording is not None:
+        recording.keep(linear, out)
+    return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.catalogue import nearest
+from fastalign.models.recorded import Recording, listener
 from fastalign.ops.gemm import PackedWeights, linear
 from fastalign.ops.int8 import QUANTIZATIONS, active_weights
 
@@ -14,10 +15,15 @@ class RowLinear(nn.Linear):
     """An nn.Linear that multiplies through `ops.gemm`: same parameters, same state dict, same saved files."""
 
     def forward(self, input: Tensor) -> Tensor:
+        heard = listener()
+        return self.product(input) if heard is None else heard.linear(self, input)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] · weight [N, K]ᵀ + bias → [..., N]."""
         quantized = active_weights()
         if quantized is None or torch.is_grad_enabled():
-            return linear(input, self.weight, self.bias)
-        return quantized.linear(input, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
+        return quantized.linear(x, self.weight, self.bias)
 
 
 def use_row_linears(model: nn.Module) -> None:
@@ -25,6 +31,24 @@ def use_row_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RowLinear
+
+
+def recording_of(model: nn.Module, num_rows: int, max_bytes: int) -> Recording:
+    """Room for what a model's layers put out for so many tokens.
+
+    Args:
+        model: a causal LM with row linears.
+        num_rows: tokens that will be forwarded, each once.
+        max_bytes: of memory.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    layers = [module for module in model.modules() if isinstance(module, RowLinear) and module is not head]
+    row_bytes = sum(layer.out_features * layer.weight.element_size() for layer in layers)
+    most = min(num_rows, max_bytes // max(1, row_bytes))
+    return Recording(most + MOST_PADDING, max_bytes, row_bytes)
+
+
+MOST_PADDING = 64  # rows that a pass may have beside its tokens
 
 
 def packs_for(model: nn.Module, quantization: str | None) -> PackedWeights:

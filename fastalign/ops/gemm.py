@@ -136,10 +136,11 @@ def active_packs() -> PackedWeights | None:
 def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` takes these operands: oneDNN's fp32, or ours; anything unusual goes to torch, which says what is wrong with it."""
     ours = native_products(x.dtype) is not None or (AVAILABLE and x.dtype == torch.float32)
-    return ours and _takes(x, weight, bias)
+    return ours and takes(x, weight, bias)
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are plain, fitting operands on the CPU, outside autocast and torch.compile."""
     if is_traced():
         return False
     if type(x) not in PLAIN or type(weight) not in PLAIN or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
@@ -159,8 +160,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         packed = packed_product(x, weight, bias)
         return F.linear(x, weight, bias) if packed is None else packed
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, _dense(weight))
     return product(x, weight, bias)
+
+
+def known_product(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+    """`linear` with its gradients, for operands that `takes` takes, where `product(x, bias)` knows the result [..., N] already."""
+    return _Linear.apply(x, weight, bias, product)
+
+
+def _dense(weight: Tensor) -> Product:
+    return lambda x, bias: _multiply(x, None, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -172,7 +182,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """x · weightᵀ + bias in bf16 from a packed weight; None where none is active, its bits would differ or autograd wants a say."""
     packs = _packing.get()
-    if packs is None or torch.is_grad_enabled() or x.dtype != torch.bfloat16 or not AVAILABLE or not _takes(x, weight, bias):
+    if packs is None or torch.is_grad_enabled() or x.dtype != torch.bfloat16 or not AVAILABLE or not takes(x, weight, bias):
         return None
     packed = packs.of(weight)
     return None if packed is None else _multiply(x, packed, weight, bias)
@@ -241,9 +251,9 @@ def packed_weights() -> Iterator[None]:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] · b [K, N], as torch.mm; in bf16 by our own product where that is the one to use."""
-    module = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else native_products(torch.bfloat16)
-    ours = module is not None and a.dtype == b.dtype == torch.bfloat16 and type(a) in PLAIN and type(b) in PLAIN
+    """a [M, K] · b [K, N], as torch.mm; by our own product where that is the one to use."""
+    module = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else native_products(a.dtype)
+    ours = module is not None and a.dtype == b.dtype and type(a) in PLAIN and type(b) in PLAIN
     if ours and a.device.type == b.device.type == "cpu":
         return gemm_native.product(module, a, b)  # type: ignore[arg-type]
     return torch.mm(a, b)
@@ -251,19 +261,20 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, None, weight, bias)
+        return product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, weight.shape[0])
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         return (
             matmul(flat, weight).view(x.shape) if need_x else None,
             matmul(flat.t(), x.reshape(-1, weight.shape[1])) if need_weight else None,
             flat.sum(0) if need_bias else None,
+            None,
         )
 
 

@@ -59,9 +59,11 @@ class RowGrads(NamedTuple):
         return nonzero
 
 
-def forward_chunk(head: Head, hidden: Tensor, targets: Tensor, *, entropy: bool, buffer: Tensor | None = None) -> tuple[Tensor, Rows]:
-    """hidden [n, H] → (logits [n, V] in `buffer`, per-row results). 2nVH."""
-    logits = head_logits(hidden, head.weight, head.bias, out=buffer, wide=head.wide)
+def forward_chunk(
+    head: Head, hidden: Tensor, targets: Tensor, *, entropy: bool, buffer: Tensor | None = None, known: Tensor | None = None
+) -> tuple[Tensor, Rows]:
+    """hidden [n, H] → (logits [n, V] in `buffer`, per-row results). 2nVH; nothing where the logits are known."""
+    logits = head_logits(hidden, head.weight, head.bias, out=buffer, wide=head.wide) if known is None else known
     found = logp_rows(logits, targets, temperature=head.temperature, logit_softcap=head.logit_softcap, entropy=entropy)
     return logits, Rows(*found)
 

@@ -15,6 +15,7 @@ from fastalign.ops.linear_head import Head, even_chunks
 from fastalign.ops.once import once
 
 Judge = Callable[[Rows, slice], RowGrads | None]
+KnownLogits = Callable[[slice, torch.dtype, Tensor], Tensor | None]  # (rows, dtype, buffer) → their logits in the buffer, or None
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
@@ -36,8 +37,9 @@ class Fused:
         num_chunks: int,
         *,
         entropy: bool = True,
+        known_logits: KnownLogits | None = None,
     ) -> None:
-        self.head, self.hidden, self.targets, self.loan = head, hidden, targets, loan
+        self.head, self.hidden, self.targets, self.loan, self.known_logits = head, hidden, targets, loan, known_logits
         self.into = Gradients.of(head, len(targets), wanted, loan=loan, only_chunk=num_chunks == 1)
         self.wanted, self.entropy, self.num_chunks, self._gemm_rows = wanted, entropy, num_chunks, 0
 
@@ -81,8 +83,9 @@ class Fused:
         return self.head.borrowed(rows)
 
     def _forward(self, span: slice, buffer: Tensor) -> tuple[Tensor, Rows]:
-        self._gemm_rows += span.stop - span.start
-        return forward_chunk(self.head, self.hidden[span], self.targets[span], entropy=self.entropy, buffer=buffer)
+        known = None if self.known_logits is None else self.known_logits(span, self.head.logits_dtype, buffer)
+        self._gemm_rows += span.stop - span.start if known is None else 0
+        return forward_chunk(self.head, self.hidden[span], self.targets[span], entropy=self.entropy, buffer=buffer, known=known)
 
     def _backward(self, logits: Tensor, span: slice, rows: Rows, grads: RowGrads) -> None:
         used = backward_chunk(self.head, logits, self.hidden[span], self.targets[span], rows, grads, self.into, span)

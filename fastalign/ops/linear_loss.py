@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign.ops.head_gradient import lend_for
 from fastalign.ops.linear_chunks import RowGrads, Rows, join_rows
-from fastalign.ops.linear_fused import Fused, tie, wanted_gradients
+from fastalign.ops.linear_fused import Fused, KnownLogits, tie, wanted_gradients
 from fastalign.ops.linear_head import Head, blas_ready, check_inputs, check_targets, compute_dtype, even_chunks, wants_wide
 from fastalign.ops.linear_traced import Traced
 from fastalign.ops.objective import evaluate
@@ -36,6 +36,7 @@ def linear_loss(
     return_entropy: bool = False,
     max_chunk_bytes: int | None = None,
     head_dtype: torch.dtype | None = None,
+    known_logits: KnownLogits | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Sum of an objective over units of rows, and its gradient, without the [N, V] logits.
 
@@ -48,6 +49,9 @@ def linear_loss(
         max_chunk_bytes: how many bytes of logits may exist at once (None: 1 GiB, of which a chunk takes what is fast).
             A chunk grows to hold one unit; a unit that does not fit takes two passes, 8TVH.
         head_dtype: torch.float32 keeps the logits of 16-bit inputs in fp32, as in `linear_logp`.
+        known_logits: `known_logits(span, dtype, buffer)`, asked before rows span.start:span.stop are multiplied: their logits
+            hidden · weightᵀ + bias [n, V] of this dtype, written into the buffer's first n rows, or None where they are not known.
+            Saves 2TVH; not asked under torch.compile.
 
     Returns:
         The scalar (fp32) and metrics: detached `logp`, `entropy` (nats) and `correct` (bool) [N], `flops_tvh` (in T·V·H),
@@ -78,7 +82,7 @@ def linear_loss(
         if torch.compiler.is_compiling():
             fused: Fused | Traced = Traced(head, x, targets, wanted, len(chunks))
         else:
-            fused = Fused(head, x, targets, wanted, loan, len(chunks))
+            fused = Fused(head, x, targets, wanted, loan, len(chunks), known_logits=known_logits)
         for span in chunks:
             if span.stop - span.start <= limit:
                 fused.whole(span, judge)

@@ -12,7 +12,7 @@ import torch
 from ..advantages import ADVANTAGES
 from ..algorithms import ACTOR_CRITICS, ALGORITHMS, Algorithm, Exploring, OnlinePreference, resolve
 from ..data import DataOrder, Prompt, prompt_examples
-from ..generation import SamplingParams
+from ..generation import Engine, SamplingParams
 from ..losses.policy import POLICY
 from ..models.backbone import causal_lm, head_of, positions_of
 from ..models.linear import check_quantization
@@ -23,6 +23,7 @@ from .online_rewards import check_rewards, rewards_of
 from .online_task import OnlineTask
 from .reading import prompts_named_by
 from .reference import Reference
+from .reuse import ForwardReuse
 from .rollout_engines import (
     check_staleness,
     engine_of,
@@ -220,7 +221,14 @@ def parts_of(
         "sampler": sampler_of(args.environment),
         "ahead": ahead,
         "plain_ratio": args.online.off_policy_objective == "plain",
+        "reuse": reuse_of(args, live),
     }
+
+
+def reuse_of(args: Arguments, live: Engine) -> ForwardReuse | None:
+    """What hands the rollout's forward pass to the update; None where the rollout is another model's, or of several turns."""
+    own = args.online.reuse_forward and not is_off_policy(args.online) and not args.environment.environment
+    return ForwardReuse(live) if own else None
 
 
 def evaluate(args: Arguments) -> dict[str, float]:

@@ -8,9 +8,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..advantages import READS
@@ -23,6 +24,7 @@ from ..training.step import Update, Updater
 from .ahead import Ahead, Collected
 from .policy import PolicyChunk, build_chunks, group_advantages, micro_batch
 from .reference import Reference
+from .reuse import ForwardReuse, Reused
 from .rollout_metrics import group_metrics, reward_metrics
 from .samplers import Progress, Sampler, single_turn
 from .scored_rollouts import ScoringGroups, evaluate, greedy_params, score, show
@@ -53,10 +55,11 @@ class OnlineTask:
         sampler: Sampler = single_turn,
         ahead: Ahead | None = None,
         plain_ratio: bool = False,
+        reuse: ForwardReuse | None = None,
     ):
         self.updater, self.engine, self.reference, self.rewards = updater, engine, reference, rewards
         self.exact_engine = exact_engine  # of what is evaluated and shown; another one where rollouts are quantized, or of a copy
-        self.ahead, self.plain_ratio = ahead, plain_ratio
+        self.ahead, self.plain_ratio, self.reuse = ahead, plain_ratio, reuse
         self.progress: Progress = _nobody_asks if ahead is None else ahead.still_wanted
         self.prompts, self.eval_prompts, self.order = prompts, eval_prompts, order
         self.algorithm, self.params = algorithm, params
@@ -132,15 +135,27 @@ class OnlineTask:
         lr = self.updater.schedule.get_last_lr()[0]
         for chunk in chunks if self.plain_ratio else ():
             chunk.old_logp = chunk.sampler_logp
-        result = self.updater.update([micro_batch(c, self.algorithm) for c in chunks], commit=self.commit)
+        known = self._known(chunks) if first else None
+        replays = [None] * len(chunks) if known is None else known.replays
+        batches = (micro_batch(c, self.algorithm, replay) for c, replay in zip(chunks, replays, strict=True))
+        result = self.updater.update(batches, commit=self.commit)
         result.sums["learning_rate"] = lr
         if first:
+            gaps = [] if known is None else [known.gap]
             for chunk, logp in zip(chunks, result.logps, strict=True):
                 chunk.old_logp = chunk.sampler_logp if self.plain_ratio else logp
-                gap = (logp - chunk.sampler_logp.to(logp.device)).abs()
-                result.sums["gap_sum"] = result.sums.get("gap_sum", 0.0) + float(gap.sum())
-                result.sums["gap_max"] = max(result.sums.get("gap_max", 0.0), float(gap.max()) if gap.numel() else 0.0)
+                if known is None:
+                    gaps.append((logp - chunk.sampler_logp.to(logp.device)).abs())
+            gap = torch.cat(gaps) if gaps else torch.zeros(0)
+            result.sums |= {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())} if gap.numel() else {}
+            result.sums["reused"] = 0.0 if known is None else known.share
         return result
+
+    def _known(self, chunks: list[PolicyChunk]) -> Reused | None:
+        """What the rollout has computed of the first update's forward pass."""
+        if self.reuse is None:
+            return None
+        return self.reuse.take(self.updater.model, chunks, temperature=self.params.temperature, key=self.num_requests)
 
     def commit(self, apply) -> None:
         with ExitStack() as stack:
@@ -151,6 +166,8 @@ class OnlineTask:
     def collect(self) -> Rollout:
         """A rollout of `num_prompts` groups; under dynamic sampling only groups with mixed rewards (before shaping), refilled."""
         kept = Rollout([], [], [])
+        if self.reuse is not None:
+            self.reuse.forget()
         for _ in range(MAX_REFILLS if self.algorithm.dynamic_sampling else 1):
             rollout = self.sample([self.prompts[i] for i in self.order.next_batch(self.num_prompts - len(kept.prompts))])
             for p, (prompt, samples, columns) in enumerate(zip(rollout.prompts, rollout.samples, rollout.columns, strict=True)):
@@ -171,7 +188,8 @@ class OnlineTask:
         with ScoringGroups(self.rewards, prompts, self.params.n) as groups:
             with self.timed("rollout"):
                 keys = list(range(self.num_requests, self.num_requests + len(prompts)))
-                rollout = self.sampler(self.engine, prompts, self.params, keys, self.progress, on_group=groups.on_group)
+                with self._recording(prompts):
+                    rollout = self.sampler(self.engine, prompts, self.params, keys, self.progress, on_group=groups.on_group)
                 self.num_requests += len(prompts)
                 most_probable = None
                 if READS.get(self.algorithm.advantage) == "greedy":
@@ -183,6 +201,13 @@ class OnlineTask:
                     rollout.greedy = most_probable.flat
         self.timing["reward_overlapped"] += groups.seconds
         return rollout
+
+    def _recording(self, prompts: list[Prompt]) -> AbstractContextManager[None]:
+        """Around the sampling of these prompts."""
+        if self.reuse is None:
+            return nullcontext()
+        tokens = sum(len(prompt.ids) + self.params.n * self.params.max_tokens for prompt in prompts)
+        return self.reuse.recording(2 * tokens if self.algorithm.dynamic_sampling else tokens)  # it may sample again
 
     def evaluate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts, their mean rewards."""
@@ -221,8 +246,9 @@ class OnlineTask:
             "clip_ratio/low_mean": clips["clip_low"],
             "clip_ratio/high_mean": clips["clip_high"],
             "clip_ratio/region_mean": clips["clip_low"] + clips["clip_high"],
-            "sampling/sampling_logp_difference/mean": first.get("gap_sum", 0.0) / count,
+            "sampling/sampling_logp_difference/mean": first.get("gap_mean", math.nan),
             "sampling/sampling_logp_difference/max": first.get("gap_max", math.nan),
+            "forward_reused": first.get("reused", math.nan),
             "skipped_updates": float(sum(not u.applied for u in updates)),
         }
         if self.reference is not None:

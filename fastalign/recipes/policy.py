@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..advantages import ADVANTAGES, READS
 from ..algorithms import Algorithm
 from ..losses.policy import POLICY, token_weights
+from ..models.recorded import Replay
 from ..ops.policy import PolicyOptions, policy_loss
 from ..packing import Packed, pack, split_by_tokens
 from ..rollout import Rollout
@@ -34,6 +36,7 @@ class PolicyChunk:
         index: [b] which samples of the rollout these are.
         nll_weights: what each token's NLL counts beside the policy loss, or None.
         values: the critic's at sampling time; returns: what they are to become. None without a critic.
+        recorded: [T] int64, the row that each token of the tree has in a recording of the rollout's forward passes; None without one.
     """
 
     packed: Packed
@@ -46,6 +49,7 @@ class PolicyChunk:
     nll_weights: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    recorded: Tensor | None = None
 
 
 def group_advantages(rollout: Rollout, algorithm: Algorithm, reward_weights: dict[str, float]) -> Tensor:
@@ -78,7 +82,9 @@ def build_chunks(rollout: Rollout, advantages: Tensor, algorithm: Algorithm, *, 
         own = index[torch.cat([torch.arange(bounds[p], bounds[p + 1]) for p in groups])]
         weights = token_weights(algorithm.aggregate, lengths[own], num_tokens=int(lengths.sum()), num_sequences=len(lengths), budget=budget)
         by_token = torch.repeat_interleave(advantages[own], lengths[own])
-        chunks.append(PolicyChunk(pack([trees[p] for p in groups]), by_token, weights, _sampler_logp(kept, groups), index=own))
+        packed = pack([trees[p] for p in groups], forward_last=False)
+        sampler_logp, recorded = _sampler_logp(kept, groups), _recorded(kept, groups)
+        chunks.append(PolicyChunk(packed, by_token, weights, sampler_logp, index=own, recorded=recorded))
     return chunks
 
 
@@ -110,13 +116,37 @@ def _sampler_logp(rollout: Rollout, groups: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
+def _recorded(rollout: Rollout, groups: Sequence[int]) -> Tensor | None:
+    """[T] rows of a recording, in the order of the groups' trees; None where no token has one."""
+    rows: list[np.ndarray] = []
+    for p in groups:
+        start = len(rollout.prompts[p])
+        known = [sample.recorded for sample in rollout.samples[p] if sample.recorded is not None]
+        rows.append(_padded(known[0][:start] if known else [], start))
+        for sample in rollout.samples[p]:  # the last token was drawn, and is forwarded by nobody
+            rows.append(_padded(sample.recorded[start:] if sample.recorded is not None else [], max(0, len(sample.ids) - 1)))
+    found = torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64)
+    return found if bool((found >= 0).any()) else None
+
+
+def _padded(rows: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """int64 [length], -1 behind the rows."""
+    out = np.full(length, -1, np.int64)
+    out[: len(rows)] = rows[:length]
+    return out
+
+
 def terms_of(algorithm: Algorithm) -> PolicyOptions:
     """What the row adds to its policy loss: KL, entropy, correction."""
     return PolicyOptions(algorithm.kl, algorithm.kl_coef, algorithm.entropy_coef, **algorithm.correction_options)
 
 
-def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
-    """The chunk's objective: the row's policy loss plus its KL and entropy, weighted and summed, in one launch."""
+def micro_batch(chunk: PolicyChunk, algorithm: Algorithm, replay: Replay | None = None) -> MicroBatch:
+    """The chunk's objective: the row's policy loss plus its KL and entropy, weighted and summed, in one launch.
+
+    Args:
+        replay: what is known of the policy's forward pass.
+    """
     terms, cu_targets = terms_of(algorithm), chunk.packed.cu_targets
     if chunk.ref_logp is None:
         terms = replace(terms, kl_coef=0.0)
@@ -143,7 +173,7 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm) -> MicroBatch:
             loss = loss - (chunk.nll_weights[span].to(logp.device) * logp).sum()
         return loss, sums
 
-    return MicroBatch(chunk.packed, objective, cu_targets if couples else None)
+    return MicroBatch(chunk.packed, objective, cu_targets if couples else None, replay=replay)
 
 
 def _local_offsets(cu_targets: Tensor, span: slice) -> Tensor:

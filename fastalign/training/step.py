@@ -9,6 +9,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.backbone import head_of, hidden_states
+from ..models.recorded import Replay
 from ..models.switching import trained_parameters
 from ..ops.linear_logp import linear_logp
 from ..ops.linear_loss import linear_loss
@@ -51,16 +53,20 @@ class MicroBatch:
         units: [U+1] offsets of the runs of targets that the objective couples; None: every token on its own.
         log_square_sum: [N] fp32 buffer that gets log Σ_v p(v)² of each target's distribution before the objective is called, at the
             price of another pass over the head; None: not computed.
+        replay: what is known of this forward pass already; None: nothing.
     """
 
     packed: Packed
     objective: Callable[[Tensor, Tensor, slice], object]
     units: Tensor | None = None
     log_square_sum: Tensor | None = None
+    replay: Replay | None = None
 
     def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
         """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
-        head, hidden = head_of(model), scored_hidden(model, self.packed)
+        replay = self.replay
+        with nullcontext() if replay is None else replay.active():
+            head, hidden = head_of(model), scored_hidden(model, self.packed)
         temperature = head.temperature(options.temperature)
         logits: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "logit_softcap": head.logit_softcap}
         logits["max_chunk_bytes"] = options.max_chunk_bytes
@@ -76,6 +82,7 @@ class MicroBatch:
             self.objective,
             units=self.units,
             return_entropy=True,
+            known_logits=None if replay is None else replay.logits(self.packed.rows),
             **logits,
         )
         if backward:
