@@ -1,4 +1,4 @@
-"""The rollout's forward pass as the update's: the same weights to the bit as when it is computed again, and never one that is not its own."""
+"""The rollout's forward pass as the update's: the same weights to the bit as when it is computed again, and never another one's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastalign.models.recorded import Replay
 from fastalign.ops.backend import native, use_backend
 from fastalign.ops.linear_loss import linear_loss
 from fastalign.packing import Segment, one_sequence, pack, sequences
-from fastalign.recipes import online
+from fastalign.recipes import online, ppo
 from fastalign.recipes.policy import build_chunks
 from fastalign.recipes.reuse import ForwardReuse
 
@@ -35,11 +35,12 @@ def task(tmp_path_factory):
     return write_task(tmp_path_factory.mktemp("reuse"), REWARDS)
 
 
-def trained(task, output, reuse, changes=None, **given):
+def trained(task, output, reuse, changes=None):
     """Weights and metrics of a run of four steps."""
     sections = {name: dict(values) for name, values in (changes or {}).items()}
     sections.setdefault("online", {}).update(reuse_forward=reuse, reward=[f"{task / 'reward.py'}:odd"])
-    online.run(online_arguments(task, output, sections, **given))
+    recipe, command = (ppo, "ppo") if sections["online"].get("algorithm") == "ppo" else (online, "grpo")
+    recipe.run(online_arguments(task, output, sections, command=command))
     rows = [row for row in rows_of(output) if "forward_reused" in row]
     (weights,) = [file for file in output.iterdir() if file.name in ("model.safetensors", "adapter_model.safetensors")]
     return load_file(weights), rows
@@ -53,6 +54,10 @@ RUNS = {
     "many micro-batches": {"batch": {"max_tokens_per_micro_batch": 40}},
     "dapo": {"online": {"algorithm": "dapo"}},
     "gspo": {"online": {"algorithm": "gspo"}},
+    "ppo": {"online": {"algorithm": "ppo"}},
+    "prime": {"online": {"algorithm": "prime"}},
+    "nash_md": {"online": {"algorithm": "nash_md"}},
+    "raft_pp": {"online": {"algorithm": "raft_pp"}},
     "remax": {"online": {"algorithm": "remax"}},
     "truncated": {"sampling": {"top_k": 9, "temperature": 0.8}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},

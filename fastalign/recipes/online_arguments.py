@@ -57,7 +57,7 @@ class OnlineArguments:
         max_staleness: 1: sample each rollout while the step before updates, from a copy of the weights; 0: from the policy as it is.
         off_policy_objective: decoupled: ratios to the policy before the update, weighed by its to the sampler; plain: to the sampler.
         rollout_device: where the copy of --max_staleness 1 lies and samples, as in cuda:1; empty: beside the policy.
-        reuse_forward: the update takes the rollout's forward pass (CPU), where a completion computed anew agrees; false: it is computed again.
+        reuse_forward: on the CPU the update takes the rollout's forward pass, where a completion computed anew agrees; false: never.
         importance_correction: weight of what another policy sampled; auto: truncate if stale or quantized, else the algorithm's.
         importance_correction_low: the mask corrections drop ratios below this; unset: the algorithm's, or 0.5.
         importance_correction_high: ratios are cut at this, or dropped above it by the mask corrections; unset: the algorithm's, or 2.

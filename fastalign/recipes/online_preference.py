@@ -55,7 +55,7 @@ class OnlinePreferenceTask(OnlineTask):
     algorithm: OnlinePreference
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**options | {"reuse": None})  # two completions of a group are forwarded, most of a rollout is not
         self.objective = objective_of(self.algorithm)
 
     def step(self, index: int) -> dict[str, float]:
