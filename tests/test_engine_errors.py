@@ -99,6 +99,8 @@ def test_engine_refuses_what_cannot_fit(model):
         Engine(model, kv_cache_tokens=32).generate(prompts_of(20), SamplingParams(max_tokens=30))
     with pytest.raises(ValueError, match="stop_token_ids"):
         Engine(model).generate(prompts_of(3), SamplingParams(stop_token_ids=[VOCAB]))
+    with pytest.raises(ValueError, match="min_tokens 2: every token of the vocabulary ends the completion"):
+        Engine(model).generate(prompts_of(3), SamplingParams(stop_token_ids=list(range(VOCAB)), min_tokens=2, max_tokens=4))
     with pytest.raises(ValueError, match="expected one SamplingParams a prompt"):
         Engine(model).generate(prompts_of(3, 4), [SamplingParams()])
     assert Engine(model).generate([], SamplingParams()) == []

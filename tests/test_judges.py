@@ -104,12 +104,14 @@ def test_grades_fill_in_columns_and_conversations():
     assert as_text(talk) == "User: a\n\nAssistant: b\n\nUser: c"
 
 
-def test_votes_are_averaged_and_unreadable_ones_left_out():
+def test_votes_are_averaged_and_unreadable_ones_left_out(caplog):
     said = {0: "[[1]]", 1: "no idea", 2: "[[10]]", 3: None}
     model = Scripted(lambda question: said[question.draw] if "good" in question.messages[0][1] else "?")
     judge = Judge(model, TEMPLATES["grade"], votes=4)
     assert judge(["q", "q", "q"], ["good", "bad", "good"]) == [0.5, None, 0.5]
     assert len(model.asked) == 8  # equal cases are asked once
+    assert "5 of 8 replies hold no verdict" in caplog.text
+    assert "'no idea'" in caplog.text
     with pytest.raises(ValueError, match="4 votes at temperature 0 are all the same"):
         Judge(Scripted(str, temperature=0.0), TEMPLATES["grade"], votes=4)
 

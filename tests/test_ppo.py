@@ -320,3 +320,12 @@ def test_rows_take_their_own_advantage_options():
     assert resolve("vapo", advantage_options={"alpha": 0.1}).advantage_options == {"lam_critic": 1.0, "alpha": 0.1}
     with pytest.raises(ValueError, match="has no option 'lambda'"):
         resolve("ppo", advantage_options={"lambda": 0.9})
+
+
+def test_the_plan_counts_the_critic_and_the_reference(task, tmp_path):
+    plan = ppo.run(arguments(task, tmp_path, run={"dry_run": True}))
+    assert plan["memory: reference, MiB"] == plan["memory: weights, MiB"]
+    assert "memory: critic, its gradients and optimizer, MiB" in plan
+    named = ppo.run(arguments(task, tmp_path, run={"dry_run": True}, ppo={"critic_model_name_or_path": str(task / "model")}))
+    assert named["memory: critic, its gradients and optimizer, MiB"] == plan["memory: critic, its gradients and optimizer, MiB"]
+    assert not list(tmp_path.iterdir())

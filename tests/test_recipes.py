@@ -186,10 +186,23 @@ def test_a_finished_run_is_not_resumed_from_nothing(task, tmp_path):
 
 
 def test_dry_run_trains_nothing(task, tmp_path):
-    plan = online.run(arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}))
+    plan = online.run(arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}, online={"beta": 0.0}))
     assert plan["optimizer steps"] == 4
     assert "parameters" in plan
+    assert "memory: reference, MiB" not in plan
     assert not (tmp_path / "none").exists()
+    beside = online.run(arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}, online={"beta": 0.04}))
+    assert beside["memory: reference, MiB"] == beside["memory: weights, MiB"]
+    shared = arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}, online={"beta": 0.04}, model={"use_peft": True})
+    assert online.run(shared)["memory: reference, MiB"] == 0
+
+
+def test_a_run_that_nobody_rewards_ends(task, tmp_path):
+    (tmp_path / "silent.py").write_text("def silent(completions, **columns):\n    return [None] * len(completions)\n")
+    silent = {"reward": [f"{tmp_path / 'silent.py'}:silent"]}
+    with pytest.raises(RuntimeError, match=r"no completion had a reward in 10 rollouts in a row \(silent\)"):
+        online.run(arguments(task, tmp_path / "run", "grpo", online=silent, optim={"max_steps": 12}))
+    online.run(arguments(task, tmp_path / "short", "grpo", online=silent, optim={"max_steps": 9}))
 
 
 def test_stop_at_ends_the_run_at_the_first_evaluation_for_which_it_holds(task, tmp_path):

@@ -370,7 +370,7 @@ def test_serve_when_full_says_come_again(model):
             while engine.num_waiting < 2:
                 await asyncio.sleep(0.002)
             refused = [await client.post("/v1/completions", json={"prompt": "b", "stream": s}) for s in (True, False)]
-            several = await client.post("/v1/completions", json={"prompt": ["c"] * 3})
+            several = await client.post("/v1/completions", json={"prompt": ["c"] * 2})
             held[0].set()
             return [*refused, several], await asyncio.gather(*first)
 
@@ -383,6 +383,9 @@ def test_serve_when_full_says_come_again(model):
         assert refused[0].json()["error"]["code"] == "engine_full"
         assert [answer.status_code for answer in served] == [200, 200]
         assert httpx.post(f"{server.url}/v1/completions", json={"prompt": ["c"] * 2}).status_code == 200
+        too_many = httpx.post(f"{server.url}/v1/completions", json={"prompt": ["c"] * 3})
+        assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "prompt"), "coming again would not help"
+        assert "at most 2 prompts" in too_many.json()["error"]["message"]
         assert idle(server) == 0
 
 

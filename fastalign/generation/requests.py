@@ -218,6 +218,11 @@ def stop_ids(params: SamplingParams, limits: Limits, tokenizer: Any) -> Iterable
     bad = [i for i in ids if not 0 <= i < limits.vocab_size]
     if bad:
         raise ValueError(f"generate: stop_token_ids must be in [0, vocabulary size {limits.vocab_size}), got {bad[0]}")
+    if params.min_tokens and len(ids) == limits.vocab_size:
+        raise ValueError(
+            f"generate: min_tokens {params.min_tokens}: every token of the vocabulary ends the completion, so that none may come before; "
+            "leave out min_tokens, or some of stop_token_ids"
+        )
     return ids
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .asking import Model, Question
 from .templates import COMPARE, GRADE, Template, as_text
+
+log = logging.getLogger("fastalign")
+_SHOWN = 80  # characters of a reply
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class Judge:
             for i, question, reply in zip(live, going, self._replies(going), strict=True):
                 threads[i], replies[i] = question, reply
         read = [None if reply is None else self.template.read(reply) for reply in replies]
+        unread = [reply for reply, verdict in zip(replies, read, strict=True) if reply is not None and verdict is None]
+        if unread:
+            said = f"{len(unread)} of {len(replies)} replies hold no verdict that {self.template.pattern!r} finds in its range"
+            log.warning("judge: %s; the first ends with %r", said, unread[0][-_SHOWN:])
         found = {case: read[i * self.votes : (i + 1) * self.votes] for i, case in enumerate(cases)}
         return [found[tuple(case)] for case in asked]
 

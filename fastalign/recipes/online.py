@@ -21,6 +21,7 @@ from .arguments import Arguments, OnlineArguments
 from .online_kinds import task_of, with_own_options
 from .online_rewards import check_rewards, rewards_of
 from .online_task import OnlineTask
+from .planned import planned_models
 from .reading import prompts_named_by
 from .reference import Reference
 from .reuse import ForwardReuse
@@ -28,7 +29,6 @@ from .rollout_engines import (
     check_staleness,
     engine_of,
     is_off_policy,
-    planned_copy,
     quantization_of,
     rollouts_ahead,
     sampling_engine,
@@ -269,7 +269,7 @@ def run(args: Arguments) -> dict[str, Any]:
     check_rewards(args, algorithm, loaded, prompts, held_out)
     if args.run.dry_run:
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(algorithm)}
-        extra |= planned_copy(args, loaded)
+        extra |= planned_models(args, loaded, reads_reference=algorithm.reads_reference)
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task = build_task(args, loaded, prompts, held_out, max_steps)
     try:

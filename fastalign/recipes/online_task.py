@@ -31,6 +31,7 @@ from .scored_rollouts import ScoringGroups, evaluate, greedy_params, score, show
 
 log = logging.getLogger("fastalign")
 MAX_REFILLS = 10
+MOST_SILENT = 10  # rollouts in a row without a single reward that a run goes on for
 
 
 class OnlineTask:
@@ -70,6 +71,7 @@ class OnlineTask:
         self._timings = threading.local()  # a thread that collects ahead counts on its own
         self.sampler = sampler
         self.reward_weights = rewards.weights | sampler.weights
+        self.silent = 0  # rollouts in a row without a reward
         self.companions: dict[str, tuple[Updater, Any]] = {}  # models that learn beside the policy, with their tokenizers
 
     def close(self) -> None:
@@ -200,7 +202,18 @@ class OnlineTask:
                     score(self.rewards, prompts, most_probable, beside=self.sampler.weights)
                     rollout.greedy = most_probable.flat
         self.timing["reward_overlapped"] += groups.seconds
+        self._listen(rollout)
         return rollout
+
+    def _listen(self, rollout: Rollout) -> None:
+        """Ends a run that nobody rewards: it would sample to the end and learn nothing."""
+        heard = any(not math.isnan(sample.reward(self.reward_weights)) for sample in rollout.flat)
+        self.silent = 0 if heard or not rollout.flat else self.silent + 1
+        if self.silent >= MOST_SILENT:
+            raise RuntimeError(
+                f"no completion had a reward in {self.silent} rollouts in a row ({', '.join(self.reward_weights)}); the warnings above say"
+                " why; the last checkpoint is where it was"
+            )
 
     def _recording(self, prompts: list[Prompt]) -> AbstractContextManager[None]:
         """Around the sampling of these prompts."""

@@ -17,8 +17,9 @@ from .arguments import Arguments
 from .critic import Critic
 from .model_rewards import reward_modules
 from .online_rewards import check_rewards
+from .planned import planned_critic, planned_models
 from .ppo_task import PPOTask
-from .rollout_engines import planned_copy, quantization_of
+from .rollout_engines import quantization_of
 from .setup import Loaded, build_updater, check_output, num_steps, plan, seed_everything
 from .sharing import load_policy, shared_critic
 from .training import Job, execute
@@ -106,7 +107,7 @@ def run(args: Arguments) -> dict[str, Any]:
     check_rewards(args, row, loaded, prompts, held_out)
     if args.run.dry_run:
         extra = {"completions a step": num_prompts * args.online.num_generations, "algorithm": str(row)}
-        extra |= planned_copy(args, loaded)
+        extra |= planned_models(args, loaded, reads_reference=row.reads_reference) | planned_critic(args, loaded)
         return plan(loaded, args, max_steps=max_steps, num_records=len(prompts), extra=extra)
     task, companions = build_task(args, loaded, prompts, held_out, max_steps)
     try:

@@ -78,7 +78,7 @@ class ForwardReuse:
             key: which completion is computed anew.
         """
         recording, self._recording = self._recording, None
-        if recording is None or all(chunk.recorded is None for chunk in chunks):
+        if recording is None or all(chunk.recorded is None or not chunk.packed.num_targets for chunk in chunks):
             return None
         gap = self._look(model, chunks, temperature, random.Random(key))
         if not bool((gap <= TOLERANCE).all()):

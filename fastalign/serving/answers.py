@@ -96,6 +96,9 @@ async def answer(service: Service, work: Work, receive: Receive) -> Response:
 async def _submit(service: Service, work: Work) -> list[Stream]:
     """Starts all prompts of a request, or none of them."""
     # With a seed a request repeats: prompt i of it draws with the key (seed, i), as in Engine.generate.
+    waiting, most = sum(params is not None for params in work.params), service.engine.max_waiting
+    if most is not None and waiting > most:
+        raise ApiError(f"prompt: expected at most {most} prompts, as many as may wait at a time, got {waiting}", param="prompt")
     seeded, priority = work.request.seed is not None, work.request.priority or 0
     asked = [
         service.engine.submit(prompt.ids, params, priority=priority, request_id=i if seeded else None)
