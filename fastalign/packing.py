@@ -196,15 +196,20 @@ def pack(trees: Segment | Iterable[Segment], *, forward_last: bool = True) -> Pa
     )
 
 
-def one_sequence(packed: Packed, sequence: int) -> Packed:
-    """A root-to-leaf path alone, with the scored tokens that it owns in the order of `targets`; without weights."""
+def tokens_of(packed: Packed, sequence: int) -> Tensor:
+    """[L] int64: which of the tree's tokens are a root-to-leaf path's, in order."""
     bounds, parent = packed.cu_seqlens.tolist(), packed.parent.tolist()
     segment = sorted(set(range(len(parent))) - set(parent))[sequence]
     chain = []
     while segment >= 0:
         chain.append(torch.arange(bounds[segment], bounds[segment + 1]))
         segment = parent[segment]
-    index = torch.cat(chain[::-1])
+    return torch.cat(chain[::-1])
+
+
+def one_sequence(packed: Packed, sequence: int) -> Packed:
+    """A root-to-leaf path alone, with the scored tokens that it owns in the order of `targets`; without weights."""
+    index = tokens_of(packed, sequence)
     place = torch.full((packed.num_tokens,), -1)
     place[index] = torch.arange(len(index))
     own = slice(*packed.cu_targets[sequence : sequence + 2].tolist())

@@ -47,7 +47,7 @@ class Sample:
     unshaped: float | None = None
     step_ends: list[int] = field(default_factory=list)
     step_rewards: list[float] = field(default_factory=list)
-    recorded: NDArray[np.int64] | None = None
+    recorded: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_scored(self) -> int:

@@ -14,6 +14,7 @@ from fastalign.advantages import generalized
 from fastalign.algorithms import ACTOR_CRITICS, resolve
 from fastalign.losses.policy import KL
 from fastalign.losses.value import value_loss
+from fastalign.models.adapters import attach_lora
 from fastalign.recipes import arithmetic, online, ppo
 from fastalign.recipes.arguments import (
     Arguments,
@@ -329,3 +330,12 @@ def test_the_plan_counts_the_critic_and_the_reference(task, tmp_path):
     named = ppo.run(arguments(task, tmp_path, run={"dry_run": True}, ppo={"critic_model_name_or_path": str(task / "model")}))
     assert named["memory: critic, its gradients and optimizer, MiB"] == plan["memory: critic, its gradients and optimizer, MiB"]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_follows_an_adapter_to_its_base(task, tmp_path):
+    model = load(ModelArguments(model_name_or_path=str(task / "model"), dtype="float32", device="cpu")).model
+    attach_lora(model).save_pretrained(tmp_path / "adapter")
+    plan = ppo.run(arguments(task, tmp_path / "none", run={"dry_run": True}, ppo={"critic_model_name_or_path": str(tmp_path / "adapter")}))
+    whole = ppo.run(arguments(task, tmp_path / "none", run={"dry_run": True}))
+    key = "memory: critic, its gradients and optimizer, MiB"
+    assert plan[key] == whole[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -14,10 +15,11 @@ from tiny_models import llama, prompts_of, qwen2, ready
 
 import fastalign as fa
 from fastalign.algorithms import resolve
+from fastalign.generation.recorder import Recorder
 from fastalign.models import decoder_run
 from fastalign.models.backbone import causal_lm, head_of, hidden_states
 from fastalign.models.linear import RowLinear, recording_of
-from fastalign.models.recorded import Replay
+from fastalign.models.recorded import Recording, Replay
 from fastalign.ops.backend import native, use_backend
 from fastalign.ops.linear_loss import linear_loss
 from fastalign.packing import Segment, one_sequence, pack, sequences
@@ -61,6 +63,7 @@ RUNS = {
     "remax": {"online": {"algorithm": "remax"}},
     "truncated": {"sampling": {"top_k": 9, "temperature": 0.8}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
+    "checkpointing in bfloat16": {"model": {"gradient_checkpointing": True, "dtype": "bfloat16"}},
     "lora": {"model": {"use_peft": True}},
     "a small cache": {"sampling": {"kv_cache_tokens": 64, "max_num_seqs": 3}},
 }
@@ -73,7 +76,8 @@ def test_weights_are_those_of_a_forward_pass_of_its_own(task, tmp_path, name):
     assert all(torch.equal(weights[key], again[key]) for key in weights)
     told = [row["forward_reused"] for row in rows if row["frac_reward_zero_std"] < 1]
     assert told
-    assert all(0.9 < share <= 1 for share in told), told
+    least = 0.5 if name == "lora" else 0.9  # what the adapter multiplies is computed
+    assert all(least < share <= 1 for share in told), told
     assert all(row["forward_reused"] in (0, None) or math.isnan(row["forward_reused"]) for row in plain)
     for ours, theirs in zip(rows, plain, strict=True):
         assert [ours[key] for key in ("loss", "grad_norm", "reward")] == [theirs[key] for key in ("loss", "grad_norm", "reward")]
@@ -108,14 +112,16 @@ def assert_replays(model, rollout, recording, *, known=None):
         else:
             with replay.active():
                 hidden = hidden_states(model, chunk.packed)
-            options = {"known_logits": replay.logits(chunk.packed.rows)}
+            options = {"known_logits": replay.logits(chunk.packed.rows, hidden.shape[1])}
         scored = hidden.index_select(0, chunk.packed.rows)
         loss, found = linear_loss(scored, head.weight, chunk.packed.targets, lambda logp, span: (-logp * logp).sum(), **options)
         loss.backward()
         return hidden.detach(), loss.detach(), found, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     model.train()
-    mine, theirs = run(Replay(recording, chunk.recorded)), run(None)
+    replay = Replay(recording, chunk.recorded)
+    mine, theirs = run(replay), run(None)
+    assert replay.saved > 0
     assert torch.equal(mine[0], theirs[0])
     assert torch.equal(mine[1], theirs[1])
     assert torch.equal(mine[2]["logp"], theirs[2]["logp"])
@@ -169,6 +175,13 @@ def test_every_token_but_the_last_has_a_row():
             assert len(sample.recorded) == len(prompt) + len(sample.ids) - 1
             assert (sample.recorded >= 0).all()
             assert (sample.recorded[: len(prompt)] == samples[0].recorded[: len(prompt)]).all(), "the prompt was forwarded once"
+
+
+def test_torch_alone_checkpoints_bfloat16(task, tmp_path):
+    """Where a layer has no product of ours, its forward in the backward pass is torch's, and so must the first have been."""
+    with use_backend("reference"):
+        _, rows = trained(task, tmp_path, True, RUNS["checkpointing in bfloat16"])
+    assert len(rows) == 4
 
 
 def test_rows_beyond_the_memory_are_computed():
@@ -226,7 +239,7 @@ def test_new_weights_in_the_middle_discard_what_was_recorded():
             engine.step()
     assert request.finished
     assert all(recording.outputs(layer) is None for layer in model.modules() if isinstance(layer, RowLinear))
-    assert recording.logits([0, 1], torch.float32, torch.empty(16, 131)) is None
+    assert recording.logits([0, 1], torch.float32, torch.empty(2, 131)) is None
 
 
 def test_a_recording_that_is_not_of_these_weights_is_told_and_not_used(task, tmp_path, caplog):
@@ -249,10 +262,75 @@ def test_a_recording_that_is_not_of_these_weights_is_told_and_not_used(task, tmp
         assert row["forward_reused"] == 0
         assert row["sampling/sampling_logp_difference/max"] > 1e-5
         assert "--reuse_forward false" in caplog.text
+        assert made.state_dict()["reuses_forward"] is False
         made.sampler = sample
         assert made.step(1)["forward_reused"] == 0
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("what", ["rows", "outputs", "logits"])
+def test_a_recording_that_does_not_fit_its_completion_is_noticed(task, tmp_path, monkeypatch, caplog, what):
+    """Its log-probs are the sampler's all the same."""
+    if what == "rows":
+        of = Recorder.of
+        monkeypatch.setattr(Recorder, "of", lambda self, blocks, count: of(self, blocks, count)[::-1].copy())
+    elif what == "outputs":
+        room = Recording.room
+        monkeypatch.setattr(Recording, "room", lambda self, layer, *given: room(self, layer, *given) if layer.bias is None else None)
+        outputs = Recording.outputs
+        monkeypatch.setattr(Recording, "outputs", lambda self, layer: None if (found := outputs(self, layer)) is None else found * 1.01)
+    else:
+        keep = Recording.keep_logits
+        monkeypatch.setattr(Recording, "keep_logits", lambda self, rows, logits: keep(self, rows, logits + 0.01))
+    made = built(online_arguments(task, tmp_path / "run", {"online": {"reward": [f"{task / 'reward.py'}:odd"]}}))
+    try:
+        with caplog.at_level("WARNING"):
+            row = made.step(0)
+    finally:
+        made.close()
+    assert row["forward_reused"] == 0
+    assert "of their outputs" in caplog.text
+
+
+def test_a_layer_that_is_called_twice_is_noticed():
+    model = ready(llama())
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    rollout, recording, engine = recorded_rollout(model)
+    reuse = ForwardReuse(engine)
+    reuse._recording = recording
+    chunk = chunk_of(rollout)
+    assert reuse.take(model, [chunk], temperature=0.9, key=0) is None
+    assert not reuse.works
+
+
+def test_a_critic_that_warms_up_alone_records_nothing(task, tmp_path, monkeypatch):
+    recorded = []
+    recording = ForwardReuse.recording
+    monkeypatch.setattr(ForwardReuse, "recording", lambda self, tokens: recorded.append(tokens) or recording(self, tokens))
+    _, rows = trained(task, tmp_path, True, {"online": {"algorithm": "ppo"}, "ppo": {"critic_warmup": 2}})
+    assert len(recorded) == 2
+    assert [row["forward_reused"] for row in rows if math.isfinite(row.get("forward_reused") or math.nan)] == [1, 1]
+
+
+def test_live_requests_that_outlive_a_recording_go_on_without_it():
+    model = ready(llama())
+    recording, engine = recording_of(model, 1000, 1 << 30), fa.Engine(model)
+    with engine.recording(recording):
+        request = engine.add_request([5, 6, 7], fa.SamplingParams(max_tokens=9, seed=0, ignore_eos=True))
+        engine.step()
+    rows = recording._rows
+    while engine.has_work:
+        engine.step()
+    assert request.finished
+    assert recording._rows == rows == 3
+
+
+def test_samples_are_compared_by_what_was_sampled():
+    rollout, _, _ = recorded_rollout(ready(llama()))
+    one = rollout.flat[0]
+    assert one == dataclasses.replace(one, recorded=None)
+    assert one in rollout.flat
 
 
 def test_engines_that_cannot_record_say_so():
@@ -310,8 +388,9 @@ def test_known_logits_are_asked_by_span_and_may_be_missing():
         asked.append((span.start, span.stop, dtype))
         if span.start >= 20:
             return None
-        out[: span.stop - span.start] = hidden[span].detach() @ weight.detach().t()
-        return out[: span.stop - span.start]
+        out[:] = hidden[span].detach() @ weight.detach().t()
+        out[3:5] = torch.nan
+        return torch.tensor([3, 4])
 
     mine, theirs = run(known), run(None)
     for a, b in zip(mine[:3], theirs[:3], strict=True):

@@ -62,6 +62,9 @@ class ToyRunner:
     def select(self, plan, at):
         return [self.read(row) for row in plan.rows[at]]
 
+    def keep_logits(self, plan, at):
+        return None
+
     def read(self, row):
         """The sequence as its block table and the cache tell it."""
         length = self.rows.length[row]
@@ -72,7 +75,7 @@ class ToyRunner:
 
 
 class ToySampler:
-    def draw(self, prefixes, draws):
+    def draw(self, prefixes, draws, keep=None):
         rows = self.rows
         tokens = [
             next_token(prefixes[a], int(rows.request[r]), int(s)) for a, r, s in zip(draws.at, draws.source, draws.sample, strict=True)

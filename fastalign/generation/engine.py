@@ -115,7 +115,7 @@ class Engine(LiveEngine):
 
     @contextmanager
     def recording(self, recording: Recording) -> Iterator[None]:
-        """Inside, forward passes are kept, and samples of `rollout` say where: `Sample.recorded`.
+        """Inside, forward passes are kept, and samples of `rollout` say where: `Sample.recorded`. Good for as long as the weights are.
 
         Args:
             recording: with room for what will be forwarded (`models.linear.recording_of`).
@@ -129,6 +129,8 @@ class Engine(LiveEngine):
         try:
             yield
         finally:
+            if self._run is not None:  # live requests may go on, unrecorded
+                self._run.runner.recorder = self._run.rows.recorder = None
             self._run, self._recorder = (self._run if self._busy else None), None
 
     @property

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from fastalign.generation.blocks import BlockPool
+from fastalign.generation.free_memory import free_bytes
 from fastalign.generation.groups import Group
-from fastalign.generation.runner import KVCache, cache_bytes_per_token, free_bytes
+from fastalign.generation.runner import KVCache, cache_bytes_per_token
 
 
 class Memory:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -74,19 +73,6 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     """Bytes of keys and values that one token takes."""
     layers, heads, head_dim = cache_shape(model)
     return 2 * layers * heads * head_dim * next(causal_lm(model).parameters()).element_size()
-
-
-def free_bytes(model: nn.Module) -> int:
-    """Memory that could be taken on the model's device."""
-    device = next(causal_lm(model).parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class Runner:

@@ -120,9 +120,10 @@ class Sampler:
         with borrowed(last - first, head.weight.shape[0], head.weight) as buffer:
             logits = head_logits(hidden[first:last].to(head.weight.dtype), head.weight, head.bias, out=buffer)
             if keep is not None:
-                reused = logits.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-                changed = reused or bool((self.rows.min_length[draws.source] > draws.position + 1).any())  # see `_ban`
-                keep(slice(first, last), logits.clone() if changed else logits)
+                own = logits.untyped_storage()  # a view holds all of what it is of; the buffer is written again
+                view = own.nbytes() > logits.numel() * logits.element_size() or own.data_ptr() == buffer.untyped_storage().data_ptr()
+                changed = bool((self.rows.min_length[draws.source] > draws.position + 1).any())  # see `_ban`
+                keep(slice(first, last), logits.clone() if view or changed else logits)
             if len(draws.at) != last - first:
                 logits = logits[torch.from_numpy(draws.at - first).to(logits.device)]
             return self._draw(logits, draws)

@@ -7,7 +7,7 @@ engine writes a `Recording`; an update reads it inside `Replay.active`. Rows tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastalign.ops.gemm import Product, known_product, takes
+from fastalign.ops.gemm import Product, has_route, known_product
+from fastalign.ops.linear_fused import KnownLogits
+from fastalign.ops.linear_head import head_logits
 
 FEW_ROWS = 64  # rows computed beside known ones: at least as many, so that their bits are those of many
 
@@ -103,7 +105,10 @@ class Recording:
             place.copy_(out)
 
     def room(self, layer: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Where the layer's output [1, T, N] of this pass is to be written; None where it is not kept: another pass, other rows."""
+        """Where the layer's output [1, T, N] of this pass is to be written; None where it is not kept: another pass, other rows.
+
+        The last time counts, where a pass asks more than once: a step that looks whether two ways agree runs both.
+        """
         if self.first < 0 or len(shape) != 3 or tuple(shape[:2]) != (1, self._padded):
             return None
         own = self._outputs.get(layer)
@@ -130,17 +135,23 @@ class Recording:
         own = self._outputs.get(layer)
         return None if own is None or self._written[layer] != self._rows else own[: self._rows]
 
-    def logits(self, rows: Sequence[int], like: torch.dtype, out: Tensor) -> Tensor | None:
-        """The logits [n, V] of rows, in `out`; None where some are missing, or have another dtype."""
-        places = [self._logits_of.get(row) for row in rows]
-        if not places or None in places or self._logits[0].dtype != like or self._logits[0].shape[1] != out.shape[1]:
+    def logits(self, rows: Sequence[int], dtype: torch.dtype, out: Tensor) -> Tensor | None:
+        """Writes the logits of rows [n] to out [n, V]; returns which of 0:n are not there. None: none are, or they have another dtype."""
+        if not self._logits or self._logits[0].dtype != dtype or self._logits[0].shape[1] != out.shape[1]:
             return None
-        for i, (which, row) in enumerate(places):  # type: ignore[misc]
-            out[i].copy_(self._logits[which][row])
-        return out[: len(places)]
+        missing = []
+        for i, row in enumerate(rows):
+            place = self._logits_of.get(row)
+            if place is None:
+                missing.append(i)
+            else:
+                out[i].copy_(self._logits[place[0]][place[1]])
+        return torch.tensor(missing, dtype=torch.int64)
 
     def discard(self) -> None:
-        """Forgets everything, and keeps nothing from now on: the weights have changed."""
+        """Forgets everything, and keeps nothing from now on, if there is something: the weights have changed."""
+        if not self._rows:
+            return
         self.capacity, self.first = 0, -1
         self._outputs.clear()
         self._written.clear()
@@ -159,11 +170,14 @@ class Replay:
         recording: of the weights as they are.
         rows: [T] int64, the number of each token's row in the recording, -1 where it has none.
         last: nobody reads the recording afterwards, so that it is given back as it is read.
+
+    Attributes:
+        saved: multiplications, and additions, that were not done.
     """
 
     def __init__(self, recording: Recording, rows: Tensor, *, last: bool = False) -> None:
         self.recording, self.rows, self.last = recording, rows, last
-        self._padded = 0
+        self._padded = self.saved = 0
         self._numbers = self._missing = torch.empty(0, dtype=torch.int64)
 
     @contextmanager
@@ -185,9 +199,10 @@ class Replay:
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """The layer's output, known or computed."""
         known = self.recording.outputs(layer) if x.shape[:-1] == (1, self._padded) and torch.is_grad_enabled() else None
-        if known is None or known.dtype != x.dtype or not takes(x, layer.weight, layer.bias):
+        if known is None or known.dtype != x.dtype or not has_route(x, layer.weight, layer.bias):
             return layer.product(x)
         out = known_product(x, layer.weight, layer.bias, self._product(layer, known))
+        self.saved += 2 * layer.weight.numel() * (len(self.rows) - len(self._missing))
         if self.last:
             self.recording.forget(layer)
         return out
@@ -203,7 +218,67 @@ class Replay:
 
         return product
 
-    def logits(self, rows: Tensor) -> Callable[[slice, torch.dtype, Tensor], Tensor | None]:
-        """What `linear_loss` asks for the logits of the tree's rows [N]: (span, dtype, buffer) → [n, V] in the buffer, or None."""
+    def logits(self, rows: Tensor, width: int) -> KnownLogits:
+        """What `linear_loss` asks for the logits of the tree's rows [N], of hidden states of this width."""
         numbers = self.rows[rows].tolist()
-        return lambda span, dtype, out: self.recording.logits(numbers[span], dtype, out)
+
+        def known(span: slice, dtype: torch.dtype, out: Tensor) -> Tensor | None:
+            missing = self.recording.logits(numbers[span], dtype, out)
+            self.saved += 0 if missing is None else 2 * width * out.shape[1] * (len(out) - len(missing))
+            return missing
+
+        return known
+
+
+class Audit:
+    """Computes a sequence's forward pass anew, without a gradient, and compares what a recording has of it.
+
+    Args:
+        recording: of the weights as they are.
+        rows: [T] int64, the number of each token's row, -1 where it has none.
+
+    Attributes:
+        gap: the largest difference of an output, as a part of the layer's largest one. NaN and infinity count.
+    """
+
+    def __init__(self, recording: Recording, rows: Tensor) -> None:
+        self.recording, self.gap, self._padded = recording, 0.0, 0
+        self._at = (rows >= 0).nonzero().squeeze(1)
+        self._numbers = rows[self._at]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, linear layers compute, and are compared."""
+        token = _listening.set(self)
+        try:
+            yield
+        finally:
+            _listening.reset(token)
+
+    def begin(self, rows: int, padded: int) -> None:
+        """The pass is over the sequence."""
+        self._padded = padded
+
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
+        """The layer's output, computed."""
+        out = layer.product(x)
+        known = self.recording.outputs(layer)
+        if known is not None and x.shape[:-1] == (1, self._padded):
+            self.compare(known[self._numbers], out[0, self._at])
+        return out
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, at: Tensor) -> None:
+        """Compares the logits of rows `at` [n] of the sequence, of which hidden [n, H] are the states."""
+        numbers = torch.full((self._padded,), -1).index_put((self._at,), self._numbers)[at]
+        computed = head_logits(hidden, weight, bias)
+        known = torch.empty_like(computed)
+        missing = self.recording.logits(numbers.tolist(), computed.dtype, known)
+        if missing is not None:
+            known[missing] = computed[missing]
+            self.compare(known, computed)
+
+    def compare(self, known: Tensor, computed: Tensor) -> None:
+        """Takes a difference into account."""
+        if not torch.equal(known, computed) and known.numel():
+            gap = (known.double() - computed.double()).abs().max() / computed.double().abs().max().clamp(min=1e-30)
+            self.gap = max(self.gap, float(gap.nan_to_num(nan=torch.inf)))

@@ -136,10 +136,10 @@ def active_packs() -> PackedWeights | None:
 def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `product` takes these operands: oneDNN's fp32, or ours; anything unusual goes to torch, which says what is wrong with it."""
     ours = native_products(x.dtype) is not None or (AVAILABLE and x.dtype == torch.float32)
-    return ours and takes(x, weight, bias)
+    return ours and _takes(x, weight, bias)
 
 
-def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether these are plain, fitting operands on the CPU, outside autocast and torch.compile."""
     if is_traced():
         return False
@@ -165,7 +165,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def known_product(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
-    """`linear` with its gradients, for operands that `takes` takes, where `product(x, bias)` knows the result [..., N] already."""
+    """`linear` with its gradients, for operands of which `has_route` holds, where `product(x, bias)` knows the result [..., N] already."""
     return _Linear.apply(x, weight, bias, product)
 
 
@@ -182,7 +182,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """x · weightᵀ + bias in bf16 from a packed weight; None where none is active, its bits would differ or autograd wants a say."""
     packs = _packing.get()
-    if packs is None or torch.is_grad_enabled() or x.dtype != torch.bfloat16 or not AVAILABLE or not takes(x, weight, bias):
+    if packs is None or torch.is_grad_enabled() or x.dtype != torch.bfloat16 or not AVAILABLE or not _takes(x, weight, bias):
         return None
     packed = packs.of(weight)
     return None if packed is None else _multiply(x, packed, weight, bias)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastalign.ops.head_gradient import Loan
 from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, backward_chunk, forward_chunk, join_rows
-from fastalign.ops.linear_head import Head, even_chunks
+from fastalign.ops.linear_head import Head, even_chunks, head_logits
 from fastalign.ops.once import once
 
 Judge = Callable[[Rows, slice], RowGrads | None]
-KnownLogits = Callable[[slice, torch.dtype, Tensor], Tensor | None]  # (rows, dtype, buffer) → their logits in the buffer, or None
+KnownLogits = Callable[[slice, torch.dtype, Tensor], Tensor | None]  # (rows, dtype, buffer) → which of the rows it did not write, or None
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
@@ -83,9 +83,20 @@ class Fused:
         return self.head.borrowed(rows)
 
     def _forward(self, span: slice, buffer: Tensor) -> tuple[Tensor, Rows]:
-        known = None if self.known_logits is None else self.known_logits(span, self.head.logits_dtype, buffer)
+        known = None if self.known_logits is None else self._known(span, buffer, self.known_logits)
         self._gemm_rows += span.stop - span.start if known is None else 0
         return forward_chunk(self.head, self.hidden[span], self.targets[span], entropy=self.entropy, buffer=buffer, known=known)
+
+    def _known(self, span: slice, buffer: Tensor, known_logits: KnownLogits) -> Tensor | None:
+        """The logits of the rows in the buffer, those computed that nobody knows; None where all are to be computed."""
+        head, rows = self.head, span.stop - span.start
+        missing = known_logits(span, head.logits_dtype, buffer[:rows])
+        if missing is None or len(missing) == rows:
+            return None
+        if len(missing):
+            buffer[missing] = head_logits(self.hidden[span][missing], head.weight, head.bias, wide=head.wide)
+            self._gemm_rows += len(missing)
+        return buffer[:rows]
 
     def _backward(self, logits: Tensor, span: slice, rows: Rows, grads: RowGrads) -> None:
         used = backward_chunk(self.head, logits, self.hidden[span], self.targets[span], rows, grads, self.into, span)

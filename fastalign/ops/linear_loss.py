@@ -49,9 +49,9 @@ def linear_loss(
         max_chunk_bytes: how many bytes of logits may exist at once (None: 1 GiB, of which a chunk takes what is fast).
             A chunk grows to hold one unit; a unit that does not fit takes two passes, 8TVH.
         head_dtype: torch.float32 keeps the logits of 16-bit inputs in fp32, as in `linear_logp`.
-        known_logits: `known_logits(span, dtype, buffer)`, asked before rows span.start:span.stop are multiplied: their logits
-            hidden · weightᵀ + bias [n, V] of this dtype, written into the buffer's first n rows, or None where they are not known.
-            Saves 2TVH; not asked under torch.compile.
+        known_logits: `known_logits(span, dtype, buffer)`, asked before rows span.start:span.stop are multiplied: writes their logits
+            hidden · weightᵀ + bias of this dtype into the buffer [n, V], as far as they are known, and returns the others' indices
+            in 0:n as int64; or None, and nothing is known. Saves 2TVH; not asked under torch.compile.
 
     Returns:
         The scalar (fp32) and metrics: detached `logp`, `entropy` (nats) and `correct` (bool) [N], `flops_tvh` (in T·V·H),

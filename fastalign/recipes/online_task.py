@@ -71,6 +71,7 @@ class OnlineTask:
         self._timings = threading.local()  # a thread that collects ahead counts on its own
         self.sampler = sampler
         self.reward_weights = rewards.weights | sampler.weights
+        self.updates_policy = True  # after the rollout that is sampled now
         self.silent = 0  # rollouts in a row without a reward
         self.companions: dict[str, tuple[Updater, Any]] = {}  # models that learn beside the policy, with their tokenizers
 
@@ -217,7 +218,7 @@ class OnlineTask:
 
     def _recording(self, prompts: list[Prompt]) -> AbstractContextManager[None]:
         """Around the sampling of these prompts."""
-        if self.reuse is None:
+        if self.reuse is None or not self.updates_policy:
             return nullcontext()
         tokens = sum(len(prompt.ids) + self.params.n * self.params.max_tokens for prompt in prompts)
         return self.reuse.recording(2 * tokens if self.algorithm.dynamic_sampling else tokens)  # it may sample again
@@ -273,13 +274,16 @@ class OnlineTask:
 
     def state_dict(self) -> dict:
         ahead = {} if self.ahead is None else {"ahead": self.ahead.state_dict()}  # first: it waits, and the order stands still
-        return {"order": self.order.state_dict(), "num_requests": self.num_requests, **ahead}
+        reuse = {} if self.reuse is None else {"reuses_forward": self.reuse.works}
+        return {"order": self.order.state_dict(), "num_requests": self.num_requests, **reuse, **ahead}
 
     def load_state_dict(self, state: dict) -> None:
         if self.ahead is None and "ahead" in state:
             raise ValueError("the checkpoint holds a rollout that was sampled one step ahead; resume with --max_staleness 1")
         self.order.load_state_dict(state["order"])
         self.num_requests = state["num_requests"]
+        if self.reuse is not None:
+            self.reuse.works &= state.get("reuses_forward", True)
         if self.ahead is not None and "ahead" in state:
             self.ahead.load_state_dict(state["ahead"])
 

@@ -37,6 +37,7 @@ class PPOTask(OnlineTask):
 
     def step(self, index: int) -> dict[str, float]:
         self.timing.clear()
+        self.updates_policy = index >= self.row.critic_warmup
         sampled = self.next_rollout(index)
         rollout = self._with_rewards(sampled)
         every_token = torch.ones(len(rollout.flat))
@@ -54,11 +55,11 @@ class PPOTask(OnlineTask):
         with self.timed("critic"):
             learned = [self.critic.update(chunks)[1] for _ in range(self.num_iterations)]
         with self.timed("update"):
-            if index >= self.row.critic_warmup:
+            if self.updates_policy:
                 updates = [self.update(chunks, first=i == 0) for i in range(self.num_iterations)]
             else:
                 updates = [self._not_yet()]
-        if index >= self.row.critic_warmup:  # before, the policy is the reference, whatever the coefficient
+        if self.updates_policy:  # before, the policy is the reference, whatever the coefficient
             self._steer(told["objective/kl"], len(rollout.flat))
         return self.metrics(sampled, chunks, updates) | told | learned[0]
 

@@ -82,7 +82,7 @@ class MicroBatch:
             self.objective,
             units=self.units,
             return_entropy=True,
-            known_logits=None if replay is None else replay.logits(self.packed.rows),
+            known_logits=None if replay is None else replay.logits(self.packed.rows, hidden.shape[1]),
             **logits,
         )
         if backward:
