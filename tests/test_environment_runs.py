@@ -8,7 +8,9 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from preference_runs import rows_of
+from safetensors.torch import load_file
 from tiny_models import write_arithmetic_model
 
 from fastalign import cli
@@ -90,6 +92,21 @@ def test_grpo_trains_on_turns_and_tells_of_them(task, tmp_path):
     assert sum(row["reward"] for row in rows[-3:]) > sum(row["reward"] for row in rows[:3]) + 3  # it learns to write 7s
     assert "eval/rewards/environment/Echo/mean" in summary
     assert last["num_tokens"] > first["num_tokens"]
+
+
+def test_turns_hand_their_forward_passes_to_the_update(task, tmp_path):
+    """Observations and what was computed anew behind a turn, too; the weights are those of a forward pass of the update's own."""
+    found = {}
+    for reuse in (True, False):
+        args = arguments(task, tmp_path / str(reuse), online={"reuse_forward": reuse, "beta": 0.05}, optim={"max_steps": 4})
+        online.run(args)
+        rows = [row for row in rows_of(tmp_path / str(reuse)) if "loss" in row]
+        found[reuse] = load_file(tmp_path / str(reuse) / "model.safetensors"), rows
+    (weights, rows), (again, plain) = found[True], found[False]
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert all(row["turns/mean"] > 1 and row["forward_reused"] > 0.8 for row in rows)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
+    assert {row["forward_reused"] for row in plain} == {0}
 
 
 def test_resume_continues_to_the_bit(task, tmp_path):

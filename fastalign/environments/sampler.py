@@ -226,6 +226,7 @@ class _Round:
             for out in request.new_ends():
                 one = members[out.index]
                 one.hear_model(out)
+                one.sample.recorded = request.recorded(out.index)  # of the turns before, too: they are its prompt
                 self.calls.submit(one, one.environment.step, text=turn_text(out, self.kind.stop, self.engine.tokenizer))
             if request.finished:
                 del self.running[request.id]

@@ -94,6 +94,10 @@ class Request:
             member.told = True
         return [completion_output(member, self._tokenizer, self._rows) for member in fresh]
 
+    def recorded(self, sample: int) -> NDArray[np.int64] | None:
+        """[L] of prompt and completion, less the last token: where the forward pass was kept (`Engine.recording`); None: nowhere."""
+        return self._group.members[sample].record.recorded
+
     def sample_to_extend(self, sample: int | None) -> tuple[list[int], int]:
         """([L] ids of prompt and completion, sample part of the random key) of a sample that has ended.
 

@@ -226,9 +226,8 @@ def parts_of(
 
 
 def reuse_of(args: Arguments, live: Engine) -> ForwardReuse | None:
-    """What hands the rollout's forward pass to the update; None where the rollout is another model's, or of several turns."""
-    own = args.online.reuse_forward and not is_off_policy(args.online) and not args.environment.environment
-    return ForwardReuse(live) if own else None
+    """What hands the rollout's forward pass to the update; None where the rollout is another model's."""
+    return ForwardReuse(live) if args.online.reuse_forward and not is_off_policy(args.online) else None
 
 
 def evaluate(args: Arguments) -> dict[str, float]:

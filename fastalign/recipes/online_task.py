@@ -220,7 +220,7 @@ class OnlineTask:
         """Around the sampling of these prompts."""
         if self.reuse is None or not self.updates_policy:
             return nullcontext()
-        tokens = sum(len(prompt.ids) + self.params.n * self.params.max_tokens for prompt in prompts)
+        tokens = sum(self.params.n * (len(prompt.ids) + self.params.max_tokens) for prompt in prompts)
         return self.reuse.recording(2 * tokens if self.algorithm.dynamic_sampling else tokens)  # it may sample again
 
     def evaluate(self) -> dict[str, float]:
