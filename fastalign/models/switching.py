@@ -38,11 +38,16 @@ def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if belongs(name, adapter)]
 
 
-def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that require a gradient; of several adapters only the current one's, for the others are other models'."""
+def own_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of the model; of several adapters only the current one's, for the others are other models'."""
     known: Any = getattr(model, "peft_config", {})
     others = known.keys() - {current_adapter(model)} if len(known) > 1 else ()
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and not any(belongs(name, each) for each in others)]
+    return [(name, p) for name, p in model.named_parameters() if not any(belongs(name, each) for each in others)]
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Those of `own_parameters` that require a gradient."""
+    return [(name, p) for name, p in own_parameters(model) if p.requires_grad]
 
 
 @contextmanager

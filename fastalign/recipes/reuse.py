@@ -16,6 +16,7 @@ from ..generation.free_memory import free_bytes
 from ..models.backbone import causal_lm, head_of
 from ..models.linear import recording_of
 from ..models.recorded import Audit, Recording, Replay
+from ..models.switching import own_parameters
 from ..ops.linear_logp import linear_logp
 from ..packing import one_sequence, tokens_of
 from ..training.step import scored_hidden
@@ -135,6 +136,6 @@ def _flop(model: nn.Module, chunks: Sequence[PolicyChunk]) -> float:
     """Of the products of a forward pass over the chunks: a multiplication and an addition for each weight and token."""
     base = causal_lm(model)
     apart = {base.get_input_embeddings().weight, head_of(model).weight}
-    layers = sum(p.numel() for p in base.parameters() if p.dim() > 1 and p not in apart)
+    layers = sum(p.numel() for _, p in own_parameters(model) if p.dim() > 1 and p not in apart)
     tokens, targets = (sum(counts) for counts in zip(*((c.packed.num_tokens, c.packed.num_targets) for c in chunks), strict=True))
     return 2.0 * (layers * tokens + head_of(model).weight.numel() * targets)
