@@ -7,6 +7,7 @@ engine writes a `Recording`; an update reads it inside `Replay.active`. Rows tha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,14 +37,25 @@ class Layer(Protocol):
         """x [..., K] → [..., N]."""
 
 
-class Listener(Protocol):
+class Listener(ABC):
     """Who is asked for the outputs of linear layers during a forward pass."""
 
+    @abstractmethod
     def begin(self, rows: int, padded: int) -> None:
         """A pass over `rows` tokens begins, computed as `padded`."""
 
+    @abstractmethod
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         """The layer's output for x [..., K]."""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, this thread's linear layers ask it."""
+        token = _listening.set(self)
+        try:
+            yield
+        finally:
+            _listening.reset(token)
 
 
 _listening: ContextVar[Listener | None] = ContextVar("fastalign_recorded", default=None)
@@ -54,7 +66,7 @@ def listener() -> Listener | None:
     return _listening.get()
 
 
-class Recording:
+class Recording(Listener):
     """Outputs of linear layers [row, N] and logits [row, V], by the number that a token's row got when it was forwarded.
 
     Args:
@@ -73,16 +85,6 @@ class Recording:
         self._written: dict[Any, int] = {}  # rows of each layer, without a gap
         self._logits: list[Tensor] = []
         self._logits_of: dict[int, tuple[int, int]] = {}  # row → which of the logits, and which row of these
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, forward passes of a generation step are kept."""
-        token = _listening.set(self)
-        try:
-            yield
-        finally:
-            self.first = -1
-            _listening.reset(token)
 
     def begin(self, rows: int, padded: int) -> None:
         """Numbers the rows of the pass that comes; what of it is not written is forgotten."""
@@ -163,7 +165,7 @@ class Recording:
         self._outputs.pop(layer, None)
 
 
-class Replay:
+class Replay(Listener):
     """The forward pass over a token tree whose rows a recording has.
 
     Args:
@@ -179,15 +181,6 @@ class Replay:
         self.recording, self.rows, self.last = recording, rows, last
         self._padded = self.saved = 0
         self._numbers = self._missing = torch.empty(0, dtype=torch.int64)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, linear layers with a gradient put out what was recorded."""
-        token = _listening.set(self)
-        try:
-            yield
-        finally:
-            _listening.reset(token)
 
     def begin(self, rows: int, padded: int) -> None:
         """The pass is over these rows; nobody reads those that pad it."""
@@ -230,7 +223,7 @@ class Replay:
         return known
 
 
-class Audit:
+class Audit(Listener):
     """Computes a sequence's forward pass anew, without a gradient, and compares what a recording has of it.
 
     Args:
@@ -245,15 +238,6 @@ class Audit:
         self.recording, self.gap, self._padded = recording, 0.0, 0
         self._at = (rows >= 0).nonzero().squeeze(1)
         self._numbers = rows[self._at]
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, linear layers compute, and are compared."""
-        token = _listening.set(self)
-        try:
-            yield
-        finally:
-            _listening.reset(token)
 
     def begin(self, rows: int, padded: int) -> None:
         """The pass is over the sequence."""
