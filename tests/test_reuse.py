@@ -16,7 +16,7 @@ from tiny_models import llama, prompts_of, qwen2, ready
 import fastalign as fa
 from fastalign.algorithms import resolve
 from fastalign.generation.recorder import Recorder
-from fastalign.models import decoder_run
+from fastalign.models import decoder_run, recorded
 from fastalign.models.backbone import causal_lm, head_of, hidden_states
 from fastalign.models.linear import RowLinear, recording_of
 from fastalign.models.recorded import Recording, Replay
@@ -194,6 +194,17 @@ def test_rows_beyond_the_memory_are_computed():
     assert 4 < known <= 6
     rollout, recording, _ = recorded_rollout(model, max_bytes=0)
     assert all((sample.recorded < 0).all() for sample in rollout.flat)
+    assert chunk_of(rollout).recorded is None
+
+
+def test_without_the_memory_everything_is_computed(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(recorded, "_reserved", refuse)
+    rollout, recording, _ = recorded_rollout(ready(llama()))
+    assert all((sample.recorded < 0).all() for sample in rollout.flat)
+    assert recording._bytes <= recording.row_bytes * 200
     assert chunk_of(rollout).recorded is None
 
 

@@ -117,7 +117,11 @@ class Recording(Listener):
         if own is None:
             if self.first:  # its first rows are not there
                 return None
-            own = self._outputs[layer] = torch.empty(self.capacity, shape[2], dtype=dtype)
+            try:
+                own = self._outputs[layer] = _reserved(self.capacity, shape[2], dtype)
+            except RuntimeError:  # where memory must be there when it is asked for; what is not kept is computed
+                self.discard()
+                return None
         if self._written.get(layer, 0) not in (self.first, self._rows) or own.dtype != dtype:
             return None
         self._written[layer] = self._rows
@@ -163,6 +167,11 @@ class Recording(Listener):
     def forget(self, layer: Any) -> None:
         """Gives the memory of a layer's outputs back."""
         self._outputs.pop(layer, None)
+
+
+def _reserved(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory that is taken where it is written."""
+    return torch.empty(rows, columns, dtype=dtype)
 
 
 class Replay(Listener):
