@@ -7,6 +7,7 @@ engine writes a `Recording`; an update reads it inside `Replay.active`. Rows tha
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from fastalign.ops.gemm import Product, has_route, known_product
 from fastalign.ops.linear_fused import KnownLogits
 from fastalign.ops.linear_head import head_logits
+
+log = logging.getLogger("fastalign")
 
 FEW_ROWS = 64  # rows computed beside known ones: at least as many, so that their bits are those of many
 
@@ -119,7 +122,8 @@ class Recording(Listener):
                 return None
             try:
                 own = self._outputs[layer] = _reserved(self.capacity, shape[2], dtype)
-            except RuntimeError:  # where memory must be there when it is asked for; what is not kept is computed
+            except RuntimeError as error:  # where memory must be there when it is asked for
+                log.warning("a rollout's forward pass is not kept, and is computed again by the update: %s", str(error).splitlines()[0])
                 self.discard()
                 return None
         if self._written.get(layer, 0) not in (self.first, self._rows) or own.dtype != dtype:
