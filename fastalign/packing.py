@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapreplace
 
 import torch
 from torch import Tensor
@@ -242,20 +243,42 @@ def sequences(packed: Packed) -> list[list[int]]:
 
 
 def split_by_tokens(trees: Sequence[Segment], max_tokens: int) -> list[list[int]]:
-    """Cuts trees into micro-batches of at most `max_tokens` forwarded tokens, best-fit decreasing.
+    """Cuts trees into few micro-batches of at most `max_tokens` forwarded tokens, and those as alike as they can be.
 
-    Each tree, the largest first, goes where it leaves the least room. For many trees that needs at most 11/9 of the
-    fewest micro-batches that can be (Johnson et al. 1974). O(n log n), but for shifts in a list of at most `max_tokens` numbers.
+    How many: those of best-fit decreasing, at most 11/9 of the fewest that can be for many trees (Johnson et al. 1974). Into as many
+    the trees then go again, the largest first, each to the smallest micro-batch; where that keeps the budget it is the cut. A batch a
+    little over the budget becomes two halves, which take half the memory of a full micro-batch and a small rest.
+    O(n log n), but for shifts in a list of at most `max_tokens` numbers.
 
     Returns lists of indices into `trees`; a tree larger than the budget is a micro-batch of its own.
     """
     if max_tokens < 1:
         raise ValueError(f"split_by_tokens: max_tokens must be >= 1, got {max_tokens}")
     sizes = [tree.num_tokens for tree in trees]
+    largest_first = sorted(range(len(trees)), key=lambda i: (-sizes[i], i))
+    few = _best_fit(sizes, largest_first, max_tokens)
+    alike = _level(sizes, largest_first, len(few))
+    keeps = all(len(members) == 1 or sum(sizes[i] for i in members) <= max_tokens for members in alike)
+    return [sorted(members) for members in (alike if keeps else few)]
+
+
+def _level(sizes: Sequence[int], order: Sequence[int], count: int) -> list[list[int]]:
+    """In this order each to the smallest of `count` bins (Graham 1969)."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    used = [(0, b) for b in range(count)]
+    for index in order:
+        tokens, smallest = used[0]
+        bins[smallest].append(index)
+        heapreplace(used, (tokens + sizes[index], smallest))
+    return bins
+
+
+def _best_fit(sizes: Sequence[int], order: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """In this order each to the bin where it leaves the least room."""
     bins: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # tokens left → the micro-batches with just that room
     rooms: list[int] = []  # its keys, ascending
-    for index in sorted(range(len(trees)), key=lambda i: (-sizes[i], i)):
+    for index in order:
         at = bisect_left(rooms, sizes[index])
         if at < len(rooms):
             room = rooms[at]
@@ -272,4 +295,4 @@ def split_by_tokens(trees: Sequence[Segment], max_tokens: int) -> list[list[int]
                 with_room[left] = []
                 insort(rooms, left)
             with_room[left].append(chosen)
-    return [sorted(members) for members in bins]
+    return bins

@@ -8,8 +8,9 @@ from fastalign.ops import gemm, gemm_native
 from fastalign.ops.backend import load_native
 from fastalign.ops.linear_loss import linear_loss
 
-# the borders of tiles (6 rows, 16 columns), of blocks (96 rows, 512 columns, 512 deep) and of what is packed at once (4,032)
-SHAPES = [(1, 1, 1), (1, 5, 7), (2, 33, 513), (6, 16, 8), (7, 100, 1024), (97, 515, 1376), (513, 40, 77), (4100, 17, 9), (5, 4200, 30)]
+# the borders of tiles (6 rows, 16 columns), of blocks (96 rows, 512 columns, 512 deep) and of what is packed at once (1,536)
+SHAPES = [(1, 1, 1), (1, 5, 7), (2, 33, 513), (6, 16, 8), (7, 100, 1024), (97, 515, 1376), (513, 40, 77), (1600, 17, 9), (5, 3100, 30)]
+SHAPES += [(1550, 40, 1030), (50, 1560, 1030)]  # passes over k, two of them in the same half of what is packed
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -129,24 +129,47 @@ def test_split_by_tokens_needs_few_micro_batches(budget, num_bins):
         assert sum(2 * tokens <= budget for tokens in used) <= 1
 
 
-def test_split_by_tokens_is_best_fit_decreasing_by_the_definition():
-    """Against the definition, written out: the largest first, each where it leaves the least room."""
+def best_fit_decreasing(sizes, budget):
+    """Tokens of each micro-batch, by the definition written out: the largest first, each where it leaves the least room."""
+    used: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fits = [b for b, tokens in enumerate(used) if tokens + size <= budget]
+        if fits:
+            best = max(fits, key=lambda b: used[b])
+            used[best] += size
+        else:
+            used.append(size)
+    return used
+
+
+def test_split_by_tokens_has_as_many_as_best_fit_decreasing_and_none_larger():
     generator = random.Random(3)
-    for budget in (5, 40, 200):
+    for budget in (5, 40, 200, 1000):
         sizes = [generator.randint(1, int(1.2 * budget)) for _ in range(300)]
-        used: list[int] = []
-        for size in sorted(sizes, reverse=True):
-            fits = [b for b, tokens in enumerate(used) if tokens + size <= budget]
-            if fits:
-                best = max(fits, key=lambda b: used[b])
-                used[best] += size
-            else:
-                used.append(size)
+        used = best_fit_decreasing(sizes, budget)
         trees = [conversation([1] * n) for n in sizes]
         bins = split_by_tokens(trees, budget)
-        assert sorted(sum(sizes[i] for i in members) for members in bins) == sorted(used)
+        assert len(bins) == len(used)
+        assert max(sum(sizes[i] for i in members) for members in bins) <= max(used)
         assert split_by_tokens(trees, budget) == bins, "the same cut every time"
         assert all(members == sorted(members) for members in bins)
+
+
+def test_split_by_tokens_makes_them_alike():
+    sizes = [529, 530, 524, 531, 526, 528, 527, 525]  # 4,220 tokens: not seven groups and one
+    bins = split_by_tokens([conversation([1] * n) for n in sizes], 4096)
+    assert [len(members) for members in bins] == [4, 4]
+    assert all(abs(sum(sizes[i] for i in members) - 2110) < 8 for members in bins)
+    assert sorted(map(len, split_by_tokens([conversation([1] * n) for n in (90, 5, 5, 5)], 60))) == [1, 3]
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 4, 4, 3, 3, 3), (7, 7, 6, 6, 5, 5, 4, 4, 4)])
+def test_split_by_tokens_keeps_the_budget_where_they_cannot_be_alike(sizes):
+    """Where each to the smallest would go over the budget (as here, at Graham's bound) best fit's cut stays."""
+    for budget in range(max(sizes), sum(sizes) + 1):
+        bins = split_by_tokens([conversation([1] * n) for n in sizes], budget)
+        assert len(bins) == len(best_fit_decreasing(sizes, budget))
+        assert all(sum(sizes[i] for i in members) <= budget for members in bins)
 
 
 def test_split_by_tokens_of_empty_trees_and_of_none():

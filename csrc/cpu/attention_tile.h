@@ -8,6 +8,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/simd.h"
+#include "cpu/transpose.h"
 #include "math/exp.h"
 
 namespace fa::FA_ISA {
@@ -164,6 +165,17 @@ FA_SIMD void transpose_halves(const T* src, int64_t rows, float* dst) {
 // n <= W rows of W elements → W rows of W columns, those past n zero.
 template <typename T>
 FA_SIMD void transpose_square(const T* src, int64_t stride, int64_t n, float* dst) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (n == W) {
+    for (int d = 0; d < W; d += 4) {
+      vf x[4];
+      transpose_quad<W>(src + d, stride, x);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(dst + (d + i) * key_block, x[i]);
+    }
+    return;
+  }
+#endif
   vf x[W];
   if (n == W) {
 #pragma GCC unroll 16
