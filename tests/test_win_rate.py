@@ -130,6 +130,19 @@ def test_the_model_may_judge_by_its_choice_beside_a_reward(task, tmp_path):
     assert 0 < found["win_rate"]["value"] < 1
 
 
+def test_a_judge_that_never_answers_takes_nothing_of_the_rest(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with chat_server(lambda body: "I would rather not say.") as server:
+        flags = ["--reward", "math", "--judge", f"judge:model={server.url}", "--baseline", str(task / "baseline.jsonl")]
+        assert evaluate(task, tmp_path, *flags) == 2
+    told = capsys.readouterr()
+    assert "none of the 16 comparisons could be read" in told.err
+    assert "pass@2" in told.out
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert "pass@2" in found
+    assert "win_rate" not in found
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

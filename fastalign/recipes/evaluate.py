@@ -78,10 +78,12 @@ def run(args: Arguments) -> dict[str, Any]:
         sample(args, own, loaded, rewards, ranker, list(not_done(prompts, done, whole_key)))
     items = problems(folder / SAMPLES, prompts)
     found = summarize([item["completions"] for item in items], wanted if judged else [], given.min_reward, VOTES[given.vote])
-    if args.win_rate.judge:
-        found["win_rate"] = win_rate.compare(args.win_rate, items, loaded, folder)
-    write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    try:
+        if args.win_rate.judge:
+            found["win_rate"] = win_rate.compare(args.win_rate, items, loaded, folder)
+    finally:  # a judge that does not answer takes nothing of the rest
+        write_atomic(folder / SUMMARY, json.dumps(found, indent=1) + "\n")
+        print(table(found))
     return found
 
 

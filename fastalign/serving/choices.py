@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fastalign.generation.scoring import SequenceScores
+from fastalign.generation.stops import decode
 from fastalign.generation.streams import StreamDelta
 from fastalign.generation.text import GrowingText
 from fastalign.serving.service import PromptIds, Service
@@ -30,7 +31,8 @@ class Choice(Protocol):
 
 
 class CompletionChoice:
-    """A choice of /v1/completions.
+    """A choice of /v1/completions. Its text goes on where the prompt's ends: the space that sentencepiece's decoder drops at the beginning
+    of a text is given, so that prompt and completion may be put together.
 
     Args:
         service: tells tokens' names.
@@ -47,6 +49,7 @@ class CompletionChoice:
         self.service, self.index, self.prompt, self.echo, self.scores, self.top = service, index, prompt, echo, scores, top
         self._offset_base = len(prompt.text) if echo else 0
         self._growing = GrowingText(service.tokenizer, (), service.special)
+        self._begun = False  # a token that has text was seen
 
     def opening(self) -> dict[str, Any] | None:
         if not self.echo:
@@ -60,13 +63,26 @@ class CompletionChoice:
         return {"index": self.index, "text": self.prompt.text, "logprobs": logprobs, "finish_reason": None}
 
     def piece(self, delta: StreamDelta) -> dict[str, Any]:
-        logprobs = None
+        logprobs, dropped, ids = None, "", delta.token_ids
+        first = len(ids) if self._begun else next((i for i, token in enumerate(ids) if token not in self.service.special), len(ids))
+        if first < len(ids):
+            dropped, self._begun = self._dropped_before(ids[first]), True
         if self.top is not None:
-            offsets = self.service.names.offsets(self._growing, delta.token_ids, self._offset_base)
-            tops = delta.top_logprobs or [[] for _ in delta.token_ids]
-            logprobs = completion_logprobs(self.service.names, delta.token_ids, delta.raw_logprobs or [], tops, offsets)
+            offsets = self.service.names.offsets(self._growing, ids[: first + 1], self._offset_base)
+            offsets += self.service.names.offsets(self._growing, ids[first + 1 :], self._offset_base + len(dropped))
+            tops = delta.top_logprobs or [[] for _ in ids]
+            logprobs = completion_logprobs(self.service.names, ids, delta.raw_logprobs or [], tops, offsets)
+        self._offset_base += len(dropped)
         reasons = {"finish_reason": delta.finish_reason or None, "stop_reason": delta.stop_reason}
-        return {"index": self.index, "text": delta.text, "logprobs": logprobs, **reasons}
+        return {"index": self.index, "text": dropped + delta.text, "logprobs": logprobs, **reasons}
+
+    def _dropped_before(self, token: int) -> str:
+        """The space that the decoder has before a token behind the prompt, and has not where the token begins a text."""
+        before = next((last for last in reversed(self.prompt.ids) if last not in self.service.special), None)
+        if before is None:
+            return ""
+        together, *apart = (decode(self.service.tokenizer, ids) for ids in ([before, token], [before], [token]))
+        return " " if together == " ".join(apart) else ""
 
     def whole(self, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         logprobs = [piece["logprobs"] for piece in pieces if piece["logprobs"] is not None]
