@@ -65,3 +65,12 @@ def test_a_completion_goes_on_where_the_prompt_ends(kind, prompt, ids, text, siz
     assert text is None or whole["text"] == opening + text
     ends = [len(decode(tokenizer, [*prompt, *ids[:n]])) for n in range(len(ids))]
     assert [len(before) - len(opening) + offset for offset in whole["logprobs"]["text_offset"]] == ends
+
+
+@pytest.mark.parametrize(("ids", "text"), [([7], ""), ([4, 7], "a")])
+def test_a_stop_token_brings_no_space(ids, text):
+    tokenizer = spaced_tokenizer()
+    service = SimpleNamespace(tokenizer=tokenizer, special=special_ids(tokenizer), names=TokenNames(tokenizer))
+    choice = CompletionChoice(service, 0, PromptIds([6], "a"), echo=False, scores=None, top=None)
+    pieces = [choice.piece(StreamDelta(0, ids, text, finish_reason="stop", stop_reason=7))]
+    assert choice.whole(pieces)["text"] == text

@@ -64,8 +64,9 @@ class CompletionChoice:
 
     def piece(self, delta: StreamDelta) -> dict[str, Any]:
         logprobs, dropped, ids = None, "", delta.token_ids
-        first = len(ids) if self._begun else next((i for i, token in enumerate(ids) if token not in self.service.special), len(ids))
-        if first < len(ids):
+        shown = ids[:-1] if isinstance(delta.stop_reason, int) else ids  # a stop token has no text
+        first = len(ids) if self._begun else next((i for i, token in enumerate(shown) if token not in self.service.special), len(ids))
+        if first < len(shown):
             dropped, self._begun = self._dropped_before(ids[first]), True
         if self.top is not None:
             offsets = self.service.names.offsets(self._growing, ids[: first + 1], self._offset_base)
