@@ -6,8 +6,8 @@
 //            its results packs for the next pass.
 //   bits:    an element is the sum of running sums over kDepth of k each, whatever m, n and the number of threads are, and
 //            whether b was packed before. An element of one row has therefore the same bits in any batch.
-// Measured on 2 cores of an AMD EPYC with AVX2 (peak 157 GFLOP/s): see bench/bench_gemm.py. On two of the first generation (peak 80):
-// 72 to 76 GFLOP/s where there are many rows; asking ahead is worth 4 to 8 % with 64 rows of weights that wait in memory, 16 to 20 with 16.
+// Measured on 2 cores of an AMD EPYC with AVX2 (peak 157 GFLOP/s): see bench/bench_gemm.py. On two of the first generation (peak 80), with
+// and without asking ahead in turn, results into memory that was there: 4 to 8 % for 64 rows of weights that wait in memory, 16 to 20 for 16.
 #include "gemm.h"
 
 #include <omp.h>
