@@ -1,4 +1,4 @@
-// Checks, plan and dispatch of paged attention on the GPU; bound into the module, and into the tests' host twin of the kernels.
+// Checks, plan and dispatch of paged attention on the GPU.
 #pragma once
 #include <stdexcept>
 #include <string>

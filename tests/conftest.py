@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +30,18 @@ from fastalign.ops.backend import load_native, use_backend
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "run the tests marked gpu on a stand-in of a CUDA device (tests/stand_in_cuda.py); it is slow"
+    parser.addoption("--stand_in_cuda", action="store_true", help=help_text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip where there is no CUDA device, those with a "native" parameter where the native module is not built."""
     for item in items if load_native()[0] is None else ():
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value == "native" for value in parameters):
             item.add_marker(pytest.mark.skip(reason="the native module is not built"))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or config.getoption("stand_in_cuda"):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -48,6 +56,18 @@ def _seed() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     use_backend(None)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under --stand_in_cuda a test marked `gpu` has its device."""
+    if not request.config.getoption("stand_in_cuda") or request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    from stand_in_cuda import stand_in_cuda
+
+    with stand_in_cuda(request.getfixturevalue("cuda_twin")):
+        yield
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -107,25 +127,33 @@ def rounding_interpreter() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cuda_twin(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Every CUDA kernel compiled by the C++ compiler over the host twin of its block primitives (csrc/cuda/host_block.h)."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
+def cuda_twin() -> ModuleType:
+    """Every CUDA kernel compiled by the C++ compiler over the host twin of its block primitives (csrc/cuda/host_block.h), behind the
+    bindings that a GPU's build has. It is kept in build/ for as long as no source changes."""
+    compiler = (os.environ.get("CXX") or shutil.which("g++") or "").split()
     pybind11 = pytest.importorskip("pybind11")
-    if not compiler or shutil.which(compiler.split()[0]) is None:
+    if not compiler or shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("twin")
     kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    (folder / "ops.inc").write_text("".join(f"FA_OP({path.stem})\n" for path in kernels))
-    bindings = [ROOT / f"tests/cuda_twin/{name}.cpp" for name in ("module", *(path.stem for path in kernels))]
-    includes = [f"-I{path}" for path in (ROOT / "csrc", folder, pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c"]
-    sources = [*kernels, *bindings]
-    objects = [str(folder / f"{number}.o") for number in range(len(sources))]
-    commands = [[*compiler.split(), *flags, *includes, str(source), "-o", object] for source, object in zip(sources, objects, strict=True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_compile, commands))
-    _compile([*compiler.split(), "-shared", *objects, "-o", str(folder / "cuda_twin.so")])
-    spec = importlib.util.spec_from_file_location("cuda_twin", folder / "cuda_twin.so")
+    ops = [path.stem for path in kernels]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    macros = [f"-DHAS_{prefix}{op}" for op in ops for prefix in ("", "CUDA_")]
+    macros += ["-DHAS_CUDA", "-DFA_CUDA_ALONE", '-DFA_CUDA_ARCHITECTURES="host twin"']
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c", *macros, *includes]
+    sources = [*kernels, *(ROOT / f"csrc/bind_{op}.cpp" for op in ops), ROOT / "csrc/bindings.cpp"]
+    text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*")))
+    folder = ROOT / "build" / f"cuda-twin-{hashlib.sha256(text + repr((compiler, flags, sys.version)).encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other test processes wait for this one's
+        if not (folder / "_C.so").exists():
+            objects = [str(folder / f"{number}.o") for number in range(len(sources))]
+            commands = [[*compiler, *flags, str(source), "-o", object] for source, object in zip(sources, objects, strict=True)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_compile, commands))
+            _compile([*compiler, "-shared", *objects, "-o", str(folder / "linked.so")])
+            (folder / "linked.so").replace(folder / "_C.so")
+    spec = importlib.util.spec_from_file_location("cuda_twin._C", folder / "_C.so")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

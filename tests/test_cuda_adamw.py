@@ -13,10 +13,6 @@ from fastalign.ops.backend import load_native
 OPTIONS = [1 - 3e-4, 1 - 0.9, 0.95, 1 - 0.95, 3e-3 / 0.1 * math.sqrt(0.05), 1e-8 * math.sqrt(0.05), 1.0]
 
 
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def padded(tensor, offset):
     """The tensor inside a poisoned buffer, `offset` elements after its start."""
     poison = math.nan if tensor.is_floating_point() else -1
@@ -43,14 +39,13 @@ def test_cuda_adamw_gives_the_bits_of_the_cpu_on_the_host_twin(cuda_twin, size, 
     for name, tensor in tensors.items():
         ours[name], buffers[name] = padded(tensor, offset)
     want = {name: tensor.clone() for name, tensor in tensors.items()}
-    call = getattr(cuda_twin, f"adamw_step_{'f32' if grad_dtype == torch.float32 else 'bf16'}")
     for _ in range(2):
         grad, _ = padded(torch.randn(size).to(grad_dtype), offset)
         low = want.get("tail", want["weight"])
         module.adamw_step(want["weight"], low, grad.clone(), want["exp_avg"], want["exp_avg_sq"], scale, OPTIONS)
-        weights = (0, address(ours["weight"]), address(ours["tail"])) if split else (address(ours["weight"]), 0, 0)
-        moments = (address(grad), address(ours["exp_avg"]), address(ours["exp_avg_sq"]))
-        call(*weights, *moments, size, address(scale) if scaled else 0, OPTIONS)
+        cuda_twin.adamw_step_cuda(
+            ours["weight"], ours.get("tail", ours["weight"]), grad, ours["exp_avg"], ours["exp_avg_sq"], scale, OPTIONS, 0
+        )
     for name, tensor in ours.items():
         assert torch.equal(tensor, want[name]), name
         poison = torch.cat((buffers[name][:offset], buffers[name][offset + size :]))
@@ -63,7 +58,6 @@ def test_cuda_adamw_keeps_nan_and_infinity_apart_on_the_host_twin(cuda_twin):
     weight, tail = split_master(torch.randn(size))
     grad, exp_avg, exp_avg_sq = torch.randn(size), torch.zeros(size), torch.zeros(size)
     grad[5], grad[77] = math.nan, math.inf
-    tensors = (weight, tail, grad, exp_avg, exp_avg_sq)
-    cuda_twin.adamw_step_f32(0, *(address(tensor) for tensor in tensors), size, 0, OPTIONS)
+    cuda_twin.adamw_step_cuda(weight, tail, grad, exp_avg, exp_avg_sq, torch.empty(0), OPTIONS, 0)
     assert weight.isnan().nonzero().flatten().tolist() == [5, 77]
     assert exp_avg_sq.isfinite().sum() == size - 2

@@ -13,16 +13,9 @@ from fastalign.losses.preference import DIVERGENCES, PREFERENCE
 from fastalign.losses.unpaired import UNPAIRED
 from fastalign.ops.backend import use_backend
 
-PAIRS = ("logistic", "square", "hinge", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down", "discopop", "orpo", "none")
-SINGLES = ("kto", "bco")
 LENGTHS = [1, 129, 300, 0, 128, 127, 0, 0, 31, 33]  # around a warp, a block and a stride of the block; empty completions
 CU = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 TOLERANCE = {torch.float32: {"rtol": 1e-6, "atol": 1e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-12}}
-
-
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def poisoned(*shape, dtype):
@@ -37,8 +30,7 @@ def random(dtype):
 
 def spread(cuda_twin, dtype, upstream, slopes, unit, tail):
     gradient = poisoned(sum(LENGTHS), dtype=dtype)
-    run = getattr(cuda_twin, f"preference_spread_{SUFFIX[dtype]}")
-    run(address(upstream), upstream.stride(0), address(slopes), address(CU), len(LENGTHS), unit, tail, address(gradient))
+    cuda_twin.preference_spread_cuda(upstream, slopes, CU, unit, tail, gradient, 0)
     return gradient
 
 
@@ -58,9 +50,8 @@ def test_cuda_preference_pairs_match_torch_on_the_host_twin(cuda_twin, name, dty
         (want_gradient,) = torch.autograd.grad(want, logp, upstream)
     formula = row.formula(**row.options)
     losses, metrics, slopes = poisoned(num, dtype=dtype), poisoned(6, num, dtype=dtype), poisoned(2 * num, dtype=dtype)
-    given = (address(logp), address(ref), ref_form == "tokens", address(CU), num, address(margin), address(weight), tail)
-    run = getattr(cuda_twin, f"preference_pairs_{SUFFIX[dtype]}")
-    run(*given, PAIRS.index(formula.name), formula.pair_numbers, address(losses), address(metrics), address(slopes))
+    given = (logp.detach(), ref, ref_form == "tokens", CU, margin, weight, formula.name, formula.pair_numbers, tail)
+    cuda_twin.preference_pairs_cuda(*given, losses, metrics, slopes, 0)
     torch.testing.assert_close(losses, want, **TOLERANCE[dtype])
     for got, key in zip(metrics, want_metrics, strict=False):
         torch.testing.assert_close(got, want_metrics[key], **TOLERANCE[dtype])
@@ -76,8 +67,8 @@ def test_cuda_preference_divergences_match_torch_on_the_host_twin(cuda_twin, div
     kind = DIVERGENCES[divergence]
     numbers = [0.1, 1.0, 0.0, 0.0, 0.0, float(("identity", "power", "js").index(kind.transform)), kind.power(0.5), 0.0]
     losses, metrics, slopes = poisoned(num, dtype=dtype), poisoned(6, num, dtype=dtype), poisoned(2 * num, dtype=dtype)
-    results = (address(losses), address(metrics), address(slopes))
-    cuda_twin.preference_pairs_f64(address(logp), address(ref), True, address(CU), num, 0, 0, 1.0, 0, numbers, *results)
+    given = (logp.detach(), ref, True, CU, None, None, "logistic", numbers, 1.0)
+    cuda_twin.preference_pairs_cuda(*given, losses, metrics, slopes, 0)
     torch.testing.assert_close(losses, want, **TOLERANCE[dtype])
 
 
@@ -94,14 +85,16 @@ def test_cuda_preference_singles_match_torch_on_the_host_twin(cuda_twin, name, d
         (want_gradient,) = torch.autograd.grad(want, logp, upstream)
     formula = row.formula(**options)
     losses, metrics, slopes = poisoned(num, dtype=dtype), poisoned(2, num, dtype=dtype), poisoned(num, dtype=dtype)
-    given = (address(logp), address(ref), True, address(CU), num, address(labels), address(weight))
-    run = getattr(cuda_twin, f"preference_singles_{SUFFIX[dtype]}")
-    run(*given, SINGLES.index(formula.name), formula.single_numbers, address(losses), address(metrics), address(slopes))
+    given = (logp.detach(), ref, True, CU, labels, weight, formula.name, formula.single_numbers)
+    cuda_twin.preference_singles_cuda(*given, losses, metrics, slopes, 0)
     torch.testing.assert_close(losses, want, **TOLERANCE[dtype])
     torch.testing.assert_close(metrics, torch.stack([want_metrics["rewards"], want_metrics["logps"]]), **TOLERANCE[dtype])
     torch.testing.assert_close(spread(cuda_twin, dtype, upstream, slopes, 1, 1.0), want_gradient, **TOLERANCE[dtype])
 
 
 def test_cuda_preference_of_no_pairs_launches_nothing(cuda_twin):
-    cuda_twin.preference_pairs_f32(0, 0, False, 0, 0, 0, 0, 1.0, 0, [0.1] * 8, 0, 0, 0)
-    cuda_twin.preference_spread_f32(0, 0, 0, 0, 0, 2, 1.0, 0)
+    nothing, cu = torch.empty(0), torch.zeros(1, dtype=torch.int32)
+    cuda_twin.preference_pairs_cuda(
+        nothing, None, False, cu, None, None, "logistic", [0.1] * 8, 1.0, nothing, torch.empty(6, 0), nothing, 0
+    )
+    cuda_twin.preference_spread_cuda(nothing, nothing, cu, 2, 1.0, nothing, 0)

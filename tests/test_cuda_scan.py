@@ -6,14 +6,11 @@ import math
 
 import pytest
 import torch
+from stand_in_cuda import stand_in_cuda
 from test_scan import LENGTHS, loop_gae, offsets_of
 
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+NONE = torch.empty(0)
 TILE = 1024  # tokens of a CTA
-
-
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def poisoned(like):
@@ -21,22 +18,22 @@ def poisoned(like):
 
 
 def twin_gae(twin, rewards, values, cu, gamma, lam, mask=None, bootstrap=None):
-    total, per_sequence = len(rewards), isinstance(lam, torch.Tensor)
-    lams = lam.double() if per_sequence else None
+    per_sequence = isinstance(lam, torch.Tensor)
+    lams = lam.double() if per_sequence else NONE
     advantages, returns = poisoned(rewards), poisoned(rewards)
-    workspace = torch.full((twin.scan_workspace(total),), math.nan, dtype=torch.float64)
-    call = getattr(twin, f"gae_{SUFFIX[rewards.dtype]}")
-    ends = (address(mask), address(bootstrap), address(lams), math.nan if per_sequence else lam, gamma)
-    call(address(rewards), address(values), total, address(cu), len(cu) - 1, *ends, *map(address, (advantages, returns, workspace)))
+    ends = (NONE if mask is None else mask, NONE if bootstrap is None else bootstrap, lams, math.nan if per_sequence else lam, gamma)
+    twin.gae_cuda(rewards, values, cu, *ends, advantages, returns, workspace_of(twin, rewards), 0)
     return advantages, returns
 
 
 def twin_discounted(twin, rewards, cu, gamma):
     returns = poisoned(rewards)
-    workspace = torch.full((twin.scan_workspace(len(rewards)),), math.nan, dtype=torch.float64)
-    call = getattr(twin, f"discounted_returns_{SUFFIX[rewards.dtype]}")
-    call(address(rewards), len(rewards), address(cu), len(cu) - 1, gamma, address(returns), address(workspace))
+    twin.discounted_returns_cuda(rewards, cu, gamma, returns, workspace_of(twin, rewards), 0)
     return returns
+
+
+def workspace_of(twin, rewards):
+    return torch.full((twin.scan_workspace(len(rewards)),), math.nan, dtype=torch.float64)
 
 
 def assert_near(got, expected, dtype):
@@ -130,9 +127,10 @@ def test_cuda_gae_keeps_nan_inside_its_sequence(cuda_twin):
 @pytest.mark.parametrize("cu", [[0, 300], [50, 400], [0, 300, 200, 400], [0], [0, 500, 600]])
 def test_cuda_gae_gives_nan_to_tokens_that_no_sequence_holds(cuda_twin, cu):
     """Offsets on a device are not checked, so wrong ones must at least be seen."""
-    offsets = torch.tensor(cu, dtype=torch.int32)
-    rewards, values = torch.randn(400), torch.randn(400)
-    advantages, returns = twin_gae(cuda_twin, rewards, values, offsets, 0.9, 0.9, torch.rand(400) > 0.5)
+    rewards, values, mask = torch.randn(400), torch.randn(400), torch.rand(400) > 0.5
+    with stand_in_cuda():
+        offsets = torch.tensor(cu, dtype=torch.int32, device="cuda")
+        advantages, returns = twin_gae(cuda_twin, rewards, values, offsets, 0.9, 0.9, mask)
     held = [any(cu[s] <= t < cu[s + 1] for s in range(len(cu) - 1)) for t in range(400)]
     outside = ~torch.tensor(held)
     assert advantages[outside].isnan().all()

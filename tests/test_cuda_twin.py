@@ -25,7 +25,7 @@ def oracle(logits, targets, g_logp, g_entropy, temperature, softcap):
     [(torch.float32, None, 3), (torch.bfloat16, None, 3), (torch.float32, torch.bfloat16, 3), (torch.float32, torch.bfloat16, 4)],
 )
 def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, out, off, temperature, softcap):
-    suffix, num_rows = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], 2
+    num_rows = 2
     buffer = torch.full((num_rows, vocab + 9), math.nan, dtype=dtype)  # rows that start off a 16-byte boundary, among poison
     logits = buffer[:, off : off + vocab]
     logits.copy_((torch.randn(num_rows, vocab) * 4).to(dtype))
@@ -37,12 +37,8 @@ def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, out, off
     logp, lse, entropy = (torch.full((num_rows,), math.nan) for _ in range(3))
     correct = torch.zeros(num_rows, dtype=torch.bool)
     g_logp, g_entropy = torch.randn(num_rows), torch.randn(num_rows)
-    rows = (logits.data_ptr(), num_rows, vocab, logits.stride(0), targets.data_ptr())
-    results = [tensor.data_ptr() for tensor in (logp, lse, entropy, correct)]
-    getattr(cuda_twin, f"logp_rows_{suffix}")(*rows, 1 / temperature, softcap, *results)
-    upstream = [tensor.data_ptr() for tensor in (lse, entropy, g_logp, g_entropy)]
-    suffix += "_bf16" if out is not None else ""
-    getattr(cuda_twin, f"grad_rows_{suffix}")(*rows[:4], to.data_ptr(), to.stride(0), rows[4], *upstream, 1 / temperature, softcap)
+    cuda_twin.logp_rows_cuda(logits, targets, 1 / temperature, softcap, logp, lse, entropy, correct, 0)
+    cuda_twin.grad_rows_cuda(logits, targets, lse, entropy, g_logp, g_entropy, 1 / temperature, softcap, to, 0)
     want_logp, want_entropy, want = oracle(before, targets, g_logp, g_entropy, temperature, softcap)
     torch.testing.assert_close(logp.double(), want_logp, rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-6, atol=3e-6)
@@ -57,7 +53,7 @@ def test_cuda_rows_match_fp64_on_the_host_twin(cuda_twin, vocab, dtype, out, off
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_rows_do_not_depend_on_where_they_lie(cuda_twin, dtype):
     """The same row at every offset from a 16-byte boundary: the same bits."""
-    suffix, vocab = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype], 4099
+    vocab = 4099
     values = (torch.randn(vocab) * 4).to(dtype)
     found = []
     for offset in range(8):
@@ -66,8 +62,7 @@ def test_cuda_rows_do_not_depend_on_where_they_lie(cuda_twin, dtype):
         row.copy_(values)
         logp, lse, entropy = (torch.full((1,), math.nan) for _ in range(3))
         target, correct = torch.tensor([7]), torch.zeros(1, dtype=torch.bool)
-        results = [tensor.data_ptr() for tensor in (logp, lse, entropy, correct)]
-        getattr(cuda_twin, f"logp_rows_{suffix}")(row.data_ptr(), 1, vocab, vocab, target.data_ptr(), 1.0, 0.0, *results)
+        cuda_twin.logp_rows_cuda(row[None], target, 1.0, 0.0, logp, lse, entropy, correct, 0)
         found.append((logp.item(), lse.item(), entropy.item()))
     assert len(set(found)) == 1
     assert not math.isnan(found[0][0])

@@ -365,7 +365,7 @@ def test_cuda_graphs_generate_what_the_plain_engine_generates(family):
     """fp32, where a step's rounding does not flip the most probable token of these models."""
     model = ready(FAMILIES[family]()).cuda()
     params = SamplingParams(n=2, temperature=0.0, max_tokens=24)
-    ours = Engine(model)
+    ours = Engine(model, prefix_caching=False)  # a prompt that is forwarded in part has other row counts, and on a GPU other bits
     found = [ours.rollout(prompts_of(3, 17, 33, 120), params) for _ in range(2)]
     want = without_graphs(model).rollout(prompts_of(3, 17, 33, 120), params)
     assert not ours._memory.cache.graphs.reason

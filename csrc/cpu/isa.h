@@ -12,7 +12,19 @@ Isa isa();  // in use: the widest that the machine has, unless a test has chosen
 
 }  // namespace fa
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(FA_CUDA_ALONE)  // the bindings beside a host twin of the CUDA kernels (tests/conftest.py): no CPU kernel is linked
+#include <stdexcept>
+#include <string>
+namespace fa {
+template <typename Result>
+[[noreturn]] Result not_linked(const char* function) {
+  throw std::logic_error(std::string(function) + ": this build has the CUDA kernels alone");
+}
+}  // namespace fa
+#define FA_DECLARE(...) \
+  namespace fa::baseline { __VA_ARGS__ }
+#define FA_CALL(fn, ...) (::fa::not_linked<decltype(::fa::baseline::fn(__VA_ARGS__))>(#fn))
+#elif defined(__x86_64__) || defined(_M_X64)
 #define FA_DECLARE(...)                \
   namespace fa::baseline { __VA_ARGS__ } \
   namespace fa::avx2 { __VA_ARGS__ }     \

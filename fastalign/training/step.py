@@ -48,7 +48,7 @@ class MicroBatch:
     """A pass whose loss is an objective of log-probs.
 
     Attributes:
-        packed: the token tree.
+        packed: the token tree, on any device.
         objective: `objective(logp, entropy, span)` → its share of the final scalar, or (share, {name: sum}).
         units: [U+1] offsets of the runs of targets that the objective couples; None: every token on its own.
         log_square_sum: [N] fp32 buffer that gets log Σ_v p(v)² of each target's distribution before the objective is called, at the
@@ -66,23 +66,25 @@ class MicroBatch:
         """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
         replay = self.replay
         with nullcontext() if replay is None else replay.active():
-            head, hidden = head_of(model), scored_hidden(model, self.packed)
+            head = head_of(model)
+            packed = self.packed.to(head.weight.device)
+            hidden = scored_hidden(model, packed)
         temperature = head.temperature(options.temperature)
         logits: dict[str, Any] = {"bias": head.bias, "temperature": temperature, "logit_softcap": head.logit_softcap}
         logits["max_chunk_bytes"] = options.max_chunk_bytes
         if self.log_square_sum is not None:
             with torch.no_grad():
-                found = linear_scores(hidden, head.weight, self.packed.targets, fields=("log_square_sum",), **logits)
+                found = linear_scores(hidden, head.weight, packed.targets, fields=("log_square_sum",), **logits)
             assert found.log_square_sum is not None
             self.log_square_sum.copy_(found.log_square_sum)
         loss, metrics = linear_loss(
             hidden,
             head.weight,
-            self.packed.targets,
+            packed.targets,
             self.objective,
             units=self.units,
             return_entropy=True,
-            known_logits=None if replay is None else replay.logits(self.packed.rows, hidden.shape[1]),
+            known_logits=None if replay is None else replay.logits(packed.rows, hidden.shape[1]),
             **logits,
         )
         if backward:
@@ -97,8 +99,9 @@ def scored_hidden(model: nn.Module, packed: Packed) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, packed: Packed, *, temperature: float = 1.0) -> Tensor:
-    """Log-probs [N] fp32 (nats) of a packed batch's targets, no gradient: the reference's, or an old policy's."""
+    """Log-probs [N] fp32 (nats) of a packed batch's targets, no gradient: the reference's, or an old policy's; on the model's device."""
     head = head_of(model)
+    packed = packed.to(head.weight.device)
     return linear_logp(
         scored_hidden(model, packed),
         head.weight,
