@@ -139,8 +139,9 @@ def cuda_twin() -> ModuleType:
     includes = [f"-I{path}" for path in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
     macros = [f"-DHAS_{prefix}{op}" for op in ops for prefix in ("", "CUDA_")]
     macros += ["-DHAS_CUDA", "-DFA_CUDA_ALONE", '-DFA_CUDA_ARCHITECTURES="host twin"']
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c", *macros, *includes]
-    sources = [*kernels, *(ROOT / f"csrc/bind_{op}.cpp" for op in ops), ROOT / "csrc/bindings.cpp"]
+    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c", *macros, *includes]
+    bindings = [*(ROOT / f"csrc/bind_{op}.cpp" for op in ops), ROOT / "csrc/bindings.cpp"]
+    sources = [(path, level) for paths, level in ((bindings, "-O0"), (kernels, "-O1")) for path in paths]
     text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*")))
     folder = ROOT / "build" / f"cuda-twin-{hashlib.sha256(text + repr((compiler, flags, sys.version)).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ def cuda_twin() -> ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other test processes wait for this one's
         if not (folder / "_C.so").exists():
             objects = [str(folder / f"{number}.o") for number in range(len(sources))]
-            commands = [[*compiler, *flags, str(source), "-o", object] for source, object in zip(sources, objects, strict=True)]
+            commands = [[*compiler, *flags, level, str(path), "-o", to] for (path, level), to in zip(sources, objects, strict=True)]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_compile, commands))
             _compile([*compiler, "-shared", *objects, "-o", str(folder / "linked.so")])

@@ -116,6 +116,10 @@ class _Ops(TorchDispatchMode):
         known = {storage._cdata for x in operands if (storage := _storage(x)) is not None}
         if name == "mm" and func._overloadname == "dtype":  # a wide sum of narrow products: torch has it on CUDA alone
             out = torch.mm(*(x.to(args[2]) for x in args[:2]))
+        elif name == "mm" and func._overloadname == "dtype_out":
+            out = torch.mm(*(x.to(args[2]) for x in args[:2]), out=kwargs["out"])
+        elif name == "set_":  # another storage, which is where it was
+            return func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
         if name in UNFILLED and out.is_floating_point() and not out.is_meta:

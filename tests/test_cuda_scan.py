@@ -99,6 +99,7 @@ def test_cuda_gae_is_exact_over_one_sequence_of_131072_tokens(cuda_twin):
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cuda_gae_looks_past_256_tiles_of_one_sequence(cuda_twin):
     """An impulse at the end of 264 tiles of holes reaches the first token: the windows over tiles are joined in order."""
     total = 264 * TILE

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from plain_rewards import halves, known_below_four
 from preference_runs import rows_of
 from test_recipes import arguments, task  # noqa: F401  (a fixture)
 
@@ -74,14 +75,6 @@ def judged(rewards, lengths, beside):
     with rewards:
         score(rewards, [Prompt([5], "p", {}, 0)], rollout, beside=beside)
     return samples
-
-
-def halves(completions, **columns):
-    return [len(text) / 2 for text in completions]
-
-
-def known_below_four(completions, **columns):
-    return [1.0 if len(text) < 4 else None for text in completions]
 
 
 def test_what_an_environment_gave_is_added_to_what_the_others_come_to():
