@@ -3,7 +3,7 @@
 Inside `stand_in_cuda()` the code of a GPU runs on a CPU. As on a GPU an op over tensors of two devices raises, a device tensor has no
 `.numpy()`, and what `torch.empty` gives may hold anything: here NaN. Our CUDA kernels run on their host twin where a module that has them
 is given. It says nothing about speed, about streams, or about what torch's own C++ code would do on a device; decode steps are run again
-instead of being replayed. It holds for the calling thread and the backward passes that it starts.
+instead of being replayed. It holds for the calling thread and those that start inside of it.
 
 What is on the device is known by storage, so views go along. torch's C++ code itself only sees the CPU: a tensor that it makes out of
 nothing (the zeros that a backward pass starts from) belongs to no device until it meets one.
@@ -12,6 +12,7 @@ nothing (the zeros that a backward pass starts from) belongs to no device until 
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -73,7 +74,25 @@ class _Storages:
 
 
 _on_device, _anywhere = _Storages(), _Storages()
-_asked: list[tuple[str, Any]] = []  # the calls from Python that are in progress: name, device that was asked for
+
+
+class _Progress(threading.local):
+    """A thread's calls from Python that are in progress: name, device that was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def append(self, call: tuple[str, Any]) -> None:
+        self.calls.append(call)
+
+    def pop(self) -> None:
+        self.calls.pop()
+
+    def last(self) -> tuple[str, Any]:
+        return self.calls[-1] if self.calls else ("", None)
+
+
+_asked = _Progress()
 
 
 def _storage(tensor: Tensor) -> Any:
@@ -129,13 +148,13 @@ class _Ops(TorchDispatchMode):
         anywhere = False
         if _is_cuda(given):
             cuda = True
-        elif _asked and _asked[-1][1] is not None:
-            cuda = _is_cuda(_asked[-1][1])
+        elif _asked.last()[1] is not None:
+            cuda = _is_cuda(_asked.last()[1])
         elif operands:
             cuda = any(on) and not (given is not None and operands[0].is_meta)
             anywhere = not cuda and any(x in _anywhere for x in operands)
         else:
-            cuda, anywhere = False, not (_asked and _asked[-1][0] in MAKERS)
+            cuda, anywhere = False, _asked.last()[0] not in MAKERS
         for x in _tensors((out,)):
             if (storage := _storage(x)) is not None and storage._cdata not in known:
                 _place(x, cuda=cuda, anywhere=anywhere)
@@ -331,8 +350,17 @@ def stand_in_cuda(twin: types.ModuleType | None = None) -> Iterator[None]:
         patch.setattr(torch.autograd, "_engine_run_backward", backward)
         patch.setattr(torch.autograd.graph, "_engine_run_backward", backward)
         patch.setattr(graphs, "CudaRecorder", _Recorder)
+        patch.setattr(threading.Thread, "run", _run_thread)
         with _Calls(), _Ops():
             yield
+
+
+_thread = threading.Thread.run
+
+
+def _run_thread(thread: threading.Thread) -> None:
+    with _Calls(), _Ops():
+        _thread(thread)
 
 
 @contextmanager

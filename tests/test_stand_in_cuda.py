@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 
@@ -11,7 +12,7 @@ from stand_in_cuda import CUDA, stand_in_cuda, waits
 from tiny_models import llama, ready, write_arithmetic_model
 
 from fastalign.cli import main
-from fastalign.generation import Engine, SamplingParams
+from fastalign.generation import AsyncEngine, Engine, SamplingParams
 from fastalign.ops import backend
 
 REWARD = """
@@ -44,6 +45,7 @@ QUICK = [
     ("distill", ""),
     ("rft", ""),
     ("grpo", "--beta 0.04"),
+    ("grpo", "--max_staleness 1"),
     ("grpo", "--algorithm prime"),
     ("ppo", ""),
 ]
@@ -168,3 +170,34 @@ def test_engine_generates_on_the_device_what_it_generates_on_the_cpu(cuda_twin, 
         assert [ids for ids, _ in other] == [ids for ids, _ in want]
         for (_, ours), (_, theirs) in zip(other, want, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_engine_behind_a_thread_serves_the_device(monkeypatch):
+    """Streams and scores of two clients, also through a change of the weights."""
+    monkeypatch.setattr(backend, "has_triton", lambda op: False)
+    params = SamplingParams(n=2, max_tokens=8, seed=1, logprobs=True)
+
+    def served(device):
+        engine = Engine(ready(llama()).to(device), block_size=8)
+
+        async def client(live, prompt):
+            ids = [[], []]
+            async for delta in live.stream(prompt, params):
+                ids[delta.index] += delta.token_ids
+            return ids
+
+        async def serve():
+            async with AsyncEngine(engine) as live:
+                answers = await asyncio.gather(client(live, [1, 2, 3]), client(live, list(range(20))))
+                return answers, await live.score([[4, 5, 6, 7]])
+
+        first, scores = asyncio.run(serve())
+        with engine.updating_weights(), torch.no_grad():
+            engine.model.get_output_embeddings().weight.mul_(1.5)
+        return first, asyncio.run(serve())[0], scores[0].logprobs
+
+    want = served("cpu")
+    with stand_in_cuda():
+        got = served("cuda")
+    assert got[:2] == want[:2]
+    assert got[2][1:] == pytest.approx(want[2][1:], abs=1e-4)
