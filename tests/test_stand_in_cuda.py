@@ -15,6 +15,8 @@ from fastalign.cli import main
 from fastalign.generation import AsyncEngine, Engine, SamplingParams
 from fastalign.ops import backend
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+
 REWARD = """
 def ends_well(prompts, completions, **columns):
     return [float(c[-1:] in "13579") for c in completions]

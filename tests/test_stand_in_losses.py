@@ -14,6 +14,8 @@ from fastalign.losses.unpaired import UNPAIRED
 from fastalign.ops import backend
 from fastalign.ops.linear_scores import linear_scores
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+
 LENGTHS, WIDTH, VOCAB = [5, 4, 7, 3, 1, 6, 8, 2], 16, 37
 TOKENS, SEQUENCES = sum(LENGTHS), len(LENGTHS)
 
