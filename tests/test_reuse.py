@@ -69,7 +69,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = ("gspo", "raft_pp", "remax", "checkpointing in bfloat16")  # each a mixture of what the others cover
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in RUNS])
 def test_weights_are_those_of_a_forward_pass_of_its_own(task, tmp_path, name):
     weights, rows = trained(task, tmp_path / "reused", True, RUNS[name])
     again, plain = trained(task, tmp_path / "again", False, RUNS[name])

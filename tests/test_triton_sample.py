@@ -80,7 +80,7 @@ def test_triton_sample_keeps_ties_like_the_reference(vocab, dtype):
     torch.testing.assert_close(kept, mass, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("case", [{}, {"temperature": 0.8, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("case", [pytest.param({}, marks=pytest.mark.slow), {"temperature": 0.8, "min_p": 0.1}], ids=str)
 def test_triton_sample_chi_square(case):
     """Draws with counter-based uniforms from one distribution."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(2))
@@ -97,7 +97,9 @@ def test_triton_sample_chi_square(case):
     assert chi2 < freedom + 4.5 * (2 * freedom) ** 0.5 + 8
 
 
-@pytest.mark.parametrize("case", [{"top_k": 5}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02}], ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param({"top_k": 5}, marks=pytest.mark.slow), {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02}], ids=str
+)
 def test_triton_sample_follows_the_truncated_distribution(case):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(700, generator=generator) * 2
