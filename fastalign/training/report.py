@@ -148,7 +148,7 @@ def _short(value: float) -> str:
     for size, letter in ((1e9, "B"), (1e6, "M")):
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _numeric_columns(table: Mapping[str, Any]) -> list[bool]:
