@@ -4,8 +4,9 @@
 
 Random weights of the shape in bf16; `batch` unshared prompts, sampling at temperature 1, no early stop. The prompts are so long that the
 mean context over the measured steps is `context`. A step's time is the difference of two calls, of 1 + `new` and of 1 new tokens, divided
-by `new`: prompts drop out. Sides: the engine with graphs and without (both also return two log-probs a token), `model.generate`
-(side "torch") and `model.generate_batch`, transformers' continuous batching; the floor reads, in one kernel, as many bytes as a step must:
+by `new`: prompts drop out. Sides: the engine, the same reading each step's tokens before it queues the next, and the same without graphs
+(all also return two log-probs a token), `model.generate` (side "torch") and `model.generate_batch`, transformers' continuous batching; the
+floor reads, in one kernel, as many bytes as a step must:
 the weights once, and the keys and values of every context. A side that fails says why and leaves its row out; what was measured is
 written after every side. `--shape tiny` on a CPU checks the bench itself.
 """
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -72,7 +74,8 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 def sides(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Side]:
     """Every generator over the same prompts; the engines keep their cache and graphs from call to call."""
     prompts = ids.tolist()
-    engines = {name: Engine(model, prefix_caching=False, cuda_graphs=name == "fastalign") for name in ("fastalign", "fastalign, no graphs")}
+    less: dict[str, dict[str, Any]] = {", read at once": {"async_scheduling": False}, ", no graphs": {"cuda_graphs": False}}
+    engines = {f"fastalign{name}": Engine(model, prefix_caching=False, **options) for name, options in ({"": {}} | less).items()}
 
     def ours(name: str) -> Side:
         return lambda new: engines[name].rollout(prompts, SamplingParams(max_tokens=new, seed=0, ignore_eos=True))

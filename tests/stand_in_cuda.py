@@ -37,7 +37,7 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 UNFILLED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 WAITS = {"_local_scalar_dense", "nonzero"}
 
-waits: Counter[str] = Counter()  # what a host would have waited for, by op
+waits: Counter[str] = Counter()  # what a host would have waited for, by op: also each copy to the device that is not `non_blocking`
 _debug = {"mode": "default"}  # of torch.cuda.set_sync_debug_mode
 
 
@@ -176,6 +176,7 @@ def _check(name: str, args: Any, operands: list[Tensor], on: list[bool]) -> None
         return
     strays = [x for x, there in zip(operands, on, strict=True) if not there and x.dim() > 0 and x not in _anywhere]
     if name in INDEXING and on[0]:
+        _wait("an index on the host", unless=not strays)
         strays = [x for x in strays if len(args) > 2 and x is args[2]]
     if strays:
         shapes = ", ".join(str(list(x.shape)) for x in strays)
@@ -203,16 +204,19 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
     if func is Tensor.pin_memory:
         return args[0]
-    if func is Tensor.copy_ and args[1] in _on_device and args[0] not in _on_device:
-        _wait("copy_", unless=kwargs.get("non_blocking", False))
+    if func is Tensor.copy_ and (args[0] in _on_device) != (args[1] in _on_device):
+        _wait("copy_", unless=kwargs.get("non_blocking", len(args) > 2 and args[2]))
     device = kwargs.get("device")
     if func is Tensor.new_tensor or (func in FROM_DATA and not _is_meta(device)):
         rest = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
         if func is Tensor.new_tensor:
-            return _place(torch.tensor(*args[1:], **rest), cuda=args[0] in _on_device if device is None else _is_cuda(device))
+            cuda = args[0] in _on_device if device is None else _is_cuda(device)
+            _wait("new_tensor", unless=not cuda)
+            return _place(torch.tensor(*args[1:], **rest), cuda=cuda)
         if isinstance(args[0], Tensor) and func is not torch.tensor:
             return args[0] if device is None else _moved(Tensor.to, args[0], device, **rest)
         out = func(*args, **rest)
+        _wait(func.__name__, unless=not _is_cuda(device))
         return _place(out, cuda=True) if _is_cuda(device) else out
     return func(*args, **kwargs)
 
@@ -234,7 +238,7 @@ def _moved(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     cuda = x in _on_device if device is None else _is_cuda(device)
     if cuda == (x in _on_device):
         return x.to(dtype, copy=kwargs.get("copy", False))
-    _wait("to the host", unless=cuda or kwargs.get("non_blocking", False))
+    _wait("to the device" if cuda else "to the host", unless=kwargs.get("non_blocking", False))
     _asked.append(("to", CUDA if cuda else CPU))
     try:
         return torch.ops.aten._to_copy(x, dtype=dtype, device=CUDA if cuda else CPU)
@@ -253,7 +257,7 @@ class _Stream:
 
 
 class _Event:
-    """Of a copy to the device, which the step before has read when it is asked: that waits for nothing, and is not counted."""
+    """Of a copy that the device has made when it is asked, a step later: that waits for nothing, and is not counted."""
 
     def __init__(self, *_args: Any, **_options: Any) -> None: ...
     def record(self, *_args: Any) -> None: ...

@@ -333,7 +333,7 @@ def test_async_a_failed_step_reaches_every_client_and_the_engine_goes_on(model, 
         readers = [asyncio.ensure_future(joined(engine.stream(prompt, LONG), 1)) for prompt in PROMPTS]
         await eventually(lambda: engine.engine.stats.decoded_tokens > 20)
         forward = engine.engine._run.runner.forward
-        engine.engine._run.runner.forward = lambda plan: forward(plan) + 1 / 0
+        engine.engine._run.runner.forward = lambda *args: forward(*args) + 1 / 0
         for result in await asyncio.gather(*readers, return_exceptions=True):
             assert isinstance(result, EngineFailedError)
             assert "ZeroDivisionError" in str(result)

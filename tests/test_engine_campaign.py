@@ -209,6 +209,7 @@ def engines(draw):
         "max_num_seqs": rows,
         "max_num_batched_tokens": rows + draw(st.sampled_from([0, 7, 30, 30, 400])),
         "prefix_caching": draw(st.sampled_from([True, True, False])),
+        "async_scheduling": draw(st.booleans()),
     }
 
 

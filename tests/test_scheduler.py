@@ -8,15 +8,16 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastalign.generation.blocks import BlockPool
+from fastalign.generation.draws import Drawn, Sampled
 from fastalign.generation.groups import Group
 from fastalign.generation.params import SamplingParams, Stats
 from fastalign.generation.rows import Rows
 from fastalign.generation.run import Run, finished
-from fastalign.generation.sampler import Drawn
 from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopTable
 
@@ -47,15 +48,24 @@ class ToyRunner:
         self.cache = np.full((pool.num_blocks, pool.block_size), -1)
         self.forwarded = 0
 
-    def forward(self, plan):
+    def forward(self, plan, unread=None):
         assert 0 < plan.counts.sum() <= self.budget
         sources, targets = plan.copies
         self.cache[targets] = self.cache[sources]
+        known, here = self.rows.length[plan.rows], self.rows.tokens.copy()
+        here[plan.rows, np.minimum(known, here.shape[1] - 1)] = -2  # nobody knows them yet
+        late = np.flatnonzero(plan.starts >= known)
+        if len(late):
+            assert (plan.starts[late] == known[late]).all()
+            assert (plan.counts[late] == 1).all()
+            ids = torch.full((len(plan.rows),), -3)
+            unread.put(ids, plan.rows[late], late)
+            here[plan.rows[late], known[late]] = ids[late]
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for position in range(start, start + count):
                 block = self.rows.table[row, position // self.pool.block_size]
                 assert self.pool.references[block] == 1, "a shared block was written"
-                self.cache[block, position % self.pool.block_size] = self.rows.tokens[row, position]
+                self.cache[block, position % self.pool.block_size] = here[row, position]
         self.forwarded += plan.counts.sum()
         return plan
 
@@ -67,10 +77,12 @@ class ToyRunner:
 
     def read(self, row):
         """The sequence as its block table and the cache tell it."""
-        length = self.rows.length[row]
+        length, known = self.rows.expected[row], self.rows.length[row]
         blocks = self.rows.table[row, : -(-length // self.pool.block_size)]
         tokens = self.cache[blocks].reshape(-1)[:length]
-        assert np.array_equal(tokens, self.rows.tokens[row, :length])
+        assert length - known in (0, 1)
+        assert np.array_equal(tokens[:known], self.rows.tokens[row, :known])
+        assert (tokens >= 0).all()
         return tokens.tolist()
 
 
@@ -81,10 +93,14 @@ class ToySampler:
             next_token(prefixes[a], int(rows.request[r]), int(s)) for a, r, s in zip(draws.at, draws.source, draws.sample, strict=True)
         ]
         values = np.array([len(prefixes[a]) for a in draws.at], np.float32)  # a value that tells the position
-        return Drawn(np.array(tokens, np.int64), -values, -2 * values, np.ones(len(tokens), np.float32))
+        drawn = Drawn(np.array(tokens, np.int64), -values, -2 * values, np.ones(len(tokens), np.float32))
+        return Sampled.known(drawn, torch.device("cpu"))
+
+    def waits(self, draws):
+        return False
 
 
-def run(requests, *, num_blocks, block_size, num_rows, budget):
+def run(requests, *, num_blocks, block_size, num_rows, budget, ahead):
     """requests: [(prompt, n, max_tokens)] → (groups, stats, runner)."""
     pool, stats, stops = BlockPool(num_blocks, block_size), Stats(), StopTable(VOCAB)
     stop_set = stops.add([EOS])
@@ -99,19 +115,28 @@ def run(requests, *, num_blocks, block_size, num_rows, budget):
         scheduler.add(group)
     runner, sampler = ToyRunner(rows, pool, budget), ToySampler()
     sampler.rows = rows
-    job = Run(rows, scheduler, runner, sampler, stops, tokenizer=None, version=3, on_finish=lambda _: None)
+    job = Run(rows, scheduler, runner, sampler, stops, tokenizer=None, version=3, ahead=ahead)
+    called = 0
     while scheduler.busy:
         job.step()
+        called += 1
         held = sum(rows.num_blocks[row] for row in scheduler.active)
         assert pool.references.sum() >= held
-        assert stats.steps < 20000, "no progress"
+        assert called < 20000, "no progress"
     assert pool.num_used == 0
     assert finished(groups)
     return groups, stats, runner
 
 
 def check(requests, **limits):
-    groups, stats, runner = run(requests, **limits)
+    """With the draws of each step read at once, and read a step later; returns the counts of the former."""
+    stats = check_run(requests, **limits, ahead=False)
+    check_run(requests, **limits, ahead=True)
+    return stats
+
+
+def check_run(requests, *, ahead, **limits):
+    groups, stats, runner = run(requests, ahead=ahead, **limits)
     for group, (prompt, n, most) in zip(groups, requests, strict=True):
         assert len(group.members) == n
         for member in group.members:
@@ -126,7 +151,9 @@ def check(requests, **limits):
     assert stats.prompt_tokens == sum(len(prompt) for prompt, _, _ in requests)
     assert stats.decoded_tokens == sum(len(m.record.tokens) for g in groups for m in g.members)
     first_time = sum(len(g.prompt) + sum(len(m.record.tokens) - 1 for m in g.members) for g in groups)
-    assert runner.forwarded == first_time + stats.recomputed_tokens
+    stops = sum(member.finish_reason == "stop" for group in groups for member in group.members)
+    in_vain = runner.forwarded - first_time - stats.recomputed_tokens
+    assert 0 <= in_vain <= stops if ahead else in_vain == 0  # the one token behind a stop
     return stats
 
 
@@ -173,7 +200,7 @@ def test_schedule_fits_one_sequence_exactly():
     num_rows=st.integers(1, 12),
     spare_budget=st.integers(0, 40),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_schedule_random_loads_give_what_one_by_one_gives(requests, block_size, spare_blocks, num_rows, spare_budget):
     work = [([1 + (i * 7 + k) % (VOCAB - 1) for k in range(length)], n, most) for i, (length, n, most) in enumerate(requests)]
     needed = max(-(-(len(prompt) + most) // block_size) for prompt, _, most in work)
@@ -188,7 +215,7 @@ def test_schedule_random_loads_give_what_one_by_one_gives(requests, block_size, 
     num_rows=st.integers(1, 40),
     spare_budget=st.integers(0, 100),
 )
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_schedule_long_random_campaign(requests, block_size, spare_blocks, num_rows, spare_budget):
     work = [([1 + (i * 7 + k) % (VOCAB - 1) for k in range(length)], n, most) for i, (length, n, most) in enumerate(requests)]
     needed = max(-(-(len(prompt) + most) // block_size) for prompt, _, most in work)

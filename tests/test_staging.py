@@ -28,7 +28,7 @@ def test_packed_bytes_come_back_in_their_order():
     packed = pack_bytes(COLUMNS)
     assert packed.dtype == torch.uint8
     assert packed.numel() == sum(column.numel() * column.element_size() for column in COLUMNS)
-    same_bytes(unpack_bytes(packed, COLUMNS), COLUMNS)
+    same_bytes([x.numpy() for x in unpack_bytes(packed, COLUMNS)], COLUMNS)
 
 
 def test_to_host_of_host_tensors_copies_nothing():

@@ -205,8 +205,8 @@ def test_engine_behind_a_thread_serves_the_device(monkeypatch):
     assert got[2][1:] == pytest.approx(want[2][1:], abs=1e-4)
 
 
-def test_engine_waits_for_the_device_once_a_step(cuda_twin):
-    """For the tokens that were drawn; nothing else of a decode step, neither plan nor sampler, waits."""
+def test_engine_waits_for_nothing_but_the_tokens_of_the_step_before(cuda_twin):
+    """Whose copy is not counted: the device has the next step to do meanwhile. Neither plan nor sampler waits, nor a copy to the device."""
     with stand_in_cuda(cuda_twin):
         engine = Engine(ready(llama(num_hidden_layers=1)).to("cuda"), block_size=8, prefix_caching=False)
         found = []
@@ -214,5 +214,4 @@ def test_engine_waits_for_the_device_once_a_step(cuda_twin):
             waits.clear()
             engine.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=steps, top_p=0.9, seed=0, ignore_eos=True, logprobs=True))
             found.append(waits.total())
-    assert found[1] - found[0] == 3, waits
-    assert found[0] <= 3, waits
+    assert found == [0, 0], waits

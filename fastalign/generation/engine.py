@@ -44,6 +44,8 @@ class Engine(LiveEngine):
         quantization: "int8": on the CPU linear layers multiply by 8-bit weights (`ops.int8`), the head by its own. Log-probs are then
             those of the quantized model, which differ from training's; the weights themselves stay as they are.
         cuda_graphs: on a GPU, record decode steps and replay them (generation/graphs.py).
+        async_scheduling: queue a step before the tokens of the one before have been read (generation/run.py), so that the device does
+            not wait for the host; None: on a GPU.
 
     Attributes:
         stats: counts of what was done; `stats.reset()` sets them to zero.

@@ -100,10 +100,13 @@ class DecodeGraphs:
         """Drops every graph: what they read has moved."""
         self._graphs.clear()
 
-    def forward(self, plan: Plan, rows: Rows, cache: KVCache) -> Tensor | None:
+    def forward(self, plan: Plan, rows: Rows, cache: KVCache, put: Callable[[Tensor], object] = lambda ids: None) -> Tensor | None:
         """The last hidden rows [S, H] of a step in which every sequence decodes; None: run it without a graph.
 
         The block copies of the plan have been made. The result is overwritten by the next call.
+
+        Args:
+            put: writes the ids, one a sequence, that `rows` do not have yet.
         """
         if self.reason or not len(plan.rows) or (plan.counts != 1).any():
             return None
@@ -118,6 +121,7 @@ class DecodeGraphs:
             graph[0].fill(*step)
         if graph is None:
             return None
+        put(graph[0].ids)
         self._graphs[key] = graph  # behind all others: the first is the one used longest ago
         self.replayed += 1
         return graph[1]()[: len(plan.rows)]

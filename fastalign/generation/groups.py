@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastalign.generation.blocks import Blocks
 from fastalign.generation.params import SamplingParams
-from fastalign.generation.rows import Record, RowSpec
+from fastalign.generation.rows import Record, Rows, RowSpec
 from fastalign.generation.stops import StopScanner
 
 MAX_SAMPLES = 1 << 20  # of one group: `order` keeps the sample in its low 20 bits
@@ -99,6 +99,16 @@ class Group:
     @property
     def forked(self) -> bool:
         return len(self.members) == self.params.n
+
+    def break_off(self, error: BaseException, rows: Rows | None) -> None:
+        """Ends its samples with what they have, after an error in the middle of a step; `rows` are no longer theirs."""
+        for member in self.members:
+            if member.row >= 0 and rows is not None:
+                member.record, member.row = rows.record(member.row), -1
+            member.finish_reason = member.finish_reason or "error"
+        missing = range(len(self.members), self.params.n)
+        self.members.extend(Member(self, j, finish_reason="error") for j in missing)
+        self.error = RuntimeError(f"the engine's step broke off: {type(error).__name__}: {error}")
 
     def spec(self, member: Member) -> RowSpec:
         order = self.index * MAX_SAMPLES + member.index

@@ -13,7 +13,7 @@ from torch import nn
 from fastalign.generation.blocks import BlockPool
 from fastalign.generation.deadlines import Deadlines
 from fastalign.generation.graphs import DecodeGraphs
-from fastalign.generation.groups import Group, Member
+from fastalign.generation.groups import Group
 from fastalign.generation.memory import Memory
 from fastalign.generation.params import TIMEOUT, RequestFailedError, SamplingParams, Stats
 from fastalign.generation.recorder import Recorder
@@ -46,6 +46,7 @@ class LiveEngine:
         prefix_caching: bool = True,
         quantization: str | None = None,
         cuda_graphs: bool = True,
+        async_scheduling: bool | None = None,
     ) -> None:
         for name, value in (("block_size", block_size), ("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if value < 1:
@@ -57,7 +58,8 @@ class LiveEngine:
             use_fastalign_attention(base)
             probe(base)
         self.model, self.tokenizer = model, tokenizer
-        self.block_size, self.prefix_caching, self.cuda_graphs = block_size, prefix_caching, cuda_graphs
+        self.block_size, self.prefix_caching = block_size, prefix_caching
+        self.cuda_graphs, self.async_scheduling = cuda_graphs, async_scheduling
         self.max_num_seqs, self.max_num_batched_tokens = min(max_num_seqs, max_num_batched_tokens), max_num_batched_tokens
         self.stats, self.weight_version, self._packs = Stats(), 0, packs_for(base, quantization)
         self.kv_cache_tokens, self._memory = kv_cache_tokens, Memory(model, block_size, kv_cache_tokens, self.max_num_seqs)
@@ -218,13 +220,7 @@ class LiveEngine:
         """After an interrupt or an error in the middle of a step: live requests end with what they have, every block is free."""
         run, self._run = self._run, None
         for request in self._requests.values():
-            for member in request._group.members:
-                if member.row >= 0 and run is not None:
-                    member.record, member.row = run.rows.record(member.row), -1
-                member.finish_reason = member.finish_reason or "error"
-            missing = range(len(request._group.members), request.params.n)
-            request._group.members.extend(Member(request._group, j, finish_reason="error") for j in missing)
-            request._group.error = RuntimeError(f"the engine's step broke off: {type(error).__name__}: {error}")
+            request._group.break_off(error, None if run is None else run.rows)
         for known in (self._requests, self._untold, self._deadlines):
             known.clear()
         if self._memory.pool is not None:
@@ -297,4 +293,5 @@ class LiveEngine:
         rows.recorder = self._recorder
         runner = Runner(self.model, cache, rows, self.block_size, self._recorder)
         sampler = Sampler(head_of(self.model), rows, stops)
-        return Run(rows, scheduler, runner, sampler, stops, tokenizer=self.tokenizer, version=self.weight_version)
+        ahead = cache.data.is_cuda if self.async_scheduling is None else self.async_scheduling and self._recorder is None
+        return Run(rows, scheduler, runner, sampler, stops, tokenizer=self.tokenizer, version=self.weight_version, ahead=ahead)

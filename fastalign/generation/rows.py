@@ -70,7 +70,9 @@ class Rows:
     Attributes, all [R] unless said otherwise:
         tokens: [R, W] int64, prompt and completion.
         logprobs, raw_logprobs, kept_mass: [R, C] fp32, versions: [R, C] int32; column 0 is the first completion token.
-        length: tokens known; computed: tokens whose keys and values are in the cache (0 <= computed < length).
+        length: tokens known; expected: with those that are drawn and not read yet (`run.InFlight`), else the same.
+        computed: tokens whose keys and values are in the cache (0 <= computed < expected).
+        tenant: how many sequences have left the row, so that what was drawn for one of them is not taken for the next.
         high_water: tokens forwarded at least once; forwarding below it is recomputation.
         table: [R, max_blocks] int32; num_blocks: entries in use.
         limit, min_length: total tokens at which a sequence ends, and before which it does not stop.
@@ -83,6 +85,8 @@ class Rows:
     recorder: Recorder | None = None
 
     length: NDArray[np.int64]
+    expected: NDArray[np.int64]
+    tenant: NDArray[np.int64]
     computed: NDArray[np.int64]
     high_water: NDArray[np.int64]
     num_blocks: NDArray[np.int64]
@@ -109,7 +113,7 @@ class Rows:
         self.kept_mass = np.ones((num_rows, completion_width), np.float32)
         self.versions = np.zeros((num_rows, completion_width), np.int32)
         self.table = np.zeros((num_rows, max_blocks), np.int32)
-        ints = ("length", "computed", "num_blocks", "sample", "order", "draws", "high_water", "priority", "top")
+        ints = ("length", "expected", "tenant", "computed", "num_blocks", "sample", "order", "draws", "high_water", "priority", "top")
         for name in (*ints, "request", "limit", "stop_set", "min_length", "prompt_length", "top_k"):
             setattr(self, name, np.zeros(num_rows, np.int64))
         self.temperature = np.zeros(num_rows)  # fp64: 1 / temperature must round as the trainer's does
@@ -136,7 +140,8 @@ class Rows:
         self.tokens[row, start : start + drawn] = record.tokens
         for name in self.PER_TOKEN:
             getattr(self, name)[row, :drawn] = getattr(record, name)
-        self.length[row], self.prompt_length[row], self.earlier[row] = start + drawn, start, record.recorded
+        self.length[row] = self.expected[row] = start + drawn
+        self.prompt_length[row], self.earlier[row] = start, record.recorded
         params = spec.params
         self.temperature[row], self.top_p[row], self.top_k[row], self.min_p[row] = (
             params.temperature,
@@ -155,7 +160,7 @@ class Rows:
         length = self.length[source]
         self.tokens[target, :length] = self.tokens[source, :length]
         self.table[target, : self.num_blocks[source]] = self.table[source, : self.num_blocks[source]]
-        for name in (*self.CONSTANTS, "length", "computed", "num_blocks", "high_water"):
+        for name in (*self.CONSTANTS, "length", "expected", "computed", "num_blocks", "high_water"):
             column = getattr(self, name)
             column[target] = column[source]
         self.processors[target], self.earlier[target] = self.processors[source], self.earlier[source]
@@ -184,6 +189,10 @@ class Rows:
         both = slice(0, len(shorter))
         out[both] = np.where(before[both] >= 0, before[both], found[both])
         return out
+
+    def pending(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that each of `rows` has to forward: none where the last one is being drawn."""
+        return np.where(self.expected[rows] < self.limit[rows], self.expected[rows] - self.computed[rows], 0)
 
     def blocks(self, row: int) -> NDArray[np.int32]:
         """The blocks that `row` holds, a view."""

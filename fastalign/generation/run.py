@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastalign.generation.draws import Drawn, Draws, Sampled
 from fastalign.generation.groups import Group, Member
 from fastalign.generation.params import NotFiniteError, RequestFailedError
 from fastalign.generation.rows import Record, Rows
-from fastalign.generation.runner import Runner
-from fastalign.generation.sampler import Drawn, Draws, Sampler
+from fastalign.generation.runner import Runner, Unread
+from fastalign.generation.sampler import Sampler
 from fastalign.generation.scheduler import Scheduler
 from fastalign.generation.stops import StopScanner, StopTable
 
@@ -20,13 +22,38 @@ Ended = Callable[[int], object]
 Done = Callable[[Group], object]
 
 
+@dataclass(frozen=True, eq=False)
+class InFlight:
+    """Draws of a step that the host has not read yet.
+
+    Attributes:
+        draws, sampled: D of them.
+        tenants: [D] of `rows.tenant` at that time: a draw counts while its sequence has kept its row.
+        version: of the weights.
+        waits: it must be read before the next step.
+    """
+
+    draws: Draws
+    sampled: Sampled
+    tenants: NDArray[np.int64]
+    version: int
+    waits: bool
+
+
 class Run:
     """Puts scheduler, runner and sampler together.
+
+    With `ahead` a step is queued on the device before the host has read what the step before drew, so that neither waits for the other.
+    The next step begins with tokens that are still on the device. What that needs is known without them: a sequence is one token longer,
+    and one that reaches its limit is left out. A sequence that turns out to have ended was forwarded once too often, which nobody
+    sees: the draw is dropped, as is that of a sequence that lost its row meanwhile and will draw the same token again, by the same key.
+    Steps that fork, and draws that read the tokens before them, are read at once.
 
     Args:
         rows, scheduler, runner, sampler, stops: of these sequences.
         tokenizer: for stop strings.
         version: the weight version that is recorded with every token.
+        ahead: queue a step before the draws of the one before have been read.
 
     Attributes:
         touched: groups that drew or ended in the last step, when `tracks` is set.
@@ -43,32 +70,61 @@ class Run:
         *,
         tokenizer: Any,
         version: int,
+        ahead: bool = False,
         on_finish: Ended = lambda _: None,
     ) -> None:
         self.rows, self.scheduler, self.runner, self.sampler, self.stops = rows, scheduler, runner, sampler, stops
         self.tokenizer, self.version, self.on_finish = tokenizer, version, on_finish
+        self.ahead = ahead
         self.on_done: Done | None = None
         self.tracks = False
         self.touched: dict[int, Group] = {}
+        self._in_flight: InFlight | None = None
 
     def step(self) -> None:
-        """Forwards one plan and draws for the sequences whose known tokens are all in the cache."""
+        """Forwards one plan and draws for the sequences whose known tokens are all in the cache; with `ahead` reads the draws before."""
         self.touched = {}
+        before, self._in_flight = self._in_flight, None
+        launched = self._launch(before)
+        if before is not None:
+            self._land(before)
+        if launched is not None and self.ahead and not launched.waits:
+            self._in_flight = launched
+        elif launched is not None:
+            self._land(launched)
+
+    def _launch(self, before: InFlight | None) -> InFlight | None:
+        """Queues a forward pass and its draws; None where nothing draws."""
         plan = self.scheduler.schedule()
-        hidden = self.runner.forward(plan)
+        if not len(plan.rows):
+            return None
+        unread = None if before is None else Unread(before.sampled.tokens, before.draws.source)
+        hidden = self.runner.forward(plan, unread)
         at = self.scheduler.advance(plan)
         if not len(at):
+            return None
+        rows, drawing = self.rows, plan.rows[at]
+        draws = Draws.of(rows, drawing)
+        sampled = self.sampler.draw(self.runner.select(hidden, at), draws, self.runner.keep_logits(plan, at))
+        rows.expected[drawing] += 1
+        waits = len(draws.source) > len(drawing) or self.sampler.waits(draws)
+        return InFlight(draws, sampled, rows.tenant[draws.source], self.version, waits)
+
+    def _land(self, flight: InFlight) -> None:
+        """Reads draws, and gives them to the sequences that are still there."""
+        draws, kept = flight.draws, np.flatnonzero(self.rows.tenant[flight.draws.source] == flight.tenants)
+        if not len(kept):
             return
-        drawing = plan.rows[at]
-        draws = Draws.of(self.rows, drawing)
-        drawn = self.sampler.draw(self.runner.select(hidden, at), draws, self.runner.keep_logits(plan, at))
+        drawn = flight.sampled.read()
+        if len(kept) < len(flight.tenants):
+            draws, drawn = draws.cut(kept), drawn.cut(kept)
         if (drawn.tokens < 0).any():
-            drawing, draws, drawn = self._without_failed(drawing, draws, drawn)
+            draws, drawn = self._without_failed(draws, drawn)
         if self.tracks:
-            for row in drawing.tolist():
+            for row in draws.source.tolist():
                 self._touch(self._group_of(row))
         self.scheduler.stats.decoded_tokens += len(drawn.tokens)
-        self._commit(draws, drawn, self._targets(draws, drawing))
+        self._commit(draws, drawn, self._targets(draws), flight.version)
 
     def end(self, group: Group, finish_reason: str, stop_reason: str | None = None) -> list[Member]:
         """Ends a group's unfinished samples where they are, and frees what they hold; returns them."""
@@ -93,18 +149,17 @@ class Run:
         assert member is not None
         return member.group
 
-    def _targets(self, draws: Draws, drawing: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _targets(self, draws: Draws) -> NDArray[np.int64]:
         """[D] the row that takes each draw; -1 where a forked sample found none."""
-        if len(draws.source) == len(drawing):
+        count = self.rows.draws[draws.source]
+        if (count == 1).all():
             return draws.source
-        targets = draws.source.copy()
-        count = self.rows.draws[drawing]
-        first = np.cumsum(count) - count
-        for i in np.flatnonzero(count > 1):
-            targets[first[i] : first[i] + count[i]] = self.scheduler.fork(int(drawing[i]))
+        targets, first = draws.source.copy(), np.diff(draws.source, prepend=-1) != 0
+        for i in np.flatnonzero((count > 1) & first):
+            targets[i : i + count[i]] = self.scheduler.fork(int(draws.source[i]))
         return targets
 
-    def _commit(self, draws: Draws, drawn: Drawn, targets: NDArray[np.int64]) -> None:
+    def _commit(self, draws: Draws, drawn: Drawn, targets: NDArray[np.int64], version: int) -> None:
         """Appends the draws to their sequences, and ends those that stop."""
         rows, source, tokens = self.rows, draws.source, drawn.tokens
         length = draws.position + 1
@@ -114,17 +169,17 @@ class Run:
         scanned = np.flatnonzero(rows.scans[source])
         told = len(scanned) > 0 or drawn.top is not None or bool(ended.any() or (targets < 0).any())
         owners = self._owners(draws, targets) if told else []
-        self._append(drawn, targets, draws.position - rows.prompt_length[source])
+        self._append(drawn, targets, draws.position - rows.prompt_length[source], version)
         for i in scanned:
             found = self._scan(owners[i], int(tokens[i]))
             if found is not None and may_stop[i] and not stopped[i]:
                 owners[i].stop_reason, stopped[i], ended[i] = found, True, True
         for draw, alternatives in (drawn.top or {}).items():
             owners[draw].top_logprobs.append(alternatives)
-        self._settle(draws, drawn, targets, owners)
+        self._settle(drawn, targets, owners, version)
         self._end(owners, tokens, stopped, ended)
 
-    def _append(self, drawn: Drawn, targets: NDArray[np.int64], column: NDArray[np.int64]) -> None:
+    def _append(self, drawn: Drawn, targets: NDArray[np.int64], column: NDArray[np.int64], version: int) -> None:
         rows = self.rows
         placed = slice(None) if (targets >= 0).all() else targets >= 0
         row, column = targets[placed], column[placed]
@@ -132,7 +187,7 @@ class Run:
         rows.logprobs[row, column] = drawn.logprobs[placed]
         rows.raw_logprobs[row, column] = drawn.raw_logprobs[placed]
         rows.kept_mass[row, column] = drawn.kept_mass[placed]
-        rows.versions[row, column] = self.version
+        rows.versions[row, column] = version
         rows.length[row] += 1
 
     def _owners(self, draws: Draws, targets: NDArray[np.int64]) -> list[Member]:
@@ -148,12 +203,12 @@ class Run:
             member.scanner = StopScanner(self.tokenizer, member.group.params.stop)
         return member.scanner.push(token)
 
-    def _settle(self, draws: Draws, drawn: Drawn, targets: NDArray[np.int64], owners: list[Member]) -> None:
+    def _settle(self, drawn: Drawn, targets: NDArray[np.int64], owners: list[Member], version: int) -> None:
         """Forked samples without a row keep their first token as a record."""
         for i in np.flatnonzero(targets < 0):
             one = slice(i, i + 1)
             floats = (drawn.logprobs[one].copy(), drawn.raw_logprobs[one].copy(), drawn.kept_mass[one].copy())
-            owners[i].record = Record(drawn.tokens[one].copy(), *floats, np.full(1, self.version, np.int32))
+            owners[i].record = Record(drawn.tokens[one].copy(), *floats, np.full(1, version, np.int32))
 
     def _end(self, owners: list[Member], tokens: NDArray[np.int64], stopped: NDArray[np.bool_], ended: NDArray[np.bool_]) -> None:
         for i in np.flatnonzero(ended):
@@ -176,17 +231,16 @@ class Run:
             if group.done and group.error is None:
                 self.on_done(group)  # type: ignore[misc]
 
-    def _without_failed(self, drawing: NDArray[np.int64], draws: Draws, drawn: Drawn) -> tuple[NDArray[np.int64], Draws, Drawn]:
+    def _without_failed(self, draws: Draws, drawn: Drawn) -> tuple[Draws, Drawn]:
         """Ends the requests of draws that came to nothing, and leaves their rows out."""
         for i in np.flatnonzero(drawn.tokens < 0).tolist():
             group = self._group_of(int(draws.source[i]))
             group.error = group.error or self._failure(drawn.errors.get(i), group) or self._not_finite(group, draws, i)
-        failed = np.array([self._group_of(row).error is not None for row in drawing.tolist()])
-        groups = {group.index: group for group in map(self._group_of, drawing[failed].tolist())}
-        kept = np.flatnonzero(~failed[draws.at])
-        for group in groups.values():
+        owners = [self._group_of(row) for row in draws.source.tolist()]
+        kept = np.array([i for i, group in enumerate(owners) if group.error is None], np.int64)
+        for group in {group.index: group for group in owners if group.error is not None}.values():
             self.end(group, "error")
-        return drawing[~failed], draws.cut(kept), drawn.cut(kept)
+        return draws.cut(kept), drawn.cut(kept)
 
     def _failure(self, error: Exception | None, group: Group) -> RequestFailedError | None:
         if error is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastalign.generation.plan import Plan
@@ -14,6 +17,7 @@ from fastalign.generation.recorder import Recorder
 from fastalign.generation.rows import Rows
 from fastalign.models.backbone import causal_lm, paged_hidden_states
 from fastalign.ops.attention import PagedLayout
+from fastalign.ops.staging import to_device
 
 if TYPE_CHECKING:
     from fastalign.generation.graphs import DecodeGraphs
@@ -57,8 +61,31 @@ class KVCache:
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copies whole blocks, in every layer at once."""
         if len(sources):
-            to = torch.from_numpy(targets).to(self.data.device, torch.int64)
-            self.data[:, :, to] = self.data[:, :, torch.from_numpy(sources).to(self.data.device, torch.int64)]
+            to, source = to_device(self.data.device, targets.astype(np.int64), sources.astype(np.int64))
+            self.data[:, :, to] = self.data[:, :, source]
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """Tokens that were drawn and are still where the model is.
+
+    Attributes:
+        tokens: [D] int64.
+        rows: [D] the sequences that they belong to.
+    """
+
+    tokens: Tensor
+    rows: NDArray[np.int64]
+
+    def put(self, ids: Tensor, rows: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        """Writes the tokens of `rows` to ids[at], both [P]; nothing waits for them."""
+        if np.array_equal(rows, self.rows) and np.array_equal(at, np.arange(len(rows))):
+            ids[: len(rows)] = self.tokens
+            return
+        place = np.zeros(1 + max(self.rows.max(initial=0), rows.max(initial=0)), np.int64)
+        place[self.rows] = np.arange(len(self.rows))
+        index, to = to_device(ids.device, place[rows], at)
+        ids[to] = self.tokens[index]
 
 
 def cache_shape(model: nn.Module) -> tuple[int, int, int]:
@@ -90,27 +117,33 @@ class Runner:
         self.model, self.cache, self.rows, self.block_size, self.recorder = model, cache, rows, block_size, recorder
         self.device = cache.data.device
 
-    def forward(self, plan: Plan) -> Tensor:
-        """The last hidden row of each of the plan's sequences, [S, H]."""
+    def forward(self, plan: Plan, unread: Unread | None = None) -> Tensor:
+        """The last hidden row of each of the plan's sequences, [S, H].
+
+        Args:
+            unread: what was drawn in the step before, if the rows do not have it yet.
+        """
         self.cache.copy(*plan.copies)
-        replayed = self.cache.graphs.forward(plan, self.rows, self.cache) if self.cache.graphs is not None else None
-        if replayed is not None:
-            return replayed
         rows, counts = plan.rows, plan.counts
         bounds = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=bounds[1:])
+        put = self._put(plan, bounds, unread)
+        replayed = self.cache.graphs.forward(plan, self.rows, self.cache, put) if self.cache.graphs is not None else None
+        if replayed is not None:
+            return replayed
         if len(rows) == bounds[-1]:  # every sequence decodes
             of, positions = rows, plan.starts
         else:
             of = np.repeat(rows, counts)
             positions = np.arange(bounds[-1]) + np.repeat(plan.starts - bounds[:-1], counts)
         slots = self.rows.table[of, positions // self.block_size].astype(np.int64) * self.block_size + positions % self.block_size
-        ids, layout = self._there(self.rows.tokens[of, positions]), self._layout(plan, bounds, slots)
-        hidden = paged_hidden_states(self.model, ids, self._there(positions), layout)
+        ids, places, written = to_device(self.device, self.rows.tokens[of, positions], positions, slots)
+        put(ids)
+        hidden = paged_hidden_states(self.model, ids, places, self._layout(plan, bounds, written))
         if self.recorder is not None:
             self.recorder.copied(*plan.copies)
             self.recorder.forwarded(slots)
-        return hidden if len(rows) == bounds[-1] else hidden[self._there(bounds[1:].astype(np.int64) - 1)]
+        return hidden if len(rows) == bounds[-1] else hidden[to_device(self.device, bounds[1:].astype(np.int64) - 1)[0]]
 
     def keep_logits(self, plan: Plan, at: np.ndarray) -> Callable[[slice, Tensor], None] | None:
         """Keeps logits of hidden rows that were selected by `at` from those of the plan just forwarded; None where nobody wants them."""
@@ -122,9 +155,17 @@ class Runner:
 
     def select(self, hidden: Tensor, at: np.ndarray) -> Tensor:
         """The rows `at` of hidden."""
-        return hidden if len(at) == len(hidden) else hidden[self._there(at)]
+        return hidden if len(at) == len(hidden) else hidden[to_device(self.device, at)[0]]
 
-    def _layout(self, plan: Plan, bounds: np.ndarray, slots: np.ndarray) -> PagedLayout:
+    def _put(self, plan: Plan, bounds: np.ndarray, unread: Unread | None) -> Callable[[Tensor], None]:
+        """What writes the tokens that the rows do not have yet into the ids of a step."""
+        late = np.flatnonzero(plan.starts >= self.rows.length[plan.rows])
+        if not len(late):
+            return lambda ids: None
+        assert unread is not None, "a sequence goes on from a token that was never drawn"
+        return partial(unread.put, rows=plan.rows[late], at=bounds[late].astype(np.int64))
+
+    def _layout(self, plan: Plan, bounds: np.ndarray, slots: Tensor) -> PagedLayout:
         columns, size = self.rows, self.block_size
         contexts = plan.starts + plan.counts
         width = -(-int(contexts.max()) // size)
@@ -132,10 +173,7 @@ class Runner:
             cu_seqlens=torch.from_numpy(bounds),
             context_lens=torch.from_numpy(contexts.astype(np.int32)),
             block_tables=torch.from_numpy(columns.table[plan.rows, :width]),
-            slots=self._there(slots),
+            slots=slots,
             k_cache=self.cache.keys,
             v_cache=self.cache.values,
         )
-
-    def _there(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)

@@ -51,10 +51,9 @@ class Scheduler:
         heapq.heappush(self._queue, (group.rank, group))
 
     def schedule(self) -> Plan:
-        """Admits what fits, picks the step's tokens under the budget, and gets the blocks that they are written to."""
+        """Admits what fits, and picks the step's tokens and blocks: none when the last tokens of all that runs are being drawn."""
         self._admit()
-        pending = self.rows.length[self.active] - self.rows.computed[self.active]
-        rows, counts = share(self.active, pending, self.max_num_batched_tokens)
+        rows, counts = share(self.active, self.rows.pending(self.active), self.max_num_batched_tokens)
         rows, counts = self._make_room(rows, counts)
         starts = self.rows.computed[rows]
         return Plan(rows, starts, counts, self._reserve(rows, starts))
@@ -62,7 +61,7 @@ class Scheduler:
     # --- admission ---------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        pending = int((self.rows.length[self.active] - self.rows.computed[self.active]).sum())
+        pending = int(self.rows.pending(self.active).sum())
         placed: list[int] = []
         while self._queue and pending < self.max_num_batched_tokens:
             group = self._queue[0][1]
@@ -77,7 +76,7 @@ class Scheduler:
                 self._drop_hold(self._holds[max(self._holds)])  # nothing runs: what is held must make way
                 continue
             placed.append(member.row)
-            pending += int(self.rows.length[member.row] - self.rows.computed[member.row])
+            pending += int(self.rows.pending(np.array([member.row]))[0])
             group.waiting.pop()
             if not group.waiting:
                 heapq.heappop(self._queue)
@@ -134,7 +133,7 @@ class Scheduler:
         return np.empty(0, np.int32), 0
 
     def _publish(self, row: int) -> None:
-        self.prefixes.publish(self.rows.tokens[row, : self.rows.computed[row]], self.rows.blocks(row))
+        self.prefixes.publish(self.rows.tokens[row, : min(self.rows.computed[row], self.rows.length[row])], self.rows.blocks(row))
 
     def _activate(self, rows: Ints) -> None:
         active = np.concatenate([self.active, rows])
@@ -145,7 +144,7 @@ class Scheduler:
     def _blocks_wanted(self, rows: Ints) -> tuple[Ints, Ints]:
         """([S] new blocks at the end, [S] indices into `rows` whose first written block is shared and must be copied)."""
         size, columns = self.pool.block_size, self.rows
-        grow = -(-columns.length[rows] // size) - columns.num_blocks[rows]
+        grow = -(-columns.expected[rows] // size) - columns.num_blocks[rows]
         at = columns.computed[rows] // size
         inside = np.flatnonzero(at < columns.num_blocks[rows])
         shared = self.pool.references[columns.table[rows[inside], at[inside]]] > 1
@@ -220,7 +219,7 @@ class Scheduler:
         prompts = columns.prompt_length[rows]
         for row in rows[(plan.starts < prompts) & (ends >= prompts)].tolist():
             self._publish(row)
-        return np.flatnonzero(ends == columns.length[rows])
+        return np.flatnonzero(ends == columns.expected[rows])
 
     def fork(self, row: int) -> Ints:
         """Makes n samples of the prompt in `row`; returns their rows, -1 where none was free (those wait)."""
@@ -289,6 +288,7 @@ class Scheduler:
         for row, member in zip(vacated, members, strict=True):
             self.pool.release(self.rows.blocks(row))
             self.rows.num_blocks[row] = 0
+            self.rows.tenant[row] += 1
             member.row, self.member[row] = -1, None
         self._free_rows.extend(vacated)
         self.active = self.active[~np.isin(self.active, vacated)]

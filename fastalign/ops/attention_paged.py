@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import attention_reference as reference
 from .attention_routes import Segments, route_of, varlen_attention
-from .staging import Staged
+from .staging import Staged, to_device
 
 if TYPE_CHECKING:
     from .attention import PagedLayout
@@ -140,8 +140,8 @@ def _plan(
         shape = (k_cache.shape[2], k_cache.shape[0])
         numbers, tokens, cells, items = module.paged_plan(*steps, *shape, group, window or 0, longest)
         if tokens:
-            on_device = torch.frombuffer(bytearray(numbers), dtype=torch.int32).to(q.device)
-            kernel = KernelPlan(on_device, layout.block_tables.to(q.device).contiguous(), tokens, cells, items)
+            on_device, tables = to_device(q.device, np.frombuffer(bytearray(numbers), np.int32), layout.block_tables.contiguous())
+            kernel = KernelPlan(on_device, tables, tokens, cells, items)
     return kernel, _gather_plan(layout, k_cache.shape[2], window, longest, q.device)
 
 
@@ -185,5 +185,5 @@ def _gather_plan(layout: PagedLayout, block_size: int, window: int | None, longe
         counts_k.append(context - first)
     if not rows:
         return None
-    at = [torch.cat(part).to(device) for part in (rows, blocks, offsets)]
+    at = to_device(device, *(torch.cat(part) for part in (rows, blocks, offsets)))
     return GatherPlan(at[0], at[1], at[2], Segments.of(counts_q, counts_k, device))

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_reference import attend
+from .staging import to_device
 
 ROUTES = ("flash-attn", "torch varlen", "sdpa by segment")
 
@@ -64,8 +65,8 @@ class Segments:
         """From the number of queries and keys of each segment."""
         bounds = [torch.tensor([0, *counts]).cumsum(0) for counts in (counts_q, counts_k)]
         q, k = (tuple(b.tolist()) for b in bounds)
-        cu_q, cu_k = (b.to(device, torch.int32) for b in bounds)
-        return Segments(q, k, cu_q, cu_k, None if keys is None else keys.to(device))
+        cu_q, cu_k, *rows = to_device(device, *(b.int() for b in bounds), *([] if keys is None else [keys]))
+        return Segments(q, k, cu_q, cu_k, *rows)
 
     @functools.cached_property
     def max_q(self) -> int:

@@ -5,6 +5,8 @@ A copy from ordinary host memory stops the host until it is done; one from page-
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,27 +47,53 @@ class Staged:
 
 def to_host(*columns: Tensor) -> list[np.ndarray]:
     """The columns as arrays; from a GPU by one copy, so that the host waits once however many there are."""
+    return fetch(*columns)()
+
+
+def fetch(*columns: Tensor) -> Callable[[], list[np.ndarray]]:
+    """Starts `to_host` and returns what waits for it, so that the host can do something else meanwhile."""
     if not columns[0].is_cuda:
-        return [column.numpy() for column in columns]
+        return lambda: [column.numpy() for column in columns]
     packed = pack_bytes(columns)
     host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
     host.copy_(packed, non_blocking=True)
-    torch.cuda.current_stream(packed.device).synchronize()
-    return unpack_bytes(host, columns)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(packed.device))
+
+    def wait() -> list[np.ndarray]:
+        copied.synchronize()
+        return [column.numpy() for column in unpack_bytes(host, columns)]
+
+    return wait
 
 
-def pack_bytes(columns: tuple[Tensor, ...]) -> Tensor:
+def to_device(device: torch.device | str, *columns: np.ndarray | Tensor) -> list[Tensor]:
+    """Arrays or tensors as tensors on a device; from the host to a GPU by one copy from page-locked memory, for which nothing waits."""
+    tensors = [torch.from_numpy(column) if isinstance(column, np.ndarray) else column for column in columns]
+    if torch.device(device).type != "cuda" or not all(tensor.is_cpu for tensor in tensors):
+        return [tensor.to(device) for tensor in tensors]
+    packed = _bytes_of(tensors)
+    host = torch.empty(sum(map(len, packed)), dtype=torch.uint8, pin_memory=True)
+    torch.cat(packed, out=host)
+    return unpack_bytes(host.to(device, non_blocking=True), tensors)
+
+
+def pack_bytes(columns: Sequence[Tensor]) -> Tensor:
     """Tensors of any dtypes behind each other, as bytes, wide dtypes first so that each starts where its dtype may."""
-    ordered = sorted(columns, key=lambda column: -column.element_size())
-    return torch.cat([column.contiguous().view(-1).view(torch.uint8) for column in ordered])
+    return torch.cat(_bytes_of(columns))
 
 
-def unpack_bytes(packed: Tensor, like: tuple[Tensor, ...]) -> list[np.ndarray]:
-    """What `pack_bytes` packed, in the order given there."""
-    found: dict[int, np.ndarray] = {}
+def unpack_bytes(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `pack_bytes` packed, in the order given there."""
+    found: dict[int, Tensor] = {}
     at = 0
     for i in sorted(range(len(like)), key=lambda i: -like[i].element_size()):
         size = like[i].numel() * like[i].element_size()
-        found[i] = packed[at : at + size].view(like[i].dtype).view(like[i].shape).numpy()
+        found[i] = packed[at : at + size].view(like[i].dtype).view(like[i].shape)
         at += size
     return [found[i] for i in range(len(like))]
+
+
+def _bytes_of(columns: Sequence[Tensor]) -> list[Tensor]:
+    ordered = sorted(columns, key=lambda column: -column.element_size())
+    return [column.contiguous().view(-1).view(torch.uint8) for column in ordered]
