@@ -76,7 +76,7 @@ class Scheduler:
                 self._drop_hold(self._holds[max(self._holds)])  # nothing runs: what is held must make way
                 continue
             placed.append(member.row)
-            pending += int(self.rows.pending(np.array([member.row]))[0])
+            pending += int(self.rows.length[member.row] - self.rows.computed[member.row])
             group.waiting.pop()
             if not group.waiting:
                 heapq.heappop(self._queue)
