@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastalign.ops.gemm import Product, has_route, known_product
+from fastalign.ops.gemm import Product, keeps_rows, known_product
 from fastalign.ops.linear_fused import KnownLogits
 from fastalign.ops.linear_head import head_logits
 
@@ -205,7 +205,7 @@ class Replay(Listener):
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """The layer's output, known or computed."""
         known = self.recording.outputs(layer) if x.shape[:-1] == (1, self._padded) and torch.is_grad_enabled() else None
-        if known is None or known.dtype != x.dtype or not has_route(x, layer.weight, layer.bias):
+        if known is None or known.dtype != x.dtype or not keeps_rows(x, layer.weight, layer.bias):
             return layer.product(x)
         out = known_product(x, layer.weight, layer.bias, self._product(layer, known))
         self.saved += 2 * layer.weight.numel() * (len(self.rows) - len(self._missing))

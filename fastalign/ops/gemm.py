@@ -139,6 +139,11 @@ def has_route(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return ours and _takes(x, weight, bias)
 
 
+def keeps_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a row of `linear` has the same bits in any batch: by a route of this module, or by oneDNN's bf16 product in `F.linear`."""
+    return has_route(x, weight, bias) or (x.dtype == torch.bfloat16 and _BF16 and _takes(x, weight, bias))
+
+
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether these are plain, fitting operands on the CPU, outside autocast and torch.compile."""
     if is_traced():
@@ -156,20 +161,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     packs = _packing.get()
     if packs is not None and (known := packs.known(x, weight)) is not None:
         return known(x, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias, _dense(weight)) if keeps_rows(x, weight, bias) else F.linear(x, weight, bias)
     if not has_route(x, weight, bias):
         packed = packed_product(x, weight, bias)
         return F.linear(x, weight, bias) if packed is None else packed
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, weight, bias, _dense(weight))
     return product(x, weight, bias)
 
 
 def known_product(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
-    """`linear` with its gradients, for operands of which `has_route` holds, where `product(x, bias)` knows the result [..., N] already."""
+    """`linear` with its gradients, for operands of which `keeps_rows` holds, where `product(x, bias)` knows the result [..., N] already."""
     return _Linear.apply(x, weight, bias, product)
 
 
 def _dense(weight: Tensor) -> Product:
+    if native_products(weight.dtype) is None and weight.dtype == torch.bfloat16:
+        return lambda x, bias: F.linear(x, weight, bias)
     return lambda x, bias: _multiply(x, None, weight, bias)
 
 
@@ -217,8 +224,8 @@ def _pack(weight: Tensor) -> Tensor | None:
     key = (*weight.shape, weight.dtype, torch.get_num_threads())
     if _exact.get(key) is False:
         return None
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None  # without AVX-512 or AVX-NE-CONVERT oneDNN refuses; torch's own product goes on
+    if weight.dtype == torch.bfloat16 and not _BF16:
+        return None  # torch's own product goes on
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
     if key not in _exact:
         _exact[key] = _packs_exactly(weight, packed)
@@ -291,3 +298,4 @@ def _probe() -> bool:
 
 
 AVAILABLE = _probe()
+_BF16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not without AVX-512 or AVX-NE-CONVERT
