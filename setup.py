@@ -3,6 +3,7 @@
 Environment:
     FASTALIGN_NATIVE=off   leave the native core out; =later: the same without a notice, for a caller who builds it next
     FASTALIGN_CUDA=off|on  never / always build the CUDA kernels (default: when a working nvcc is found)
+    FASTALIGN_WERROR=on    warnings are errors
 """
 
 import os
@@ -93,6 +94,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTALIGN_OUTPUT={output}",
             f"-DFASTALIGN_CUDA={cuda}",
+            f"-DFASTALIGN_WERROR={os.environ.get('FASTALIGN_WERROR', 'off')}",
             "--log-level=WARNING",
         ]
         ninja = ninja_command()

@@ -53,9 +53,11 @@ def triton_stems() -> list[str]:
     return sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "def variants(" in path.read_text(encoding="utf-8"))
 
 
-def triton_usages(stem: str, archs: tuple[int, ...]) -> Iterator[Usage]:
-    """Compiles the variants of one file; a variant that does not compile raises."""
-    for kernel, signature, constexprs, *rest in importlib.import_module(f"fastalign.kernels.{stem}").variants():
+def triton_usages(stem: str, archs: tuple[int, ...], at_most: int | None = None) -> Iterator[Usage]:
+    """Compiles the variants of one file, or at most so many, spread over them; a variant that does not compile raises."""
+    variants = importlib.import_module(f"fastalign.kernels.{stem}").variants()
+    every = 1 if at_most is None else -(-len(variants) // at_most)
+    for kernel, signature, constexprs, *rest in variants[::every]:
         options = rest[0] if rest else {}
         told = {**constexprs, **options}
         variant = ", ".join([signature[next(iter(signature))].lstrip("*"), *(f"{name}={value}" for name, value in told.items())])

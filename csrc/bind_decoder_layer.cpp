@@ -20,7 +20,7 @@ constexpr size_t kProducts = 7;
 enum Of : size_t { kQ, kK, kV, kO, kGate, kUp, kDown };  // in order, of the products
 enum Norm : size_t { kBefore, kBetween, kNormQ, kNormK };
 
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("decoder_layer: " + what); }
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("decoder_layer: " + what); }
 
 struct Call {
   const std::vector<Tensor>&packed, &biases;  // of the products; no bias: empty
@@ -152,26 +152,26 @@ void decoder_layer(const Tensor& x, const std::vector<Tensor>& packed, const std
                    const Tensor& v_cache, const Tensor& slots, const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& block_tables,
                    double scale, int64_t window, double softcap, const Tensor& out, const std::vector<Tensor>& kept) {
   by_element("decoder_layer: x", x, [&]<typename T>(T) {
-    if (x.dim() != 3 || x.size(0) != 1 || k_cache.dim() != 4) fail("expected x [1, T, width] and caches [blocks, heads, block_size, head_dim]");
+    if (x.dim() != 3 || x.size(0) != 1 || k_cache.dim() != 4) refuse("expected x [1, T, width] and caches [blocks, heads, block_size, head_dim]");
     const int64_t rows = x.size(1), width = x.size(2), head_dim = k_cache.size(3);
     if (packed.size() != kProducts || biases.size() != kProducts || columns.size() != kProducts)
-      fail("expected seven products with their biases and columns");
-    if ((norms.size() != 2 && norms.size() != 4) || eps.size() != norms.size()) fail("expected two or four norms with their eps");
+      refuse("expected seven products with their biases and columns");
+    if ((norms.size() != 2 && norms.size() != 4) || eps.size() != norms.size()) refuse("expected two or four norms with their eps");
     const bool heads = head_dim > 0 && head_dim % 2 == 0 && columns[kQ] % head_dim == 0 && columns[kK] == k_cache.size(1) * head_dim;
     if (!heads || columns[kK] != columns[kV] || columns[kGate] != columns[kUp] || columns[kO] != width || columns[kDown] != width)
-      fail("the products' columns do not fit together");
+      refuse("the products' columns do not fit together");
     cos.check("decoder_layer: cos", x.dtype, {1, rows, head_dim});
     elements<T>("decoder_layer: cos", cos, cos);
     elements<T>("decoder_layer: sin", sin, cos);
     const T* from = elements<T>("decoder_layer: x", x, x);
     T* to = elements<T>("decoder_layer: out", out, x);
     const PagedStep step{k_cache, v_cache, slots, cu_seqlens, context_lens, block_tables, scale, window, softcap};
-    if (!kept.empty() && kept.size() != kProducts) fail("expected seven places to keep products in, or none");
+    if (!kept.empty() && kept.size() != kProducts) refuse("expected seven places to keep products in, or none");
     for (size_t i = 0; i < kept.size(); ++i)
       if (kept[i].numel()) kept[i].check("decoder_layer: kept", x.dtype, {1, rows, columns[i]}).contiguous("decoder_layer: kept");
     for (const auto* tensors : {&packed, &biases, &norms, &kept})
       for (const Tensor& t : *tensors)
-        if (t.cuda) fail("expected tensors on the CPU, got one on a GPU");
+        if (t.cuda) refuse("expected tensors on the CPU, got one on a GPU");
     const Call call{packed, biases, columns, norms, eps, cos, sin, step, kept};
     py::gil_scoped_release release;
     Layer<T>{call, rows, width, head_dim}.run(from, to);

@@ -10,14 +10,6 @@ namespace py = pybind11;
 namespace fa {
 namespace {
 
-bool has_dot() {
-#if defined(__x86_64__) || defined(_M_X64)
-  return isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 // words of ceil(n / 16) panels; bias empty: none.
 void int8_product(const Tensor& x, const Tensor& words, const Tensor& scale, const Tensor& bias, const Tensor& out) {
   if ((x.dtype != DType::f32 && x.dtype != DType::bf16) || x.dim() != 2)
@@ -35,7 +27,7 @@ void int8_product(const Tensor& x, const Tensor& words, const Tensor& scale, con
   if (biased) bias.check("int8_product: bias", DType::f32, {n}).contiguous("int8_product: bias");
   if (m == 0 || n == 0) return;
   const Int8Product product{x.data, x.stride(0), x.dtype == DType::bf16, words.ptr<uint32_t>(), scale.ptr<float>(),
-                            biased ? bias.ptr<float>() : nullptr, out.data, m, n, k, has_dot()};
+                            biased ? bias.ptr<float>() : nullptr, out.data, m, n, k, has_bf16_dot()};
   py::gil_scoped_release release;
   FA_CALL(int8_product, product);
 }

@@ -112,14 +112,6 @@ void grad_rows(const Tensor& logits, const Tensor& targets, const Tensor& lse, c
   });
 }
 
-bool has_dot() {
-#if defined(__x86_64__) || defined(_M_X64)
-  return isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 void check_product(const char* what, const Tensor& a, const Tensor& b, const Tensor& out) {
   a.check(what, DType::bf16, {-1, -1});
   b.check(what, DType::bf16, {-1, -1});
@@ -135,7 +127,7 @@ void bf16_product_rows(const Tensor& a, const Tensor& b, const Tensor& bias, con
   out.check(what, DType::f32, {m, n});
   const float* start = bias.numel() || !n ? floats("bf16_product_rows: bias", bias, n) : nullptr;
   const Bf16Product product{a.ptr<uint16_t>(), b.ptr<uint16_t>(), out.ptr<float>(), start, m, n, k,
-                            a.stride(0), b.stride(0), out.stride(0), 1.0f, false, has_dot()};
+                            a.stride(0), b.stride(0), out.stride(0), 1.0f, false, has_bf16_dot()};
   py::gil_scoped_release release;
   FA_CALL(product_rows, product);
 }
@@ -147,7 +139,7 @@ void bf16_product_columns(const Tensor& a, const Tensor& b, const Tensor& out, f
   b.check(what, DType::bf16, {k, n});
   out.check(what, DType::f32, {m, n});
   const Bf16Product product{a.ptr<uint16_t>(), b.ptr<uint16_t>(), out.ptr<float>(), nullptr, m, n, k,
-                            a.stride(0), b.stride(0), out.stride(0), alpha, add, has_dot()};
+                            a.stride(0), b.stride(0), out.stride(0), alpha, add, has_bf16_dot()};
   py::gil_scoped_release release;
   FA_CALL(product_columns, product);
 }
@@ -180,7 +172,7 @@ void bind_linear_logp(py::module_& m) {
         py::arg("g_entropy"), py::arg("inv_temperature"), py::arg("softcap"), py::arg("out"));
   m.def("bf16_product_rows", &bf16_product_rows, py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("out"));
   m.def("bf16_product_columns", &bf16_product_columns, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("alpha"), py::arg("add"));
-  m.def("has_bf16_dot", &has_dot, "Whether bf16 products run on vdpbf16ps: at the speed of a bf16 GEMM, not of an fp32 one.");
+  m.def("has_bf16_dot", &has_bf16_dot, "Whether bf16 products run on vdpbf16ps: at the speed of a bf16 GEMM, not of an fp32 one.");
 #ifdef HAS_CUDA_linear_logp
   m.def("logp_rows_cuda", &logp_rows_cuda);
   m.def("grad_rows_cuda", &grad_rows_cuda);

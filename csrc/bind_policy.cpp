@@ -26,7 +26,7 @@ math::Policy<T> options_of(const std::vector<int64_t>& codes, const std::vector<
   math::Policy<T> p{};
   p.loss = static_cast<math::PolicyLoss>(codes[0]);
   p.advantage = static_cast<math::Advantage>(codes[1]);
-  p.kl = static_cast<math::Divergence>(codes[2]);
+  p.kl = static_cast<math::KlEstimator>(codes[2]);
   p.correction = static_cast<math::Correction>(codes[3]);
   T* const reals[] = {&p.low,         &p.high,    &p.dual_clip,    &p.tau_positive,   &p.tau_negative,
                       &p.log_epsilon, &p.kl_coef, &p.entropy_coef, &p.correction_low, &p.correction_high};
@@ -52,7 +52,7 @@ void policy(const Tensor& logp, const Tensor& old_logp, const Tensor& advantages
                            options_of<T>(codes, numbers),
                            typed<T>("policy: grad", grad, {n}),
                            sums.check("policy: sums", DType::f64, {kNumPolicySums}).contiguous("policy: sums").ptr<double>()};
-    if (tokens.ref_logp && tokens.options.kl == math::Divergence::none)
+    if (tokens.ref_logp && tokens.options.kl == math::KlEstimator::none)
       throw std::invalid_argument("policy: ref_logp was given without a KL estimator");
     if (tokens.options.has_sequence_ratio() || (tokens.sampler_logp && tokens.options.has_sequence_correction())) {
       tokens.cu_targets = offsets("policy: cu_targets", cu_targets, n);

@@ -80,6 +80,14 @@ void set_isa(const std::string& name) {
 
 Isa isa() { return chosen; }
 
+bool has_bf16_dot() {
+#if defined(__x86_64__) || defined(_M_X64)
+  return isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fa
 
 PYBIND11_MODULE(_C, m) {

@@ -140,14 +140,15 @@ def cuda_twin() -> ModuleType:
     macros = [f"-DHAS_{prefix}{op}" for op in ops for prefix in ("", "CUDA_")]
     macros += ["-DHAS_CUDA", "-DFA_CUDA_ALONE", '-DFA_CUDA_ARCHITECTURES="host twin"']
     flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-c", *macros, *includes]
-    bindings = [*(ROOT / f"csrc/bind_{op}.cpp" for op in ops), ROOT / "csrc/bindings.cpp"]
-    sources = [(path, level) for paths, level in ((bindings, "-O0"), (kernels, "-O1")) for path in paths]
+    bindings = "".join(f'#include "{name}.cpp"\n' for name in ("bindings", *(f"bind_{op}" for op in ops)))  # at once: CMakeLists.txt
     text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*")))
     folder = ROOT / "build" / f"cuda-twin-{hashlib.sha256(text + repr((compiler, flags, sys.version)).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
+    sources = [(folder / "all_bindings.cpp", "-O0"), *((path, "-O1") for path in kernels)]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other test processes wait for this one's
         if not (folder / "_C.so").exists():
+            sources[0][0].write_text(bindings)
             objects = [str(folder / f"{number}.o") for number in range(len(sources))]
             commands = [[*compiler, *flags, level, str(path), "-o", to] for (path, level), to in zip(sources, objects, strict=True)]
             with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -9,6 +9,7 @@ namespace fa {
 enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };  // amx: the AVX-512 sources, and tiles for bf16 products
 
 Isa isa();  // in use: the widest that the machine has, unless a test has chosen a narrower one
+bool has_bf16_dot();  // vdpbf16ps
 
 }  // namespace fa
 

@@ -15,7 +15,7 @@ namespace fa::math {
 
 enum class PolicyLoss : int64_t { reinforce, clip, cispo, sapo, gspo, gspo_token, gmpo };
 enum class Advantage : int64_t { all, positive, indicator };  // A, max(A, 0), 1 where A > 0
-enum class Divergence : int64_t { none, k1, k2, k3 };
+enum class KlEstimator : int64_t { none, k1, k2, k3 };
 enum class Correction : int64_t { none, truncate, mask, sequence_truncate, sequence_mask };
 
 constexpr float kMaxLogRatio = 20.0f;
@@ -25,7 +25,7 @@ template <typename Real>
 struct Policy {
   PolicyLoss loss;
   Advantage advantage;
-  Divergence kl;
+  KlEstimator kl;
   Correction correction;
   Real low, high;                  // clip range of the ratio
   Real dual_clip;                  // 0: none
@@ -154,10 +154,10 @@ FA_MATH Term<F> contribution(const Policy<Real>& p, F log_ratio, F advantage) {
 
 // KL(policy, reference) estimated from this token, and its slope in logp.
 template <typename U, typename F>
-FA_MATH Term<F> divergence(Divergence kind, F logp, F ref_logp) {
+FA_MATH Term<F> divergence(KlEstimator kind, F logp, F ref_logp) {
   const F zero = F{}, d = logp - ref_logp;
-  if (kind == Divergence::k1) return {d, zero + 1.0f};
-  if (kind == Divergence::k2) return {d * d * 0.5f, d};
+  if (kind == KlEstimator::k1) return {d, zero + 1.0f};
+  if (kind == KlEstimator::k2) return {d * d * 0.5f, d};
   const auto over = -d > kMaxLogRatio;
   const Expm1<F> e = expm1_of<U, F>(over ? zero + kMaxLogRatio : -d);
   return {e.beyond_linear, over ? zero : -e.value};

@@ -175,9 +175,8 @@ def known_product(x: Tensor, weight: Tensor, bias: Tensor | None, product: Produ
 
 
 def _dense(weight: Tensor) -> Product:
-    if native_products(weight.dtype) is None and weight.dtype == torch.bfloat16:
-        return lambda x, bias: F.linear(x, weight, bias)
-    return lambda x, bias: _multiply(x, None, weight, bias)
+    torch_has_it = weight.dtype == torch.bfloat16 and native_products(weight.dtype) is None
+    return lambda x, bias: F.linear(x, weight, bias) if torch_has_it else _multiply(x, None, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
