@@ -14,6 +14,8 @@ from heapq import heapreplace
 import torch
 from torch import Tensor
 
+from .staging import to_device
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -102,8 +104,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """Moves what the model reads; the offsets (cu_*, parent) stay on the CPU, where layouts are built."""
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "rows", "targets")}
-        return replace(self, **moved, weights=None if self.weights is None else self.weights.to(device))
+        names = ("input_ids", "position_ids", "rows", "targets", *(() if self.weights is None else ("weights",)))
+        return replace(self, **dict(zip(names, to_device(device, *(getattr(self, name) for name in names)), strict=True)))
 
     def sequence_of_targets(self) -> Tensor:
         """[N] int64: the sequence that owns each scored token."""

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastalign"
 
 # Imports go strictly down; siblings only inside one folder.
 FLOORS = {
-    "_C": 0, "kernels": 0, "catalogue": 0,
+    "_C": 0, "kernels": 0, "catalogue": 0, "staging": 0,
     "ops": 1, "packing": 1, "rollout": 1,
     "losses": 2, "advantages": 2, "rewards": 2, "data": 2, "models": 2, "environment": 2,
     "algorithms": 3, "generation": 3, "training": 3, "modules": 3,

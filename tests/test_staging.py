@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.ops.staging import Staged, pack_bytes, to_host, unpack_bytes
+from fastalign.staging import Staged, Traveller, pack_bytes, to_device, to_host, unpack_bytes
 
 COLUMNS = (
     torch.tensor([1.5, float("nan"), -0.0]),
@@ -65,3 +65,22 @@ def test_staged_on_the_gpu_keeps_its_address_and_the_order_of_its_contents():
     assert staged.device.data_ptr() == address
     assert [int(x.min()) for x in seen] == [int(x.max()) for x in seen] == list(range(8))
     assert staged.device[:4].tolist() == [99, 99, 7, 7]
+
+
+@pytest.mark.gpu
+def test_columns_of_host_and_gpu_come_together_on_the_gpu():
+    mixed = tuple(column.cuda() if i % 2 else column for i, column in enumerate(COLUMNS))
+    moved = to_device("cuda", *mixed)
+    assert all(column.is_cuda for column in moved)
+    same_bytes(to_host(*moved), COLUMNS)
+    traveller = Traveller(None, *mixed, None)
+    first, *there, last = traveller.at(torch.device("cuda", 0))
+    assert first is last is None
+    same_bytes(to_host(*there), COLUMNS)
+    assert all(ours is theirs for ours, theirs in zip(traveller.at(torch.device("cuda", 0)), [None, *there, None], strict=True))
+
+
+def test_traveller_stays_at_home_on_the_cpu():
+    there = Traveller(COLUMNS[0], None).at(torch.device("cpu"))
+    assert there[0] is COLUMNS[0]
+    assert there[1] is None

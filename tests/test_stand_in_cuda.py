@@ -14,6 +14,7 @@ from tiny_models import llama, ready, write_arithmetic_model
 from fastalign.cli import main
 from fastalign.generation import AsyncEngine, Engine, SamplingParams
 from fastalign.ops import backend
+from fastalign.training.step import Updater
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 
@@ -203,6 +204,27 @@ def test_engine_behind_a_thread_serves_the_device(monkeypatch):
         got = served("cuda")
     assert got[:2] == want[:2]
     assert got[2][1:] == pytest.approx(want[2][1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("command, flags", [("sft", ""), ("grpo", "--beta 0.04")])
+def test_update_waits_three_times_a_micro_batch(data, tmp_path, monkeypatch, command, flags):
+    """For the check of the targets, the rows that have a gradient, and the scale of the loss: not for copies, loss and metrics."""
+    monkeypatch.setattr(backend, "has_triton", lambda op: False)
+    plain, found, passes = Updater.accumulate, [], []
+
+    def accumulate(self, batches):
+        before, batches = waits.total(), list(batches)
+        passes.append(len(batches))
+        result = plain(self, batches)
+        found.append(waits.total() - before)
+        return result
+
+    monkeypatch.setattr(Updater, "accumulate", accumulate)
+    with stand_in_cuda():
+        run(data, tmp_path, command, f"{flags} --max_tokens_per_micro_batch 40", "cuda")
+    assert max(passes) > 1
+    at_the_end = 2  # gradient norm, and what was summed up
+    assert all(waited <= 3 * count + at_the_end for waited, count in zip(found, passes, strict=True)), (found, passes, waits)
 
 
 def test_engine_waits_for_nothing_but_the_tokens_of_the_step_before(cuda_twin):

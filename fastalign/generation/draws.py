@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastalign.generation.rows import Rows
-from fastalign.ops.staging import to_device
+from fastalign.staging import to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from fastalign.generation.runner import KVCache
 from fastalign.models.backbone import causal_lm, paged_hidden_states
 from fastalign.ops.attention import PagedLayout
 from fastalign.ops.attention_paged import FixedStep, cells_of, refill
-from fastalign.ops.staging import Staged
+from fastalign.staging import Staged
 
 Replay = Callable[[], Tensor]
 MAX_GRAPHS = 128  # the one that was used longest ago is dropped

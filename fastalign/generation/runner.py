@@ -17,7 +17,7 @@ from fastalign.generation.recorder import Recorder
 from fastalign.generation.rows import Rows
 from fastalign.models.backbone import causal_lm, paged_hidden_states
 from fastalign.ops.attention import PagedLayout
-from fastalign.ops.staging import to_device
+from fastalign.staging import to_device
 
 if TYPE_CHECKING:
     from fastalign.generation.graphs import DecodeGraphs

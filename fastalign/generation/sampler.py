@@ -22,7 +22,7 @@ from fastalign.models.backbone import Head
 from fastalign.ops.linear_head import MIN_GEMM_ROWS, borrowed, head_logits
 from fastalign.ops.logits import logp_rows
 from fastalign.ops.sampling import sample, uniform
-from fastalign.ops.staging import fetch, to_device, to_host
+from fastalign.staging import fetch, to_device, to_host
 
 CHUNK_BYTES = 64 << 20  # logits held at once
 KeepLogits = Callable[[slice, Tensor], None]

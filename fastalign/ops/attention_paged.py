@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..staging import Staged, to_device
 from . import attention_reference as reference
 from .attention_routes import Segments, route_of, varlen_attention
-from .staging import Staged, to_device
 
 if TYPE_CHECKING:
     from .attention import PagedLayout

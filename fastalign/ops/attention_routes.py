@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..staging import to_device
 from .attention_reference import attend
-from .staging import to_device
 
 ROUTES = ("flash-attn", "torch varlen", "sdpa by segment")
 

@@ -39,7 +39,7 @@ class Critic:
         total = max(sum(len(chunk.advantages) for chunk in chunks), 1)
         batches = [ScoreBatch(chunk.packed, chunk.packed.rows, self._objective(chunk, total)) for chunk in chunks]
         result = self.updater.update(batches)
-        values = torch.cat([batch.scores for batch in batches]) if batches else torch.zeros(0)
+        values = torch.cat([batch.scores for batch in batches]).cpu() if batches else torch.zeros(0)
         returns = torch.cat([chunk.returns for chunk in chunks if chunk.returns is not None]) if batches else torch.zeros(0)
         spread = float(returns.var(correction=0)) if len(returns) else 0.0
         explained = 1 - float((returns - values).var(correction=0)) / spread if spread > 0 else float("nan")

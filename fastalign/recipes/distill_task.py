@@ -45,7 +45,7 @@ class DistillBatch:
     teacher: nn.Module
     divergence: Divergence
 
-    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
+    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[Tensor, dict]:
         """Adds the student's gradients; returns the share of the loss, and the number of scored tokens."""
         head, other = head_of(model), head_of(self.teacher)
         packed = self.packed.to(head.weight.device)
@@ -67,7 +67,7 @@ class DistillBatch:
             loss.backward()
         else:
             metrics |= measured(hidden, head, packed)
-        return float(loss.detach()), metrics
+        return loss.detach(), metrics
 
 
 def scaled(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class DistillTask:
         loss, nats, entropy, count = 0.0, 0.0, 0.0, 0
         for batch in micro_batches(self.eval_segments, self.max_tokens, self.teacher, self.divergence):
             share, metrics = batch.forward_backward(self.updater.model, self.updater.options, backward=False)
-            loss += share
+            loss += float(share)
             nats -= float(metrics["logp"].double().sum())
             entropy += float(metrics["entropy"].double().sum())
             count += batch.packed.num_targets

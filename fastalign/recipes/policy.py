@@ -19,6 +19,7 @@ from ..models.recorded import Replay
 from ..ops.policy import PolicyOptions, policy_loss
 from ..packing import Packed, pack, split_by_tokens
 from ..rollout import Rollout
+from ..staging import Traveller
 from ..training.step import MicroBatch
 
 
@@ -151,27 +152,26 @@ def micro_batch(chunk: PolicyChunk, algorithm: Algorithm, replay: Replay | None 
     if chunk.ref_logp is None:
         terms = replace(terms, kl_coef=0.0)
     couples = POLICY[algorithm.loss].unit == "sequence" or terms.correction.startswith("sequence")
+    sampler_logp = None if terms.correction == "none" else chunk.sampler_logp
+    columns = Traveller(chunk.advantages, chunk.weights, chunk.old_logp, chunk.ref_logp, sampler_logp, chunk.nll_weights)
 
     def objective(logp: Tensor, entropy: Tensor, span: slice):
-        def own(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[span].to(logp.device)
-
+        own = [None if column is None else column[span] for column in columns.at(logp.device)]
+        advantages, weights, old_logp, ref_logp, sampler_logp, nll_weights = own
         loss, sums = policy_loss(
             logp,
-            own(chunk.old_logp),
-            chunk.advantages[span].to(logp.device),
-            chunk.weights[span].to(logp.device),
+            old_logp,
+            advantages,
+            weights,
             loss=algorithm.loss,
             cu_targets=_local_offsets(cu_targets, span) if couples else None,
-            ref_logp=own(chunk.ref_logp),
-            sampler_logp=None if terms.correction == "none" else own(chunk.sampler_logp),
+            ref_logp=ref_logp,
+            sampler_logp=sampler_logp,
             entropy=entropy if terms.entropy_coef else None,
             options=terms,
             **algorithm.loss_options,
         )
-        if chunk.nll_weights is not None:
-            loss = loss - (chunk.nll_weights[span].to(logp.device) * logp).sum()
-        return loss, sums
+        return loss if nll_weights is None else loss - (nll_weights * logp).sum(), sums
 
     return MicroBatch(chunk.packed, objective, cu_targets if couples else None, replay=replay)
 

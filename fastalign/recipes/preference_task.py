@@ -91,7 +91,7 @@ class PreferenceTask(OfflineTask):
                 for batch in batches:
                     micro_batch = self.objective.micro_batch(batch, count, statistics)
                     share, metrics = micro_batch.forward_backward(self.updater.model, self.updater.options, backward=False)
-                    sums["loss"] = sums.get("loss", 0.0) + share
+                    sums["loss"] = sums.get("loss", 0.0) + float(share)
                     for name in metrics.keys() - {*_FIXED, "logp"}:
                         sums[name] = sums.get(name, 0.0) + float(metrics[name]) / count
         return {f"eval/{name}": sums[name] for name in sorted(sums)}

@@ -170,7 +170,7 @@ class RewardTask:
             "learning_rate": lr,
             "epoch": self.order.progress,
             "num_tokens": float(sum(example.tree.num_tokens for example in chosen)),
-            **self.objective.metrics(seen, torch.cat([batch.scores for _, batch in batches])),
+            **self.objective.metrics(seen, torch.cat([batch.scores for _, batch in batches]).cpu()),
             "skipped_updates": float(not result.applied),
             "timing_s/update": time.perf_counter() - began,
         }
@@ -183,7 +183,7 @@ class RewardTask:
             batches = self.objective.batches(self.eval_examples, self.max_tokens)
             loss = sum(float(batch.forward(self.updater.model)) for _, batch in batches)
         seen = [example for own, _ in batches for example in own]
-        scores = torch.cat([batch.scores for _, batch in batches])
+        scores = torch.cat([batch.scores for _, batch in batches]).cpu()
         values = {"loss": loss, **self.objective.metrics(seen, scores)}
         for subset in sorted({example.subset for example in seen} - {""}):
             members = [(e, s) for e, s in zip(seen, scores.split([len(e.places) for e in seen]), strict=True) if e.subset == subset]

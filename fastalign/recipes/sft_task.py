@@ -14,6 +14,7 @@ from ..data import SegmentStream
 from ..data.ranked import Ranked
 from ..losses.sft import SUPERVISED, SupervisedLoss
 from ..packing import Packed, Segment, pack, split_by_tokens
+from ..staging import Traveller
 from ..training.step import MicroBatch, Update
 from .offline_task import OfflineTask
 
@@ -29,9 +30,11 @@ def micro_batches(segments: Sequence[Segment], max_tokens: int, row: SupervisedL
     total = max(sum(float(p.num_targets if p.weights is None else p.weights.sum()) for p in packs), 1e-9)
 
     def of_tokens(packed: Packed) -> MicroBatch:
+        column = Traveller(packed.weights)
+
         def objective(logp: Tensor, entropy: Tensor, span: slice) -> Tensor:
-            loss = row.function(logp)
-            return (loss if packed.weights is None else loss * packed.weights[span].to(logp.device)).sum() / total
+            loss, (weights,) = row.function(logp), column.at(logp.device)
+            return (loss if weights is None else loss * weights[span]).sum() / total
 
         return MicroBatch(packed, objective)
 
@@ -109,7 +112,7 @@ class SupervisedTask(OfflineTask):
         with torch.no_grad():
             for batch in self.cut(self.eval_segments, self.max_tokens):
                 share, metrics = batch.forward_backward(self.updater.model, self.updater.options, backward=False)
-                loss += share
+                loss += float(share)
                 nats -= float(metrics["logp"].double().sum())
                 correct += float(metrics["correct"].sum())
                 count += metrics["logp"].numel()

@@ -113,7 +113,7 @@ class UnpairedTask(OfflineTask):
                 for batch in batches:
                     micro_batch = self.objective.micro_batch(batch, count, statistics)
                     share, metrics = micro_batch.forward_backward(self.updater.model, self.updater.options, backward=False)
-                    loss += share
+                    loss += float(share)
                     for name, value in metrics.items():
                         if name in self.objective.SUMS:
                             sums[name] = sums.get(name, 0.0) + float(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,8 +39,11 @@ class LogitOptions:
 class Batch(Protocol):
     """What `Updater` adds up: one forward and backward pass, whatever its loss reads."""
 
-    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
-        """Adds the gradients; returns the share of the loss, and metrics that are summed (`logp` [N]: kept as it is)."""
+    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[Tensor, dict]:
+        """Adds the gradients; returns the share of the loss, detached, and metrics that are summed (`logp` [N]: kept as it is).
+
+        Nothing of it is read here, so that a GPU has work while the host packs the next batch.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class MicroBatch:
     log_square_sum: Tensor | None = None
     replay: Replay | None = None
 
-    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[float, dict]:
+    def forward_backward(self, model: nn.Module, options: LogitOptions, *, backward: bool = True) -> tuple[Tensor, dict]:
         """Adds the gradients; returns the share of the loss and the metrics of `linear_loss`."""
         replay = self.replay
         with nullcontext() if replay is None else replay.active():
@@ -89,7 +92,7 @@ class MicroBatch:
         )
         if backward:
             loss.backward()
-        return float(loss.detach()), metrics
+        return loss.detach(), metrics
 
 
 def scored_hidden(model: nn.Module, packed: Packed) -> Tensor:
@@ -135,18 +138,19 @@ class Updater:
     def accumulate(self, batches: Iterable[Batch]) -> Update:
         """Gradients and metrics of all micro-batches, no update yet."""
         self.gradients.zero()
-        total, logps = 0.0, []
-        sums: defaultdict[str, float] = defaultdict(float)
+        logps = []
+        found: list[tuple[str, Tensor | float]] = []
         for batch in batches:
             loss, metrics = batch.forward_backward(self.model, self.options)
-            total += loss
             logp = metrics.pop("logp", None)
             if logp is not None:
-                sums["targets"] += logp.numel()
+                found.append(("targets", logp.numel()))
                 logps.append(logp)
-            for name, value in metrics.items():
-                sums[name] += float(value.sum() if isinstance(value, Tensor) else value)
-        return Update(total, self.gradients.norm(), dict(sums), logps, applied=False)
+            found += [("", loss), *((name, value.sum() if isinstance(value, Tensor) else value) for name, value in metrics.items())]
+        sums: defaultdict[str, float] = defaultdict(float)
+        for (name, _), number in zip(found, _read([value for _, value in found]), strict=True):
+            sums[name] += number
+        return Update(sums.pop("", 0.0), self.gradients.norm(), dict(sums), logps, applied=False)
 
     def update(self, batches: Iterable[Batch], commit: Callable[[Callable[[], None]], None] | None = None) -> Update:
         """Accumulates, clips and steps. A loss or gradient that is not finite changes no weight and is reported.
@@ -174,3 +178,14 @@ class Updater:
                 )
         self.schedule.step()
         return result
+
+
+def _read(values: Sequence[Tensor | float]) -> list[float]:
+    """Scalars as numbers; those of a device by one copy."""
+    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    tensors = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
+    for device in {value.device for _, value in tensors}:
+        own = [(i, value) for i, value in tensors if value.device == device]
+        for (i, _), number in zip(own, torch.stack([value.detach().double().reshape(()) for _, value in own]).tolist(), strict=True):
+            numbers[i] = number
+    return numbers

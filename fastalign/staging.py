@@ -70,12 +70,33 @@ def fetch(*columns: Tensor) -> Callable[[], list[np.ndarray]]:
 def to_device(device: torch.device | str, *columns: np.ndarray | Tensor) -> list[Tensor]:
     """Arrays or tensors as tensors on a device; from the host to a GPU by one copy from page-locked memory, for which nothing waits."""
     tensors = [torch.from_numpy(column) if isinstance(column, np.ndarray) else column for column in columns]
-    if torch.device(device).type != "cuda" or not all(tensor.is_cpu for tensor in tensors):
+    ours = [tensor for tensor in tensors if tensor.is_cpu] if torch.device(device).type == "cuda" else []
+    if not ours:
         return [tensor.to(device) for tensor in tensors]
-    packed = _bytes_of(tensors)
+    packed = _bytes_of(ours)
     host = torch.empty(sum(map(len, packed)), dtype=torch.uint8, pin_memory=True)
     torch.cat(packed, out=host)
-    return unpack_bytes(host.to(device, non_blocking=True), tensors)
+    moved = iter(unpack_bytes(host.to(device, non_blocking=True), ours))
+    return [next(moved) if tensor.is_cpu else tensor.to(device) for tensor in tensors]
+
+
+class Traveller:
+    """Columns of the host that go where they are asked for: to a GPU together, at the first time.
+
+    Args:
+        columns: tensors of the host; None stays None.
+    """
+
+    def __init__(self, *columns: Tensor | None) -> None:
+        self._columns = list(columns)
+
+    def at(self, device: torch.device) -> list[Tensor | None]:
+        """The columns on this device, in the order given."""
+        there = [column for column in self._columns if column is not None]
+        if any(column.device != device for column in there):
+            moved = iter(to_device(device, *there))
+            self._columns = [None if column is None else next(moved) for column in self._columns]
+        return self._columns
 
 
 def pack_bytes(columns: Sequence[Tensor]) -> Tensor:
