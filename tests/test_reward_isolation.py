@@ -139,11 +139,12 @@ def test_bad_samples_alone_are_lost_and_named_with_their_prompts(source, calls, 
     reasons = {
         1: "RuntimeError: no mood (",
         3: "its process died with exit code 3",
-        4: "ValueError: expected one number a completion, 1, got 0",
+        4: "expected one number a completion, 1, got 0",
         5: "SystemExit: 3",
         7: "no answer within 1 s",
     }
-    assert len(lost) == len(reasons)
+    (told,) = (m for m in lost if "a call with 8 samples failed, and is repeated in halves" in m)
+    assert len(lost) == len(reasons) + 1, told
     for i, reason in reasons.items():
         assert any(f"reward 'moody': sample {i} has no reward: {reason}" in m and m.endswith(f"; prompt: 'prompt {i}'") for m in lost), i
 
@@ -190,7 +191,15 @@ def test_arrays_are_lists_and_a_single_number_is_none(source, caplog):
         scores = rewards.score(["p"] * 3, ["c"] * 3)
         assert scores["array"] == [0.0, 1.0, 2.0]
         assert all(map(math.isnan, scores["whole"]))
-    assert "TypeError: expected a list of 1 numbers, got float" in caplog.text
+    assert "reward 'whole': 3 samples have no reward: expected a list of 3 numbers, got float" in caplog.text
+
+
+def test_a_list_of_the_wrong_length_costs_all_samples(source, calls, caplog):
+    """In halves a function that returns one number, whatever it is given, would seem to be right in the end."""
+    with load_rewards([f"{source}:moody"]) as rewards:
+        assert all(map(math.isnan, score(rewards, ["a", "drop", "bb", "ccc"])))
+    assert "reward 'moody': 4 samples have no reward: expected one number a completion, 4, got 3" in caplog.text
+    assert len(calls()) == 1
 
 
 def test_printing_and_reading_do_not_touch_the_protocol(source, capfd):

@@ -27,11 +27,17 @@ START_SECONDS = 180.0
 
 
 class CallFailed(Exception):
-    """A call gave no usable list. `hung`: it ran past its limit."""
+    """A call gave no usable list. `hung`: it ran past its limit. `of_all`: no sample of its alone is the cause."""
 
-    def __init__(self, reason: str, hung: bool = False) -> None:
+    def __init__(self, reason: str, hung: bool = False, of_all: bool = False) -> None:
         super().__init__(reason)
-        self.hung = hung
+        self.hung, self.of_all = hung, of_all
+
+    @classmethod
+    def by(cls, error: BaseException) -> CallFailed:
+        """The failure that an exception of the function is."""
+        of_all = isinstance(error, worker.NotOneEach)
+        return cls(str(error) if of_all else worker.describe(error), of_all=of_all)
 
 
 class _Died(CallFailed):
@@ -76,7 +82,7 @@ class InProcess:
         try:
             return worker.evaluate(self.function, arguments, count)
         except Exception as error:
-            raise CallFailed(worker.describe(error)) from error
+            raise CallFailed.by(error) from error
 
     def close(self) -> None:
         pass
@@ -103,7 +109,7 @@ class InThread(InProcess):
         if not outcome:
             raise CallFailed(f"no answer within {limit:g} s (its thread goes on in the background)", hung=True)
         if isinstance(outcome[0], BaseException):
-            raise CallFailed(worker.describe(outcome[0])) from outcome[0]
+            raise CallFailed.by(outcome[0]) from outcome[0]
         return outcome[0]
 
 
@@ -202,7 +208,7 @@ class _Worker:
                 self._kill()
                 raise
         if "error" in reply:
-            raise CallFailed(reply["error"])
+            raise CallFailed(reply["error"], of_all=reply.get("of_all", False))
         return reply["values"]
 
     def _hand_over(self, request: dict[str, Any], limit: float) -> None:

@@ -46,8 +46,8 @@ class _Batch:
 class IsolatedReward:
     """Calls one reward with a whole batch, and finds the guilty samples when that fails.
 
-    After an error, a wrong length or a crash the batch is halved until only the bad samples are left; after a time-out
-    each sample is called by itself. What a sample fails with is logged with its prompt, and it scores NaN.
+    After an error or a crash the batch is halved until only the bad samples are left; after a time-out each sample is called by itself.
+    A list of the wrong length costs all samples their reward. What a sample fails with is logged with its prompt, and it scores NaN.
 
     Args:
         name: the reward's name in logs and metrics.
@@ -110,13 +110,21 @@ class IsolatedReward:
             try:
                 self._call(batch, part, limit)
             except CallFailed as failure:
-                if len(part) == 1:
+                if failure.of_all and len(part) > 1:
+                    logger.warning("reward %r: %d samples have no reward: %s", self.name, len(part), failure)
+                elif len(part) == 1:
                     if failure.hung and batch.hangs is not None:
                         batch.hangs.places.append(batch.places[part[0]])
                     self._lose(batch, part[0], str(failure))
                 elif failure.hung:
                     self._one_by_one(batch, part)
                 else:
+                    if part is indices:
+                        logger.warning(
+                            "reward %r: a call with %d samples failed, and is repeated in halves to find those at fault: %s; a function"
+                            " that compares completions sees fewer of them there",
+                            *(self.name, len(part), failure),
+                        )
                     stack += [part[len(part) // 2 :], part[: len(part) // 2]]
 
     def _one_by_one(self, batch: _Batch, part: list[int]) -> None:

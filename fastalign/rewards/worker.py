@@ -30,6 +30,10 @@ from typing import Any, BinaryIO
 _PARENT_POLL_SECONDS = 2.0
 
 
+class NotOneEach(ValueError):
+    """A function did not return one value a completion: its own mistake, whichever samples it was given."""
+
+
 def number(value: Any) -> float | dict[str, str] | None:
     """A reward as JSON: a finite float, None when missing (None, NaN), or {"bad": what is wrong with it}."""
     if value is None:
@@ -53,7 +57,7 @@ def evaluate(
     """Calls a reward function, sync or async, and checks what it returns.
 
     Raises:
-        TypeError: not a list. ValueError: a list of the wrong length. Whatever the function raises.
+        NotOneEach: not a list, or one of the wrong length. Whatever the function raises.
     """
     result = function(**arguments)
     if inspect.isawaitable(result):
@@ -61,9 +65,9 @@ def evaluate(
     if hasattr(result, "tolist"):
         result = result.tolist()
     if not isinstance(result, list | tuple):
-        raise TypeError(f"expected a list of {count} numbers, got {type(result).__name__}")
+        raise NotOneEach(f"expected a list of {count} numbers, got {type(result).__name__}")
     if len(result) != count:
-        raise ValueError(f"expected one number a completion, {count}, got {len(result)}")
+        raise NotOneEach(f"expected one number a completion, {count}, got {len(result)}")
     return [number(value) for value in result]
 
 
@@ -184,7 +188,8 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             values = evaluate(function, request["arguments"], request["count"], loop.run_until_complete)
             reply: dict[str, Any] = {"values": values}
         except BaseException as error:  # SystemExit too: the worker must answer
-            reply = {"error": describe(error)}
+            of_all = isinstance(error, NotOneEach)
+            reply = {"error": str(error) if of_all else describe(error), "of_all": of_all}
         faulthandler.cancel_dump_traceback_later()
         write_message(replies, reply)
 
