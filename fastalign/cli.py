@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,8 +93,8 @@ def _run_pipeline(argv: list[str]) -> None:
     given = p.parse_args(argv)
     from .recipes import pipeline
 
-    def check(command: str, values: dict[str, Any]) -> None:
-        check_given(build(command, values))
+    def check(command: str, values: dict[str, Any], made: Sequence[Path]) -> None:
+        check_required(build(command, values), made)
 
     pipeline.run(given.pipeline, _start, check, restart=given.restart, dry_run=given.dry_run)
 
@@ -137,11 +137,14 @@ def _start(command: str, values: dict[str, Any]) -> None:
         print(f"done: {Path(args.run.output_dir) / 'report.html'}")
 
 
-def check_required(args: Arguments) -> None:
+def check_required(args: Arguments, made: Sequence[Path] = ()) -> None:
     """What a command cannot do without, said before torch is imported.
 
+    Args:
+        made: folders that will be there when it runs.
+
     Raises:
-        ValueError: a flag is missing.
+        ValueError: a flag is missing, or a reward is none.
         FileNotFoundError: the model or data is a local path, and there is nothing there.
     """
     check_given(args)
@@ -152,8 +155,14 @@ def check_required(args: Arguments) -> None:
     paths |= {"--eval_dataset_name": args.data.eval_dataset_name}
     names = [args.data.dataset_name] if isinstance(args.data.dataset_name, str) else args.data.dataset_name
     for flag, name in [*paths.items(), *(("--dataset_name", name) for name in names)]:
-        if name and _is_local(name) and not Path(name).expanduser().exists():
+        later = any(Path(name).is_relative_to(folder) for folder in made)
+        if name and _is_local(name) and not later and not Path(name).expanduser().exists():
             raise FileNotFoundError(f"{flag}: there is no {name} (looked in {Path.cwd()})")
+    for name in (*args.online.reward, *args.rejection.reward, *args.evaluate.reward):
+        if not name.startswith("judge:") and (":" in name or "/" not in name) and not Path(name).is_dir():  # a model's otherwise
+            from .rewards.specifications import place_of
+
+            place_of(name)
 
 
 def check_given(args: Arguments) -> None:

@@ -190,6 +190,11 @@ def test_eval_refuses_another_evaluations_folder(task, tmp_path):
     with pytest.raises(FileExistsError, match="holds an evaluation with other weights"):
         evaluate.run(args)
     assert lines_of(tmp_path) != first
+    config = (trained / "config.json").read_text()
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds a model or a training run \(config.json\), which stays as it is; name another"):
+            evaluate.run(arguments(task, trained, evaluate={"overwrite_output_dir": overwrite}))
+    assert (trained / "config.json").read_text() == config
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_generate_to_standard_output(folder, capsys):
     assert set(rows[0]["completions"][0]) == {"text", "finish_reason"}
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', "a note", '[{"prompt": 1}]'])
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"prompt": "a"}\n', "a note", '[{"prompt": 1}]'])
 def test_generate_leaves_another_files_only_line_alone(folder, data, tmp_path, text):
     other = tmp_path / "notes.json"
     other.write_text(text)

@@ -51,7 +51,7 @@ def test_stages_hand_their_model_on_and_are_not_run_twice(task, tmp_path, capsys
     out = tmp_path / "out"
     assert "model_name_or_path: " + str(out / "1-warm") in (out / "2-reason" / "config.yaml").read_text()
     assert len((out / "3-sample" / "completions.jsonl").read_text().splitlines()) == 16
-    assert json.loads((out / "4-measure" / "config.json").read_text())["model_name_or_path"] == str(out / "1-warm")
+    assert json.loads((out / "4-measure" / "settings.json").read_text())["model_name_or_path"] == str(out / "1-warm")
     assert json.loads((out / "4-measure" / "summary.json").read_text())["num_samples"] == 32
     weights = (out / "2-reason" / "model.safetensors").read_bytes()
     capsys.readouterr()
@@ -226,6 +226,24 @@ def test_a_later_stage_that_lacks_a_flag_is_named_before_the_first_begins(task, 
     assert cli.main(["run", str(write(tmp_path / "p.yaml", task, stages)), *dry_run]) != 0
     assert "stage reason: fastalign grpo needs --reward" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dataset_name": "no/such/file.jsonl"}, "stage measure: --dataset_name: there is no no/such/file.jsonl"),
+        ({"model_name_or_path": "./none"}, "stage measure: --model_name_or_path: there is no ./none"),
+        ({"reward": "mth"}, "stage measure: unknown reward 'mth'; did you mean 'math'?"),
+        ({"reward": "none.py:score"}, "stage measure: reward 'none.py:score': no such file 'none.py'"),
+    ],
+)
+def test_what_a_later_stage_names_is_looked_for_before_the_first_begins(task, tmp_path, flags, message, capsys):
+    stages = stages_of(task)
+    stages[3] |= flags
+    assert cli.main(["run", str(write(tmp_path / "p.yaml", task, stages)), "--dry_run"]) == 2
+    assert message in capsys.readouterr().err
+    stages[3] |= {"dataset_name": "{sample}/completions.jsonl", "model_name_or_path": "{reason}", "reward": "math"}  # are made before
+    assert cli.main(["run", str(write(tmp_path / "p.yaml", task, stages)), "--dry_run"]) == 0
 
 
 def test_searchs_save_steps_is_a_file():

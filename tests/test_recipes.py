@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,20 @@ def test_dry_run_trains_nothing(task, tmp_path):
     assert beside["memory: reference, MiB"] == beside["memory: weights, MiB"]
     shared = arguments(task, tmp_path / "none", "grpo", run={"dry_run": True}, online={"beta": 0.04}, model={"use_peft": True})
     assert online.run(shared)["memory: reference, MiB"] == 0
+
+
+def test_a_folder_with_a_model_or_a_run_is_not_written_over(task, tmp_path, caplog):
+    model = shutil.copytree(task / "model", tmp_path / "model")
+    args = arguments(task, model, "sft")
+    weights = (model / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a model; name another, or add --overwrite_output_dir"):
+        sft.run(args)
+    sft.run(replace(args, run=replace(args.run, dry_run=True)))
+    assert "the run itself would be refused: --output_dir" in caplog.text
+    assert (model / "model.safetensors").read_bytes() == weights
+    sft.run(replace(args, run=replace(args.run, overwrite_output_dir=True)))
+    with pytest.raises(FileExistsError, match="already holds a run; add --resume_from_checkpoint latest"):
+        sft.run(args)
 
 
 def test_a_run_that_nobody_rewards_ends(task, tmp_path):

@@ -112,6 +112,9 @@ def test_gold_comes_from_the_first_column_that_has_one():
 def test_math_compares_numbers_text_and_leaves_out_what_has_no_gold():
     texts = [r"\boxed{0.5}", "<think>5</think> It is 7", "no idea", "3"]
     assert math_answer(texts, solution=[r"work \boxed{\frac12}", "7", "1", None]) == [1.0, 1.0, 0.0, None]
+    assert math_answer(texts[1:2], answer=[["7"]]) == [1.0]
+    with pytest.raises(ValueError, match="expected one reference answer, got a list of 2"):
+        math_answer(texts[1:2], answer=[["7", "8"]])
 
 
 @pytest.mark.skipif(not has_math_verify(), reason="math-verify is not installed")

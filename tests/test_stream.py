@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 from test_recipes import arguments, rows_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastalign import cli
 from fastalign.data import BadRecord, DataError, Record, SegmentStream
-from fastalign.data.stream import CHUNK, HEAD, reader
+from fastalign.data.examples import Limits
+from fastalign.data.stream import CHUNK, HEAD, Reader, supervised_encoding
 from fastalign.packing import conversation
 from fastalign.recipes import arithmetic, sft
 
@@ -106,14 +107,27 @@ def test_reader_renames_chains_and_refuses_whole_files(tmp_path):
     for name, column in (("a.jsonl", "question"), ("b.jsonl", "prompt")):
         (tmp_path / name).write_text("".join(json.dumps({column: f"{name}{n}"}) + "\n" for n in range(3)))
     names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
-    read = reader(names, columns={"question": "prompt"}, max_samples=2)
+    read = Reader(names, columns={"question": "prompt"}, max_samples=2)
     for _ in range(2):
         assert [(r["prompt"], r.where) for r in read()] == [(f"{n}{k}", f"{n}:{k + 1}") for n in ("a.jsonl", "b.jsonl") for k in (0, 1)]
     with pytest.raises(DataError, match=r"no column 'qestion' .*'question'"):
-        reader(names, columns={"qestion": "prompt"})
+        Reader(names, columns={"qestion": "prompt"})
     with pytest.raises(DataError, match=r"c\.json can only be read as a whole; write it as \.jsonl"):
-        reader(["c.json"])
+        Reader(["c.json"])
     assert HEAD >= 2
+
+
+def test_each_data_set_of_a_stream_keeps_its_format(task, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    turns = [[{"role": "user", "content": f"{n}+1="}, {"role": "assistant", "content": str(n + 1)}] for n in range(10)]
+    chat.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}={% endfor %}"
+    read = Reader([str(task / "sft.jsonl"), str(chat)])
+    trees = supervised_encoding(read.head, tokenizer, Limits(64, "--max_length", len(tokenizer)), on_bad_record="error")(list(read())[::-1])
+    assert len(trees) == 40
+    assert trees[0].ids != trees[-1].ids
+    assert all(any(tree.scored) for tree in trees)
 
 
 # runs

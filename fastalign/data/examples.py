@@ -95,7 +95,7 @@ def sft_examples(
 
 
 def supervised_segments(
-    records: Sequence[Record], encode: SupervisedEncoder, limits: Limits, skips: Skips
+    records: Sequence[Record], encode: Callable[[Sequence[Record]], Any], limits: Limits, skips: Skips
 ) -> Iterator[tuple[int, Segment]]:
     """Index and scored sequence of the good records, in order; the bad ones are reported to `skips`."""
     for index, (ids, flags) in _good(records, encode, limits, skips):

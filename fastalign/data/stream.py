@@ -9,10 +9,10 @@ from typing import Any
 
 from ..packing import Segment
 from .dialects import normalize_all
-from .encoders import SupervisedEncoder, supervised_format
+from .encoders import Scored, SupervisedEncoder, supervised_format
 from .examples import Limits, supervised_segments
 from .load import read_records
-from .records import DataError, Record, Skips, columns_of, rename
+from .records import BadRecord, DataError, Record, Skips, columns_of, rename
 
 CHUNK = 256  # records tokenized together; tokenizers are several times faster on a list than on one text
 HEAD = 1024  # records that the format and the renames are checked on
@@ -126,35 +126,59 @@ class SegmentStream:
             raise DataError("the checkpoint's stream stands behind what there is now; resume with the data that it was made with")
 
 
-def reader(names: Sequence[str], *, split: str = "train", columns: dict[str, str] | None = None, max_samples: int = 0) -> Read:
-    """Reads data sets one behind the other, record by record.
+class Reader:
+    """Reads data sets one behind the other, record by record, from the beginning at each call.
 
     Args:
         names, split, columns, max_samples: as for `load.load_parts`.
 
+    Attributes:
+        head: the first records of each, `HEAD` in all.
+
     Raises:
-        DataError: a .json file, of which all would be read at once; a rename that no record of the first ones has.
+        DataError: a .json file, of which all would be read at once; a rename that no record of the head has.
     """
-    whole = [name for name in names if name.lower().endswith(".json")]
-    if whole:
-        raise DataError(f"--streaming: {whole[0]} can only be read as a whole; write it as .jsonl, one record a line, or as .parquet")
-    columns = columns or {}
 
-    def read() -> Iterator[Record]:
-        for name in names:
-            for record in islice(read_records(name, split=split), max_samples or None):
-                have = {theirs: ours for theirs, ours in columns.items() if theirs in record}
-                yield rename([record], have)[0] if have else record
+    def __init__(self, names: Sequence[str], *, split: str = "train", columns: dict[str, str] | None = None, max_samples: int = 0) -> None:
+        whole = [name for name in names if name.lower().endswith(".json")]
+        if whole:
+            raise DataError(f"--streaming: {whole[0]} can only be read as a whole; write it as .jsonl, one record a line, or as .parquet")
+        self.names, self.split, self.columns, self.max_samples = names, split, columns or {}, max_samples
+        each = min(HEAD // len(names) or 1, max_samples or HEAD)
+        head = [record for name in names for record in islice(read_records(name, split=split), each)]
+        missing = {theirs: ours for theirs, ours in self.columns.items() if theirs not in columns_of(head)}
+        if missing:
+            rename(head, missing)  # raises, naming the nearest columns
+        self.head = [self._renamed(record) for record in head]
 
-    head = [record for name in names for record in islice(read_records(name, split=split), HEAD // len(names) or 1)]
-    missing = {theirs: ours for theirs, ours in columns.items() if theirs not in columns_of(head)}
-    if missing:
-        rename(head, missing)  # raises, naming the nearest columns
-    return read
+    def __call__(self) -> Iterator[Record]:
+        for name in self.names:
+            for record in islice(read_records(name, split=self.split), self.max_samples or None):
+                yield self._renamed(record)
+
+    def _renamed(self, record: Record) -> Record:
+        have = {theirs: ours for theirs, ours in self.columns.items() if theirs in record}
+        return rename([record], have)[0] if have else record
 
 
-def supervised_encoding(read: Read, tokenizer: Any, limits: Limits, *, on_bad_record: str, system_prompt: str = "") -> Encode:
-    """How a stream of supervised records is encoded; the format is the one that most of the first records have."""
-    columns = supervised_format(normalize_all(list(islice(read(), HEAD))))
-    encode, skips = SupervisedEncoder(tokenizer, columns, system_prompt), Skips(on_bad_record)
+class _EncoderBySource:
+    """Encodes each record in the format that most of the first records of its source have."""
+
+    def __init__(self, head: Sequence[Record], tokenizer: Any, system_prompt: str) -> None:
+        self._encoders = {
+            source: SupervisedEncoder(tokenizer, supervised_format([record for record in head if record.source == source]), system_prompt)
+            for source in {record.source for record in head}
+        }
+
+    def __call__(self, records: Sequence[Record]) -> list[Scored | BadRecord]:
+        found: dict[int, Scored | BadRecord] = {}
+        for source in {record.source for record in records}:
+            own = [i for i, record in enumerate(records) if record.source == source]
+            found |= dict(zip(own, self._encoders[source]([records[i] for i in own]), strict=True))
+        return [found[i] for i in range(len(records))]
+
+
+def supervised_encoding(head: Sequence[Record], tokenizer: Any, limits: Limits, *, on_bad_record: str, system_prompt: str = "") -> Encode:
+    """How a stream of supervised records that begins like this is encoded; each data set has its own format."""
+    encode, skips = _EncoderBySource(normalize_all(head), tokenizer, system_prompt), Skips(on_bad_record)
     return lambda records: [segment for _, segment in supervised_segments(normalize_all(records), encode, limits, skips)]

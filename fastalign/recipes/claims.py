@@ -9,7 +9,8 @@ from typing import Any
 
 from ..training.files import write_atomic
 
-SETTINGS = "config.json"
+SETTINGS = "settings.json"
+OTHERS = ("config.json", "adapter_config.json", "metrics.jsonl")  # a model's, an adapter's, a training run's
 
 
 def weights_of(name: str) -> str:
@@ -28,8 +29,11 @@ def claim(folder: Path, flags: Mapping[str, Any], *, files: Sequence[str], free:
         what: the run is called in the error.
 
     Raises:
-        FileExistsError: it holds another run's files.
+        FileExistsError: it holds another run's files, or a model.
     """
+    for name in OTHERS:
+        if (folder / name).exists():
+            raise FileExistsError(f"--output_dir {folder} holds a model or a training run ({name}), which stays as it is; name another")
     settings = {name: value for name, value in flags.items() if name not in free}
     settings["weights"] = weights_of(str(flags.get("model_name_or_path", "")))
     path = folder / SETTINGS

@@ -48,7 +48,7 @@ def run(
     """
     params, pairs = sampling_params(sampling, generate), pairs or PairArguments()
     check(pairs, generate.output_file)
-    done = completed_prompts(Path(generate.output_file)) if generate.output_file else Counter()
+    done = completed_prompts(Path(generate.output_file), _key_of_completed) if generate.output_file else Counter()
     loaded = load(model)
     wanted = read_prompts(data, generate, loaded)
     prompts = list(not_done(wanted, done))
@@ -150,6 +150,13 @@ def key_of_prompt(item: Mapping[str, Any]) -> str:
     return key_of(item["prompt"])
 
 
+def _key_of_completed(item: Mapping[str, Any]) -> str:
+    """The same of an object that has completions, as a file of prompts has not."""
+    if "completions" not in item:
+        raise KeyError("completions")
+    return key_of_prompt(item)
+
+
 def not_done(prompts: list[Prompt], done: Counter[str], key: Key = key_of_prompt) -> Iterator[Prompt]:
     """The prompts that the output file has not got; of equal ones, as many as are missing."""
     left = Counter(done)
@@ -177,7 +184,7 @@ def completed_prompts(path: Path, key: Key = key_of_prompt) -> Counter[str]:
             done[key(json.loads(line))] += 1
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"--output_file {path}: line {number} is no object with a prompt, as fastalign generate writes;"
+                f"--output_file {path}: line {number} is no object with a prompt and completions, as fastalign generate writes;"
                 " is it another file? choose a new one"
             ) from error
     rest = content[len(whole) :]

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ FIXED = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")  # a st
 _OF_COMMANDS = ("file", "record")  # what the reward command:run=… fills in
 
 Start = Callable[[str, dict[str, Any]], None]
+Check = Callable[[str, dict[str, Any], Sequence[Path]], None]
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,13 @@ def _resolved(value: Any, folders: Mapping[str, Path], where: str) -> Any:
     return _REFERENCE.sub(lambda match: str(folders.get(match[1], match[0])), value)
 
 
-def run(path: Path, start: Start, check: Start = lambda command, values: None, *, restart: str = "", dry_run: bool = False) -> None:
+def run(path: Path, start: Start, check: Check = lambda command, values, made: None, *, restart: str = "", dry_run: bool = False) -> None:
     """Runs the stages that are not finished, in order.
 
     Args:
         start: runs a command with its flags (`cli.start`).
-        check: raises ValueError where a command cannot be run with its flags; asked of every stage before the first begins.
+        check: raises ValueError or OSError where a command cannot be run with its flags, and the folders that earlier stages will have
+            made; asked of every stage before the first begins.
         restart: from this stage on everything is run anew.
         dry_run: tells what would run, and runs nothing.
 
@@ -173,10 +175,10 @@ def run(path: Path, start: Start, check: Start = lambda command, values: None, *
         ValueError: as `read`; a finished stage has other flags now; `restart` names no stage.
     """
     stages = read(path)
-    for stage in stages:
+    for number, stage in enumerate(stages):
         try:
-            check(stage.command, stage.values)
-        except ValueError as error:
+            check(stage.command, stage.values, [earlier.folder for earlier in stages[:number]])
+        except (ValueError, OSError) as error:
             raise ValueError(f"stage {stage.name}: {error}") from None
     names = [stage.name for stage in stages]
     if restart and restart not in names:

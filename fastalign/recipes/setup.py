@@ -133,10 +133,15 @@ def check_output(run: RunArguments, eval_dataset_name: str | list[str]) -> Path 
             log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
         return found
     rows = output_dir / "metrics.jsonl"  # empty: a run that ended before its first step
-    if rows.exists() and rows.stat().st_size and not run.overwrite_output_dir and not run.dry_run:
-        raise FileExistsError(
-            f"--output_dir {output_dir} already holds a run; add --resume_from_checkpoint latest, --overwrite_output_dir, or name another"
-        )
+    taken = ""
+    if rows.exists() and rows.stat().st_size:
+        taken = "already holds a run; add --resume_from_checkpoint latest, --overwrite_output_dir, or name another"
+    elif any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+        taken = "holds a model; name another, or add --overwrite_output_dir to put the new one in its place"
+    if taken and not run.overwrite_output_dir:
+        if not run.dry_run:
+            raise FileExistsError(f"--output_dir {output_dir} {taken}")
+        log.warning("the run itself would be refused: --output_dir %s %s", output_dir, taken)
     return None
 
 

@@ -10,7 +10,7 @@ from ..data import DataOrder, MixtureOrder, Record, SegmentStream, load_parts, p
 from ..data.conditions import conditioned, parse_sources
 from ..data.examples import Limits
 from ..data.ranked import ranked_examples
-from ..data.stream import reader, supervised_encoding
+from ..data.stream import Reader, supervised_encoding
 from ..losses.sft import SupervisedLoss
 from ..models.backbone import head_of
 from ..packing import Segment
@@ -67,10 +67,10 @@ def streamed(args: Arguments, loaded: Loaded, row: SupervisedLoss) -> tuple[Sequ
     if row.ranks or args.supervised.source_weights or args.supervised.source_prompts:
         raise ValueError("--streaming reads plain records; ranked completions, --source_weights and --source_prompts need them in memory")
     names = [data.dataset_name] if isinstance(data.dataset_name, str) else data.dataset_name
-    read = reader(names, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=data.max_samples)
+    read = Reader(names, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=data.max_samples)
     limits = Limits(data.max_length, "--max_length", head_of(loaded.model).weight.shape[0])
     encode, again = (
-        supervised_encoding(read, loaded.tokenizer, limits, on_bad_record=data.on_bad_record, system_prompt=data.system_prompt)
+        supervised_encoding(read.head, loaded.tokenizer, limits, on_bad_record=data.on_bad_record, system_prompt=data.system_prompt)
         for _ in range(2)
     )
     stream = SegmentStream(read, encode, window=data.stream_window, seed=args.run.seed, shuffle=data.shuffle)

@@ -56,8 +56,12 @@ def golds_of(columns: dict[str, Any], count: int) -> list[str | None]:
     for i in range(count):
         found = (columns[name][i] for name in GOLD_COLUMNS if columns.get(name) is not None)
         value = next((v for v in found if v is not None), None)
-        if isinstance(value, list):  # a conversational reference
+        if isinstance(value, list) and all(isinstance(each, dict) for each in value):  # a conversational reference
             value = text_of(value)
+        elif isinstance(value, list):
+            if len(value) != 1:
+                raise ValueError(f"expected one reference answer, got a list of {len(value)}")
+            value = value[0]
         golds.append(None if value is None else answers.gold_answer(str(value)))
     return golds
 

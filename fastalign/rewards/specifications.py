@@ -96,7 +96,21 @@ def _reward(specification: Specification, taken: set[str]) -> Reward:
         row = BUILTIN[head]
         name = _unique(head, taken)
         return Reward(name, IsolatedReward(name, _builtin_caller(head, row, tail)), row.any_column)
+    place, attribute = place_of(specification)
+    target = ("file", os.path.abspath(place), attribute) if place.endswith(".py") else ("module", place, attribute)
+    name = _unique(attribute, taken)
+    return Reward(name, IsolatedReward(name, InWorkers(target)))
+
+
+def place_of(specification: str) -> tuple[str, str]:
+    """(module or file, attribute) of what names a function; of a built-in reward (name, parameters).
+
+    Raises:
+        ValueError: an unknown name, or a file that is not there.
+    """
     place, _, attribute = specification.rpartition(":")
+    if (head := specification.partition(":"))[0] in BUILTIN:
+        return head[0], head[2]
     if not place or not attribute:
         near = difflib.get_close_matches(specification, BUILTIN, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -104,12 +118,9 @@ def _reward(specification: Specification, taken: set[str]) -> Reward:
             f"unknown reward {specification!r}; {hint}built-in are {', '.join(BUILTIN)}; "
             "a function of yours is module:function or path.py:function, a language model that judges is judge:model=FOLDER_OR_URL"
         )
-    is_file = place.endswith(".py")
-    if is_file and not Path(place).is_file():
+    if place.endswith(".py") and not Path(place).is_file():
         raise ValueError(f"reward {specification!r}: no such file {place!r}")
-    target = ("file", os.path.abspath(place), attribute) if is_file else ("module", place, attribute)
-    name = _unique(attribute, taken)
-    return Reward(name, IsolatedReward(name, InWorkers(target)))
+    return place, attribute
 
 
 def _unique(name: str, taken: set[str]) -> str:
