@@ -112,7 +112,8 @@ def paged_hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tenso
 def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: TreeLayout | PagedLayout) -> Tensor:
     base = causal_lm(model)
     rows = input_ids.shape[0]
-    limit = _rope_limit(base.config.get_text_config())
+    steps = isinstance(layout, PagedLayout)  # of an engine, which keeps to the limit itself: asking a GPU would stop it
+    limit = None if steps and position_ids.is_cuda else _rope_limit(base.config.get_text_config())
     if limit is not None and rows and int(position_ids.max()) >= limit:
         raise UnsupportedModelError(
             f"{base.config.model_type}: its rotary embedding changes for the whole batch past position {limit}, got "
@@ -133,8 +134,8 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: 
 
     activated = getattr(model, "activated", nullcontext)  # one adapter of several says when it is its turn
     with reading_layout(), activated():
-        steps = isinstance(layout, PagedLayout) and ids.device.type == "cpu"
-        out = last_hidden(base.base_model, ids, positions, layout, own) if steps else own()  # type: ignore[arg-type]
+        ours = steps and ids.device.type == "cpu"
+        out = last_hidden(base.base_model, ids, positions, layout, own) if ours else own()  # type: ignore[arg-type]
     return out[0, :rows]
 
 
