@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+ALIGNED = 16  # bytes: Triton compiles a kernel anew for pointers that are not multiples of it
 
 
 class Staged:
@@ -42,7 +44,7 @@ class Staged:
             return
         self.device[:rows].copy_(self._host[:rows], non_blocking=True)
         self._copied = torch.cuda.Event()
-        self._copied.record()
+        self._copied.record(torch.cuda.current_stream(self.device.device))
 
 
 def to_host(*columns: Tensor) -> list[np.ndarray]:
@@ -100,21 +102,20 @@ class Traveller:
 
 
 def pack_bytes(columns: Sequence[Tensor]) -> Tensor:
-    """Tensors of any dtypes behind each other, as bytes, wide dtypes first so that each starts where its dtype may."""
+    """Tensors of any dtypes behind each other, as bytes, each at a multiple of `ALIGNED`."""
     return torch.cat(_bytes_of(columns))
 
 
 def unpack_bytes(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of what `pack_bytes` packed, in the order given there."""
-    found: dict[int, Tensor] = {}
-    at = 0
-    for i in sorted(range(len(like)), key=lambda i: -like[i].element_size()):
-        size = like[i].numel() * like[i].element_size()
-        found[i] = packed[at : at + size].view(like[i].dtype).view(like[i].shape)
-        at += size
-    return [found[i] for i in range(len(like))]
+    found, at = [], 0
+    for column in like:
+        size = column.numel() * column.element_size()
+        found.append(packed[at : at + size].view(column.dtype).view(column.shape))
+        at += size + -size % ALIGNED
+    return found
 
 
 def _bytes_of(columns: Sequence[Tensor]) -> list[Tensor]:
-    ordered = sorted(columns, key=lambda column: -column.element_size())
-    return [column.contiguous().view(-1).view(torch.uint8) for column in ordered]
+    flat = [column.contiguous().view(-1).view(torch.uint8) for column in columns]
+    return [nn.functional.pad(part, (0, -len(part) % ALIGNED)) if len(part) % ALIGNED else part for part in flat]

@@ -41,10 +41,10 @@ def tanh(x):
 
 @triton.jit
 def soften(x, inv_temperature, softcap, inv_softcap, SOFTCAP: tl.constexpr):
-    """A logit after soft-cap and temperature, fp32."""
+    """A logit after soft-cap and temperature, fp32. -inf stays, as probability 0; the cap would lift it to -softcap."""
     z = x.to(tl.float32)
     if SOFTCAP:
-        z = tanh(z * inv_softcap) * softcap
+        z = tl.where(z == float("-inf"), z, tanh(z * inv_softcap) * softcap)
     return z * inv_temperature
 
 

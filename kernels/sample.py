@@ -195,7 +195,7 @@ def draw_kernel(
         tl.store(kept + n, (left / total).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])  # it changes from step to step
 def philox_kernel(seed, request, sample, position, out, size, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = index < size

@@ -329,6 +329,9 @@ class _Recorder:
             raise RuntimeError("operation not permitted when stream is capturing")
         return step
 
+    def renew(self) -> None:
+        """There is no pool."""
+
 
 @contextmanager
 def stand_in_cuda(twin: types.ModuleType | None = None) -> Iterator[None]:

@@ -236,6 +236,24 @@ def test_engine_after_an_update_is_a_fresh_engine():
     assert values(after) != values(before)
 
 
+def test_engine_notices_buffers_and_hooks_that_have_changed():
+    """They are no parameters, and change what a cached prompt would be."""
+    built = ready(llama())
+    engine = Engine(built)
+    engine.rollout(PROMPTS, PARAMS)
+    built.model.rotary_emb.inv_freq.mul_(0.3)
+    assert values(engine.rollout(PROMPTS, PARAMS)) == values(Engine(built).rollout(PROMPTS, PARAMS))
+    built.model.layers[0].register_forward_hook(lambda module, arguments, out: out * 1.5)
+    assert values(engine.rollout(PROMPTS, PARAMS)) == values(Engine(built).rollout(PROMPTS, PARAMS))
+
+
+def test_engine_outlives_a_callers_inference_mode(plain):
+    engine = Engine(ready(llama()))
+    with torch.inference_mode():
+        first = engine.rollout(PROMPTS, PARAMS)
+    assert values(first) == values(engine.rollout(PROMPTS, PARAMS)) == values(plain)
+
+
 def test_engine_leaves_training_mode_as_it_was(model):
     built = ready(llama())
     built.train()

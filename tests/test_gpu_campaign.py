@@ -126,7 +126,15 @@ def test_gpu_leaves_what_was_measured_before_a_failure(tmp_path, monkeypatch):
 def test_gpu_gives_the_decode_bench_more_time_and_asks_for_its_results():
     decode = next(path for path in gpu.bench_files() if path.stem == "bench_decode")
     assert gpu.shares(decode) > 1 == gpu.shares(decode.with_name("bench_scan.py"))
-    assert gpu.bench_command(decode)[-2:] == ["--results", str(gpu.WORK / "bench_decode.json")]
+    assert gpu.bench_command(decode, 90.0)[-4:] == ["--budget_s", "60", "--results", str(gpu.WORK / "bench_decode.json")]
+
+
+def test_gpu_leaves_out_the_benches_that_measure_a_cpu():
+    listed = {path.stem for path in gpu.bench_files()}
+    assert not listed & gpu.OF_CPUS
+    everything = {path.stem: path.read_text() for path in (gpu.ROOT / "bench").glob("bench_*.py")}
+    assert everything.keys() == listed | gpu.OF_CPUS
+    assert all("cuda" in everything[name] or "device" in everything[name] for name in listed)
 
 
 def test_decode_bench_reads_weights_once_and_every_context():

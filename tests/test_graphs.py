@@ -4,6 +4,7 @@ import gc
 import random
 import warnings
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -416,8 +417,95 @@ def test_cuda_graphs_see_updated_weights_and_notice_moved_ones():
 def test_model_that_waits_for_the_device_decodes_without_graphs():
     model = ready(llama()).cuda()
     model.model.norm.register_forward_hook(lambda module, args, out: out * (1.0 if out.sum().item() else 0.0))
-    ours = Engine(model)
+    ours, before = Engine(model), torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="llama decodes without CUDA graphs"):
         found = ours.rollout(PROMPTS, PARAMS)
+    assert torch.cuda.current_stream() == before
     assert [s.ids for s in ours.rollout(PROMPTS, PARAMS).flat] == [s.ids for s in found.flat]
     assert torch.ones(4, device="cuda").sum().item() == 4  # the device is as usable as before
+
+
+class FakeCuda:
+    """The calls of torch.cuda that a recorder makes, in order; `ends`: a recording can be ended."""
+
+    def __init__(self, patch, ends=True):
+        self.calls, self.current, self.ends = [], "main", ends
+        note = self.calls.append
+
+        class Stream:
+            device = torch.device("cuda", 0)
+
+            def __init__(self, name):
+                self.name = name
+
+            def wait_stream(self, other):
+                note(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def capture_begin(graph, pool, capture_error_mode):
+                note(f"begin in {pool}")
+
+            def capture_end(graph):
+                note("end")
+                if not self.ends:
+                    raise RuntimeError("capture was invalidated")
+
+            def replay(graph):
+                note("replay")
+
+        @contextmanager
+        def stream(side):
+            before, self.current = self.current, side.name
+            yield
+            self.current = before
+
+        pools = iter(range(9))
+        for name, value in {
+            "graph_pool_handle": lambda: f"pool {next(pools)}",
+            "Stream": lambda device: Stream("side"),
+            "current_stream": lambda device: Stream(self.current),
+            "synchronize": lambda device: note("synchronize"),
+            "stream": stream,
+            "CUDAGraph": Graph,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+
+
+def test_recorder_records_behind_a_warm_up_and_orders_the_replay_behind_both(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    record = graphs.CudaRecorder(torch.device("cuda", 0))
+    replay = record(lambda: cuda.calls.append(f"step on {cuda.current}"))
+    replay()
+    order = [
+        "side waits for main",
+        "step on side",
+        "synchronize",
+        "begin in pool 0",
+        "step on side",
+        "end",
+        "main waits for side",
+        "replay",
+    ]
+    assert cuda.calls == order
+    record.renew()
+    record(lambda: None)
+    assert "begin in pool 1" in cuda.calls
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch, ends):
+    cuda = FakeCuda(monkeypatch, ends)
+    runs = iter([None, ValueError("the step waits for the device")])
+
+    def step():
+        if (error := next(runs)) is not None:
+            raise error
+
+    with pytest.raises(ValueError, match="the step waits"):
+        graphs.CudaRecorder(torch.device("cuda", 0))(step)
+    assert cuda.current == "main"
+    assert cuda.calls[-1] == "end"
+    if not ends:
+        with pytest.raises(RuntimeError, match="capture was invalidated"):
+            graphs.CudaRecorder(torch.device("cuda", 0))(lambda: None)
+        assert cuda.current == "main"

@@ -1,6 +1,7 @@
 """fastalign inside transformers and TRL: the same losses, gradients and metrics as theirs, on tiny random models."""
 
 import copy
+import math
 import pickle
 from types import MethodType
 
@@ -138,6 +139,14 @@ def test_patch_of_a_batch_without_labels_to_score(count):
     assert float(out.loss) == 0.0
     assert all(float(g.abs().max()) == 0.0 for g in grads.values())
     assert len(grads) == len(list(model.parameters()))
+
+
+def test_patch_has_no_loss_to_average_where_an_evaluation_scores_nothing():
+    """A Trainer leaves NaN out of its mean; a 0 would lower it."""
+    model = fa.patch(tiny_models.llama())
+    with torch.no_grad():
+        assert math.isnan(model(**batch(scored=0.0)).loss.item())
+        assert model(**batch(scored=0.0), num_items_in_batch=7).loss.item() == 0.0
 
 
 def test_patch_reads_other_ways_to_call():

@@ -103,6 +103,34 @@ def test_rows_survive_large_and_infinite_logits(backend, dtype, offset):
     assert (gradient[logits == -math.inf] == 0).all()
 
 
+@pytest.mark.parametrize("vocab", [5, 9001])
+@pytest.mark.parametrize("temperature", [1.0, 7.0])
+def test_rows_give_infinite_logits_no_probability_under_a_soft_cap(backend, vocab, temperature):
+    """tanh lifts -inf to -softcap, where a banned token would have a probability."""
+    logits, targets = random_rows(4, vocab, torch.float32, scale=5.0)
+    logits[:, 2:4], targets[0], targets[1:] = -math.inf, 2, 1
+    z = (2.0 * (logits.double() / 2.0).tanh()).masked_fill(logits == -math.inf, -math.inf) / temperature
+    logp, lse, entropy, _ = logp_rows(logits, targets, temperature=temperature, logit_softcap=2.0, entropy=True)
+    want = z.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    assert logp[0] == -math.inf
+    torch.testing.assert_close(logp.double(), want, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), torch.distributions.Categorical(logits=z).entropy(), rtol=1e-5, atol=2e-5)
+    options = {"temperature": temperature, "logit_softcap": 2.0}
+    gradient = grad_rows_(logits.clone(), targets[1:].new_full((4,), 1), lse, entropy, torch.ones(4), torch.ones(4), **options)
+    assert (gradient[:, 2:4] == 0).all()
+
+
+def test_rows_are_float32_whatever_the_default_dtype(backend):
+    logits, targets = random_rows(3, 40, torch.float32)
+    want = logp_rows(logits, targets, entropy=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = logp_rows(logits, targets, entropy=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in zip(found, want, strict=True))
+
+
 def test_rows_with_one_possible_token(backend):
     logits = torch.full((2, 300), -math.inf)
     logits[:, 17] = torch.tensor([3.0, -1e4])

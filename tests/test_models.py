@@ -1,5 +1,6 @@
 """Loading, heads, adapters and the parity of the training forward with paged generation."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -269,3 +270,25 @@ def test_row_counts_say_what_no_padding_settles():
     with pytest.warns(RuntimeWarning, match="Restless of 64 float32 inputs .* depend on the number of rows"):
         row_counts(model)
     row_counts(model)  # said once
+
+
+def test_an_adapter_on_a_merged_adapter_names_that_one(tmp_path):
+    """With the first one's base it would be loaded without the first."""
+    peft = pytest.importorskip("peft")
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    base, first, second = (str(tmp_path / name) for name in ("base", "first", "second"))
+    llama().save_pretrained(base)
+    save_adapter(peft.get_peft_model(load_causal_lm(base), peft.LoraConfig(**config)), first)
+    merged = load_causal_lm(first)
+    assert all(parameter.requires_grad for parameter in merged.parameters()), "so that it may be trained as it is"
+    adapted = peft.get_peft_model(merged, peft.LoraConfig(**config))
+    save_adapter(adapted, second)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        want = adapted.eval()(ids).logits
+        assert torch.equal(load_causal_lm(second).eval()(ids).logits, adapted.merge_and_unload().eval()(ids).logits)
+        assert torch.allclose(load_causal_lm(second)(ids).logits, want, atol=1e-5)
+    own = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    (tmp_path / "second" / "adapter_config.json").write_text(json.dumps({**own, "base_model_name_or_path": second}))
+    with pytest.raises(ValueError, match="names its own folder as the base model"):
+        load_causal_lm(second)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.staging import Staged, Traveller, pack_bytes, to_device, to_host, unpack_bytes
+from fastalign.staging import ALIGNED, Staged, Traveller, pack_bytes, to_device, to_host, unpack_bytes
 
 COLUMNS = (
     torch.tensor([1.5, float("nan"), -0.0]),
@@ -27,7 +27,7 @@ def same_bytes(found, columns):
 def test_packed_bytes_come_back_in_their_order():
     packed = pack_bytes(COLUMNS)
     assert packed.dtype == torch.uint8
-    assert packed.numel() == sum(column.numel() * column.element_size() for column in COLUMNS)
+    assert packed.numel() == sum(-(-column.numel() * column.element_size() // ALIGNED) * ALIGNED for column in COLUMNS)
     same_bytes([x.numpy() for x in unpack_bytes(packed, COLUMNS)], COLUMNS)
 
 

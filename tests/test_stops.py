@@ -1,14 +1,16 @@
 """Stop tokens and stop strings, on a byte-level toy tokenizer and on a real pretrained model when it is there."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from tiny_models import values
+from tokenizers import AddedToken
 
 from fastalign.generation import Engine, SamplingParams
 from fastalign.generation.requests import Limits, stop_ids
-from fastalign.generation.stops import StopScanner, StopTable, first_stop
+from fastalign.generation.stops import StopScanner, StopTable, first_stop, special_id
 from fastalign.models.load import load_causal_lm, load_tokenizer
 
 STORIES = Path(__file__).parent.parent.parent / "shared" / "models" / "stories260k"
@@ -143,3 +145,22 @@ def test_stop_ids_of_a_special_token_as_stop_string(stories):
     params = SamplingParams(stop=[tokenizer.eos_token, "x"], stop_token_ids=[7], ignore_eos=True)
     assert set(stop_ids(params, limits, tokenizer)) == {7, tokenizer.eos_token_id}
     assert tokenizer.eos_token_id in stop_ids(SamplingParams(), limits, tokenizer)
+
+
+def test_stop_strings_that_are_special_and_in_no_map_of_special_tokens():
+    """As Llama 3's <|eot_id|>: `decode` leaves them out, so that no text shows them."""
+
+    class Added(Pieces):
+        added_tokens_decoder: ClassVar = {2: AddedToken("<|eot|>", special=True), 1: AddedToken("<tool>", special=False)}
+        all_special_tokens: ClassVar = ["</s>"]
+
+        def convert_tokens_to_ids(self, text):
+            return self.pieces.index(text.encode()) if text.encode() in self.pieces else None
+
+        def convert_ids_to_tokens(self, number):
+            return self.pieces[number].decode()
+
+    tokenizer = Added(" the", "<tool>", "<|eot|>")
+    assert [special_id(tokenizer, text) for text in ("<|eot|>", "<tool>", " the", "none")] == [2, None, None, None]
+    params = SamplingParams(stop=["<|eot|>", "<tool>"], ignore_eos=True)
+    assert set(stop_ids(params, Limits(3, 3, 10, frozenset()), tokenizer)) == {2}

@@ -41,10 +41,13 @@ FA_MATH Real entropy(const Online<Real>& o) {
   return ::log(o.sum) - o.weighted / o.sum;
 }
 
-// One element's logit: soft-cap (0: none), then temperature.
+// One element's logit: soft-cap (0: none), then temperature. -inf stays, as probability 0; the cap would lift it to -softcap.
 template <typename U, typename F>
 FA_MATH F soften(F x, float softcap, float inv_softcap, float inv_temperature) {
-  if (softcap > 0.0f) x = tanh<U, F>(x * inv_softcap) * softcap;
+  if (softcap > 0.0f) {
+    const F capped = tanh<U, F>(x * inv_softcap) * softcap;
+    x = x == -INFINITY ? x : capped;
+  }
   return x * inv_temperature;
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..data import Prompt
 from ..generation import CompletionOutput
 from ..generation.requests import Request
-from ..generation.stops import decode
+from ..generation.stops import decode, special_id
 from ..rollout import Sample
 
 
@@ -87,6 +87,5 @@ def turn_text(out: CompletionOutput, stops: tuple[str, ...], tokenizer: Any) -> 
     if isinstance(out.stop_reason, str):
         return out.text + (out.stop_reason if out.stop_reason in stops else "")
     if isinstance(out.stop_reason, int):  # a stop text that is one special token ends a turn as its id
-        special = [stop for stop in stops if stop in tokenizer.all_special_tokens]  # any other has the id of "unknown"
-        return out.text + next((stop for stop in special if tokenizer.convert_tokens_to_ids(stop) == out.stop_reason), "")
+        return out.text + next((stop for stop in stops if special_id(tokenizer, stop) == out.stop_reason), "")
     return out.text

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from fastalign.staging import Staged
 Replay = Callable[[], Tensor]
 MAX_GRAPHS = 128  # the one that was used longest ago is dropped
 NO_SLOT = -1
+_ABANDONED: list[object] = []
 
 
 class CudaRecorder:
@@ -48,18 +50,46 @@ class CudaRecorder:
 
     def __call__(self, step: Replay) -> Replay:
         """Runs the step once, outside of a graph, which loads and plans what is loaded and planned once; then records it."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        device = self._stream.device
+        before = torch.cuda.current_stream(device)
+        self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            out = step()
+        torch.cuda.synchronize(device)
+        graph, failed = torch.cuda.CUDAGraph(), None
+        with torch.cuda.stream(self._stream):  # torch.cuda.graph leaves the thread on its stream where ending a recording raises
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                out = step()
+            except BaseException as error:
+                failed = error
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                failed = failed or error
+                self._abandon(graph)
+        if failed is not None:
+            raise failed
+        before.wait_stream(self._stream)
 
         def replay() -> Tensor:
             graph.replay()
             return out
 
         return replay
+
+    def renew(self) -> None:
+        """Once every graph is gone: torch takes a pool that nobody uses for a new one only after all its memory was freed."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends what a recording that could not be ended has begun in torch's allocator, which does not itself up to torch 2.11: memory
+        that is freed would not be given out again in this process."""
+        _ABANDONED.append(graph)  # the allocator may ask it
+        pool, index = self._pool, self._stream.device.index
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
 
 
 def record_nothing(step: Replay) -> Replay:
@@ -99,6 +129,8 @@ class DecodeGraphs:
     def forget(self) -> None:
         """Drops every graph: what they read has moved."""
         self._graphs.clear()
+        if isinstance(self._record, CudaRecorder):
+            self._record.renew()
 
     def forward(self, plan: Plan, rows: Rows, cache: KVCache, put: Callable[[Tensor], object] = lambda ids: None) -> Tensor | None:
         """The last hidden rows [S, H] of a step in which every sequence decodes; None: run it without a graph.

@@ -15,7 +15,7 @@ from fastalign.generation.groups import MAX_SAMPLES, Group
 from fastalign.generation.outputs import completion_output, drawn_ids, new_outputs, request_output
 from fastalign.generation.params import CompletionOutput, RequestOutput, SamplingParams
 from fastalign.generation.rows import Rows
-from fastalign.generation.stops import StopTable
+from fastalign.generation.stops import StopTable, special_id
 from fastalign.models.backbone import causal_lm, head_of, positions_of
 
 PromptLike = str | Sequence[int]
@@ -217,8 +217,8 @@ def in_int64(number: int, name: str) -> int:
 
 def stop_ids(params: SamplingParams, limits: Limits, tokenizer: Any) -> Iterable[int]:
     """The token ids that end a completion; a stop string that is one special token counts as its id."""
-    special = [s for s in params.stop if s in getattr(tokenizer, "all_special_tokens", ())]
-    ids = {*params.stop_token_ids, *(tokenizer.convert_tokens_to_ids(s) for s in special), *(() if params.ignore_eos else limits.eos)}
+    special = {number for text in params.stop if (number := special_id(tokenizer, text)) is not None}
+    ids = {*params.stop_token_ids, *special, *(() if params.ignore_eos else limits.eos)}
     bad = [i for i in ids if not 0 <= i < limits.vocab_size]
     if bad:
         raise ValueError(f"generate: stop_token_ids must be in [0, vocabulary size {limits.vocab_size}), got {bad[0]}")

@@ -40,7 +40,8 @@ class KVCache:
         layers, heads, head_dim = cache_shape(model)
         weight = next(causal_lm(model).parameters())
         self.num_blocks = num_blocks
-        self.data = torch.zeros(2, layers, num_blocks, heads, block_size, head_dim, dtype=weight.dtype, device=weight.device)
+        with torch.inference_mode(False):  # it outlives a caller's inference mode, out of which no tensor of it could be written
+            self.data = torch.zeros(2, layers, num_blocks, heads, block_size, head_dim, dtype=weight.dtype, device=weight.device)
         self.keys, self.values = list(self.data[0]), list(self.data[1])
 
     def fits(self, model: nn.Module) -> bool:
@@ -55,7 +56,8 @@ class KVCache:
             if self.graphs is not None:
                 self.graphs.forget()
             two, layers, _, *block = self.data.shape
-            self.data = torch.cat([self.data, self.data.new_zeros(two, layers, added, *block)], 2)
+            with torch.inference_mode(False):
+                self.data = torch.cat([self.data, self.data.new_zeros(two, layers, added, *block)], 2)
             self.keys, self.values, self.num_blocks = list(self.data[0]), list(self.data[1]), num_blocks
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:

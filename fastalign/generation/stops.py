@@ -47,6 +47,13 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(getattr(tokenizer, "all_special_ids", ())) | {number for number, token in added.items() if token.special}
 
 
+def special_id(tokenizer: Any, text: str) -> int | None:
+    """The token that a text is where it is a special one, which `decode` leaves out; else None."""
+    number = tokenizer.convert_tokens_to_ids(text) if hasattr(tokenizer, "convert_tokens_to_ids") else None
+    known = isinstance(number, int) and number in special_ids(tokenizer) and tokenizer.convert_ids_to_tokens(number) == text
+    return number if known else None
+
+
 def first_stop(text: str, stops: Sequence[str], seen: int = 0) -> tuple[int, str] | None:
     """(position, string) of the stop string that begins first, of those that end behind the first `seen` characters; the longer
     one when two begin together."""

@@ -47,9 +47,9 @@ def patch(model: Model) -> Model:
     With `labels`, `model(...)` returns a `LossOutput`: the same loss and gradients as before (normalized by
     `num_items_in_batch` where the Trainer passes it), `logits=None`, and the log-prob, entropy and correctness of each scored
     token. Without labels nothing changes: generation and logits are the model's own. A batch in which nothing is scored has
-    loss 0 (transformers gives NaN). Only this instance changes; patching twice is harmless. Pickling keeps the model and not the patch,
-    so patch what was loaded. torch.nn.DataParallel, which a Trainer takes for several GPUs in one process, cannot copy the patch to its
-    replicas: start one process a GPU (torchrun, accelerate launch).
+    loss 0 in training (transformers gives NaN), and NaN without gradients. Only this instance changes; patching twice is harmless.
+    Pickling keeps the model and not the patch, so patch what was loaded. torch.nn.DataParallel, which a Trainer takes for several GPUs
+    in one process, cannot copy the patch to its replicas: start one process a GPU (torchrun, accelerate launch).
 
     Args:
         model: a transformers causal LM, or a PEFT model around one. An adapter on the head is not supported.
@@ -104,7 +104,9 @@ def _loss(base: PreTrainedModel, hidden: Tensor, targets: Tensor, count: Any) ->
         return -logp.sum() / divisor
 
     options: dict[str, Any] = {"temperature": head.temperature(), "logit_softcap": head.logit_softcap}
-    return linear_loss(hidden, head.weight, targets, mean, bias=head.bias, **options)
+    loss, numbers = linear_loss(hidden, head.weight, targets, mean, bias=head.bias, **options)
+    unknown = count is None and not len(targets) and not torch.is_grad_enabled()  # a 0 would lower the mean of an evaluation
+    return (loss + torch.nan if unknown else loss), numbers
 
 
 @torch.no_grad()

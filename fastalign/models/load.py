@@ -86,8 +86,11 @@ def _load_merged(folder: str, dtype: str, device: torch.device | str) -> PreTrai
         raise ValueError(
             f"load_causal_lm: {folder}/adapter_config.json names no base model; merge the adapter into its base with peft first"
         )
-    model = load_causal_lm(base, dtype=dtype, device=device)
-    return load_adapter(model, folder).merge_and_unload()  # type: ignore[operator]
+    if Path(base).is_dir() and Path(base).resolve() == Path(folder).resolve():
+        raise ValueError(f"load_causal_lm: {folder}/adapter_config.json names its own folder as the base model")
+    model = load_adapter(load_causal_lm(base, dtype=dtype, device=device), folder).merge_and_unload()  # type: ignore[operator]
+    model.name_or_path = folder  # what an adapter on top of it names as its base: with that of this one the adapter would be lost
+    return model.requires_grad_(True)
 
 
 def load_tokenizer(name_or_path: str, chat_template: str = "") -> PreTrainedTokenizerBase:

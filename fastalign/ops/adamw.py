@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from .backend import backend_for, load_native
 
-_NONE = torch.empty(0)  # stands for an optional tensor in a native call
+_NONE = torch.empty(0, dtype=torch.float32)  # stands for an optional tensor in a native call
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:

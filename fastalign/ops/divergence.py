@@ -127,8 +127,8 @@ def kl_rows(student: Tensor, teacher: Tensor, divergence: Divergence, g: Tensor 
         if g is not None:
             _reference_grad_(student, teacher, divergence, state, g)
         return found, state
-    found = torch.empty(student.shape[0], device=student.device)
-    state = torch.empty(student.shape[0], STATE, device=student.device)
+    found = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+    state = torch.empty(student.shape[0], STATE, dtype=torch.float32, device=student.device)
     _run(backend, student, teacher, divergence, found, state, g)
     return found, state
 

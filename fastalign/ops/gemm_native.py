@@ -20,7 +20,7 @@ from fastalign.ops.backend import backend_for, load_native
 
 TAKEN = {"avx2": (torch.float32, torch.bfloat16), "amx": (torch.bfloat16,)}  # instruction set → the dtypes that are multiplied here
 STORE_BYTES = 8 << 20
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, dtype=torch.float32)
 
 
 def native_products(dtype: torch.dtype) -> ModuleType | None:

@@ -74,7 +74,7 @@ def quantize(weight: Tensor) -> Int8Weight:
     outputs, width = weight.shape
     panels, depth = -(-outputs // COLUMNS), -(-width // DEPTH)
     words = torch.zeros(panels, depth, COLUMNS, dtype=torch.int32)
-    scale = torch.zeros(outputs)
+    scale = torch.zeros(outputs, dtype=torch.float32)
     at_once = max(1, (1 << 18) // max(1, COLUMNS * width))  # panels whose fp32 copies stay in the cache
     for panel in range(0, panels if width else 0, at_once):
         rows = slice(panel * COLUMNS, (panel + at_once) * COLUMNS)
@@ -111,7 +111,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     rows = x.reshape(-1, width) if width else x.new_empty(x.shape[:-1].numel(), 0)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = x.new_empty(len(rows), outputs)
-    start = torch.empty(0) if bias is None else bias.detach().float().contiguous()
+    start = torch.empty(0, dtype=torch.float32) if bias is None else bias.detach().float().contiguous()
     module, _ = load_native()
     assert module is not None
     module.int8_product(rows, weight.words, weight.scale, start, out)

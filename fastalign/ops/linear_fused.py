@@ -12,7 +12,7 @@ from torch import Tensor
 from fastalign.ops.head_gradient import Loan
 from fastalign.ops.linear_chunks import Gradients, RowGrads, Rows, backward_chunk, forward_chunk, join_rows
 from fastalign.ops.linear_head import Head, even_chunks, head_logits
-from fastalign.ops.once import once
+from fastalign.ops.once import once, unscaled
 
 Judge = Callable[[Rows, slice], RowGrads | None]
 KnownLogits = Callable[[slice, torch.dtype, Tensor], Tensor | None]  # (rows, dtype, buffer) → which of the rows it did not write, or None
@@ -148,5 +148,5 @@ class _Tie(torch.autograd.Function):
 def _scaled(stored: Tensor, g: Tensor) -> Tensor:
     """g · stored; the tensor itself for g = 1, which spares a pass over [V, H] (autograd then takes it over without a copy)."""
     if not torch.compiler.is_compiling() and g.device.type == "cpu" and g.item() == 1.0:
-        return stored
+        return unscaled(stored)
     return stored * g.to(stored.dtype)

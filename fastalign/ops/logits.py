@@ -40,8 +40,7 @@ def logp_rows(
     if backend == "reference":
         return _reference_logp(logits, targets, inv_temperature, softcap, entropy)
     num_rows, device = logits.shape[0], logits.device
-    logp, lse = torch.empty(num_rows, device=device), torch.empty(num_rows, device=device)
-    row_entropy = torch.empty(num_rows if entropy else 0, device=device)
+    logp, lse, row_entropy = (torch.empty(n, dtype=torch.float32, device=device) for n in (num_rows, num_rows, num_rows if entropy else 0))
     correct = torch.empty(num_rows, dtype=torch.bool, device=device)
     _call(backend, "logp_rows", logits, targets.contiguous(), inv_temperature, softcap, logp, lse, row_entropy, correct)
     return logp, lse, row_entropy if entropy else None, correct
@@ -86,7 +85,7 @@ def grad_rows_(
     backend = _backend(logits)
     if backend == "reference" or out.dtype not in (logits.dtype, torch.bfloat16):
         return out.copy_(_reference_grad(logits, targets, lse, entropy, g_logp, g_entropy, inv_temperature, softcap))
-    none = torch.empty(0, device=logits.device)
+    none = torch.empty(0, dtype=torch.float32, device=logits.device)
     row_entropy = none if entropy is None else entropy.contiguous()
     upstream = none if g_entropy is None else g_entropy.contiguous()
     arguments = (targets.contiguous(), lse.contiguous(), row_entropy, g_logp.contiguous(), upstream, inv_temperature, softcap)
@@ -137,7 +136,8 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _soften(logits: Tensor, inv_temperature: float, softcap: float) -> Tensor:
     z = _wide(logits)
-    return (torch.tanh(z / softcap) * softcap if softcap else z) * inv_temperature
+    capped = torch.where(z == -torch.inf, z, torch.tanh(z / softcap) * softcap) if softcap else z  # -inf stays, as probability 0
+    return capped * inv_temperature
 
 
 def _check_targets(targets: Tensor, vocab: int) -> None:

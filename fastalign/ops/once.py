@@ -15,6 +15,12 @@ def once(op: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
     return _Once.apply(op, gradient, *inputs)
 
 
+def unscaled(stored: Tensor) -> Tensor:
+    """A gradient of the forward pass for upstream 1: the tensor itself, which autograd may take over, unless the graph runs again."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return stored.clone() if asked is None or asked() else stored
+
+
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, gradient: Tensor, *inputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import backend_for, constant_when_compiled, load_native
 from .offsets import as_int32
-from .once import once
+from .once import once, unscaled
 from .policy_equations import ADVANTAGES, CORRECTIONS, KINDS, KL, POLICY, Kernel, PolicyLoss
 from .policy_reference import PolicyInputs, policy_reference
 
@@ -227,7 +227,7 @@ def _launch(inputs: PolicyInputs, codes: list[int], numbers: list[float]) -> tup
 
 
 def _scaled(grad: Tensor, g: Tensor) -> Tensor:
-    return grad if g.device.type == "cpu" and g.item() == 1.0 else grad * g
+    return unscaled(grad) if g.device.type == "cpu" and g.item() == 1.0 else grad * g
 
 
 class _Policy(torch.autograd.Function):

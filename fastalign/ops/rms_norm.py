@@ -11,7 +11,7 @@ from torch import Tensor
 from fastalign.ops.backend import native_for, wants_gradient
 from fastalign.ops.once import once
 
-_NONE = torch.empty(0)  # stands for an optional tensor in a native call
+_NONE = torch.empty(0, dtype=torch.float32)  # stands for an optional tensor in a native call
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -69,7 +69,9 @@ class _RmsNorm(torch.autograd.Function):
         d_x, d_weight, partial = torch.empty(x.shape, dtype=x.dtype), _NONE, _NONE
         if ctx.needs_input_grad[2]:
             rows = x.numel() // len(weight)
-            d_weight, partial = torch.empty(len(weight)), torch.empty(-(-rows // ctx.module.rms_norm_rows), len(weight))
+            d_weight, partial = (
+                torch.empty(*shape, dtype=torch.float32) for shape in ((len(weight),), (-(-rows // ctx.module.rms_norm_rows), len(weight)))
+            )
         ctx.module.rms_norm_backward(x, weight, ctx.eps, grad.contiguous(), d_x, d_weight, partial)
         if not ctx.needs_input_grad[2]:
             return None, once("rms_norm", d_x, x, weight), None, None

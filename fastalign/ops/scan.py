@@ -15,7 +15,7 @@ from torch import Tensor
 from .backend import backend_for, load_native
 from .offsets import as_int32
 
-_NONE = torch.empty(0)  # stands for an optional tensor in a native call
+_NONE = torch.empty(0, dtype=torch.float32)  # stands for an optional tensor in a native call
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ..data import Prompt
 from ..generation import CompletionOutput, Engine, SamplingParams
 from ..generation.requests import Limits
-from ..generation.stops import StopScanner, decode, first_stop
+from ..generation.stops import StopScanner, decode, first_stop, special_id
 from ..generation.text import UNFINISHED
 from .paths import Path
 
@@ -53,8 +53,8 @@ class Policy:
         self.engine, self.tokenizer, self.separator, self.max_step_tokens = engine, engine.tokenizer, separator, max_step_tokens
         self.params = replace(params, logprobs=True)
         self.max_length = Limits.of(engine.model, engine.tokenizer).max_length
-        special = separator in getattr(self.tokenizer, "all_special_tokens", ())
-        self._step_ends: set[int | str] = {separator} - {""} | ({self.tokenizer.convert_tokens_to_ids(separator)} if special else set())
+        special = special_id(self.tokenizer, separator)
+        self._step_ends: set[int | str] = {separator} - {""} | (set() if special is None else {special})
 
     @property
     def has_steps(self) -> bool:
