@@ -7,8 +7,8 @@ Measured on 2 cores of an AMD EPYC with AVX-512, [64, 512] · [32000, 512]ᵀ: M
 packed weights give the same bits (tested), so the sampler packs and the trainer does not. bf16 is oneDNN's in `F.linear` already,
 and packing it saves the same copy: on one core of that machine 16 rows of [1408, 512] take 0.53 ms dense and 0.29 packed, of
 [32000, 512] 10.1 and 3.4, of [512, 512] 0.25 and 0.12; the bits agree from 2 rows on, and every shape is looked at before its
-first use (`_packs_exactly`). Where there is AVX2 and no AVX-512 both dtypes take our own product (`gemm_native`), where there is AMX
-bf16 does. Everything else goes to `F.linear`.
+first use (`_packs_exactly`). Our own product (`gemm_native`) takes both dtypes where there is AVX2 and no AVX-512, fp32 where there is
+AVX-512 and no AMX, bf16 where there is AMX: oneDNN's fp32 is that of machines with AMX, and of those without our native module.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 - AVX2 and no AVX-512: torch's bf16 products take the slow way. Measured on 2 cores of an AMD EPYC, [512, 896] and [32000, 896]: 17 GFLOP/s
   forward, 5 and 0.9 for the two gradients; in fp32 16 rows of [512, 512] take oneDNN's packed product 0.16 ms and this 0.08.
+- AVX-512, fp32 alone: a decode step has its layers in one call, as products of ours can be called from it. On 2 cores of an AMD EPYC
+  (family 25 model 17) against oneDNN's products, in turn: a sequence of a 40M model 1.5 times the tokens a second, 16 sequences 1.2, 256
+  as many; an update of it 6 % faster, as the gradients are MKL's otherwise.
 - AMX, bf16 alone: a row of torch's product has other bits from some 256 rows on.
 
 fp32 sums of fp32 or bf16 operands; a row's bits are its own, whatever the batch, the threads and the packing. Measured by
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from fastalign.ops.backend import backend_for, load_native
 
-TAKEN = {"avx2": (torch.float32, torch.bfloat16), "amx": (torch.bfloat16,)}  # instruction set → the dtypes that are multiplied here
+# instruction set → the dtypes that are multiplied here
+TAKEN = {"avx2": (torch.float32, torch.bfloat16), "avx512": (torch.float32,), "amx": (torch.bfloat16,)}
 STORE_BYTES = 8 << 20
 _NONE = torch.empty(0, dtype=torch.float32)
 
