@@ -15,8 +15,9 @@ from fastalign.data import Record, ranking_examples
 from fastalign.data.places import read_place
 from fastalign.judges import RewardModel
 from fastalign.losses.reward import REWARD
+from fastalign.models.adapters import save_adapter
 from fastalign.models.attention import UnsupportedModelError
-from fastalign.models.load import load_tokenizer
+from fastalign.models.load import load_causal_lm, load_tokenizer
 from fastalign.models.reward import load_reward_model, score_head, score_trees, settle_padding
 from fastalign.ops.gemm import AVAILABLE
 from fastalign.ops.gemm_native import native_products
@@ -407,3 +408,28 @@ def test_the_better_answer_is_learned_in_seconds(folder, tmp_path):
     summary = reward.run(args)
     assert summary["eval/accuracy"] >= 0.95
     assert summary["eval/margin"] > 1.0
+
+
+def test_adapters_stack_whoever_made_them(folder, tmp_path):
+    """A causal model's adapter under a reward model's, and one reward model's under another's: none of them is lost."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    tokenizer, causal = load_tokenizer(str(folder / "model")), tmp_path / "causal"
+    adapted = peft.get_peft_model(load_causal_lm(str(folder / "model")), peft.LoraConfig(**options, task_type="CAUSAL_LM"))
+    save_adapter(adapted, str(causal))
+    tokenizer.save_pretrained(causal)
+    with pytest.raises(ValueError, match="expected a reward model, got the adapter of another model; train one with fastalign reward"):
+        load_reward_model(str(causal), tokenizer)
+    model, ids = load_reward_model(str(causal), tokenizer, start=True), torch.tensor([[3, 4, 5, 6]])
+    merged = adapted.merge_and_unload()
+    with torch.no_grad():
+        assert torch.equal(model.model(ids).last_hidden_state, merged.model(ids).last_hidden_state)
+    for name in ("first", "second"):
+        peft_model = peft.get_peft_model(model, peft.LoraConfig(**options, task_type="SEQ_CLS", modules_to_save=["score"]))
+        save_adapter(peft_model, str(tmp_path / name))
+        tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            want = peft_model.eval()(ids).logits
+            model = load_reward_model(str(tmp_path / name), tokenizer)
+            torch.testing.assert_close(model.eval()(ids).logits, want)
+        assert all(parameter.requires_grad for parameter in model.parameters())

@@ -65,10 +65,15 @@ def load_reward_model(
     if dtype not in DTYPES:
         raise ValueError(f"load_reward_model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     folder = Path(name_or_path)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if _is_adapter(folder) and is_reward_model(folder):
         model = _load_merged(folder, tokenizer, dtype, device)
     else:
-        model = _load(name_or_path, dtype, start, attributes).to(device)
+        if _is_adapter(folder):
+            if not start:
+                raise ValueError(f"{folder}: expected a reward model, got the adapter of another model; train one with fastalign reward")
+            model = _with_adapter(folder, dtype, device, attributes)
+        else:
+            model = _load(name_or_path, dtype, start, attributes).to(device)
         settle_padding(model, tokenizer)
         if attributes:
             note(model, tokenizer, attribute_names=list(attributes), attribute_weights=list(attributes.values()))
@@ -117,19 +122,33 @@ def _load(name_or_path: str, dtype: str, start: bool, attributes: Mapping[str, f
 
 def _load_merged(folder: Path, tokenizer: Any, dtype: str, device: torch.device | str) -> PreTrainedModel:
     """An adapter with its score head, merged into the base that its configuration names."""
-    try:
-        from peft import PeftModel  # deferred: peft is an extra
-    except ImportError as error:
-        raise ValueError("an adapter needs the package peft: install fastalign with its peft extra") from error
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base or not is_reward_model(folder):
-        raise ValueError(f"{folder}: the adapter names no base model, or is none of a reward model (task_type SEQ_CLS)")
     notes = notes_of(tokenizer)
     attributes = dict(zip(notes.get("attribute_names", ()), notes.get("attribute_weights", ()), strict=True))
-    model = _load(base, dtype, start=True, attributes=attributes).to(device)
+    model = _with_adapter(folder, dtype, device, attributes)
     settle_padding(model, tokenizer)
     note(model, tokenizer, **notes)
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    return model
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _with_adapter(folder: Path, dtype: str, device: torch.device | str, attributes: Mapping[str, float] | None) -> PreTrainedModel:
+    """A sequence classifier of the base that an adapter names, which may be an adapter itself, with the adapter merged into it."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if not base or Path(base).resolve() == folder.resolve():
+        raise ValueError(f"{folder}: the adapter names no base model; merge it into its base with peft first")
+    stacked = _is_adapter(Path(base))
+    model = _with_adapter(Path(base), dtype, device, attributes) if stacked else _load(base, dtype, True, attributes).to(device)
+    if config.task_type != "SEQ_CLS":
+        config.task_type = None  # a causal language model's: its layers are those of the classifier
+    merged = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
+    merged.name_or_path = str(folder)  # what an adapter on top of it names as its base
+    return merged.requires_grad_(True)
 
 
 def note(model: nn.Module, tokenizer: Any, **notes: Any) -> None:

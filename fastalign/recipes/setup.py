@@ -72,6 +72,12 @@ def load(arguments: ModelArguments, attach: Callable[[Any], nn.Module] | None = 
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if arguments.merge_adapter and not method:
         raise ValueError("--merge_adapter: there is no adapter to merge; give --use_peft or --peft_method")
+    if method not in ("", "bitfit") and (Path(name) / "adapter_config.json").is_file() and not arguments.merge_adapter:
+        log.warning(
+            "%s is an adapter: the new one names that folder as its base, which fastalign loads and peft alone does not; --merge_adapter"
+            " writes a plain model instead",
+            name,
+        )
     if method and attach is not None:
         model = attach(model)
     elif method:
