@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastalign import cli
 from fastalign.algorithms import ALGORITHMS
 from fastalign.generation import Engine, SamplingParams
 from fastalign.models.load import load_causal_lm, load_tokenizer
@@ -270,3 +271,22 @@ def test_grpo_survives_a_reward_that_raises_for_some(task, tmp_path):
     rows = [row for row in rows_of(tmp_path / "out") if "loss" in row]
     assert len(rows) == 2
     assert rows[0].get("rewards/odd/missing", 0) > 0
+
+
+@pytest.mark.parametrize("kind", ["sft", "streamed", "dpo", "kto", "reward"])
+def test_a_record_over_the_models_positions_is_named(task, tmp_path, kind, capsys):
+    """It would end in an IndexError where positions are learned, and train silently where they are rotary."""
+    model, positions = task / "model", load_causal_lm(str(task / "model")).config.max_position_embeddings
+    long = "1" * (positions + 5)
+    sides = {
+        "dpo": {"chosen": long, "rejected": "1"},
+        "kto": {"completion": long, "label": True},
+        "reward": {"chosen": long, "rejected": "1"},
+    }
+    rows = [{"prompt": "1+1=", **sides.get(kind, {"completion": long})}] * 2
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "out")]
+    flags += ["--max_length", "100000", "--max_steps", "1", *(["--streaming"] if kind == "streamed" else [])]
+    assert cli.main([{"streamed": "sft"}.get(kind, kind), *flags]) == 2
+    assert f"data.jsonl:1: expected at most {positions} tokens, got" in (told := capsys.readouterr().err)
+    assert "at most to the model's positions" in told

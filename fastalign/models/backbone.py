@@ -58,6 +58,12 @@ def positions_of(model: nn.Module) -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
+def within_positions(max_length: int, model: nn.Module) -> int:
+    """The length of a sequence, at most the model's positions."""
+    positions = positions_of(model)
+    return max_length if positions is None else min(max_length, positions)
+
+
 def head_of(model: nn.Module) -> Head:
     """The head of a causal LM, with what its family does to the logits.
 

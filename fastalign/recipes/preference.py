@@ -8,7 +8,7 @@ from ..data import DataOrder, Pairs, pair_examples
 from ..generation import Engine, SamplingParams
 from ..losses.preference import PREFERENCE
 from ..models.adapters import is_adapted
-from ..models.backbone import head_of
+from ..models.backbone import head_of, within_positions
 from .arguments import Arguments
 from .pair_objective import PairObjective, objective_of
 from .preference_task import PairData, PreferenceTask
@@ -26,7 +26,7 @@ def pairs_of(args: Arguments, loaded: Loaded, name: str | list[str], max_samples
     return pair_examples(
         records_of(data, name, max_samples),
         loaded.tokenizer,
-        max_length=data.max_length,
+        max_length=within_positions(data.max_length, loaded.model),
         max_prompt_length=data.max_prompt_length,
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,

@@ -9,7 +9,7 @@ from ..catalogue import REWARD_LOSSES, nearest
 from ..data import DataOrder, Judged
 from ..losses.reward import AGGREGATIONS, REWARD
 from ..models.adapters import attach_lora
-from ..models.backbone import causal_lm
+from ..models.backbone import causal_lm, within_positions
 from ..models.load import load_tokenizer
 from ..models.reward import load_reward_model, note
 from .arguments import Arguments, ModelArguments
@@ -123,7 +123,7 @@ def examples(args: Arguments, loaded: Loaded, objective: RewardObjective, name: 
     found = objective.reading.examples(
         records_of(data, name, max_samples),
         loaded.tokenizer,
-        max_length=data.max_length,
+        max_length=within_positions(data.max_length, loaded.model),
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,
         vocab_size=base.get_input_embeddings().weight.shape[0],

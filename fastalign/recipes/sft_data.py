@@ -12,7 +12,7 @@ from ..data.examples import Limits
 from ..data.ranked import ranked_examples
 from ..data.stream import Reader, supervised_encoding
 from ..losses.sft import SupervisedLoss
-from ..models.backbone import head_of
+from ..models.backbone import head_of, within_positions
 from ..packing import Segment
 from .arguments import Arguments
 from .setup import Loaded
@@ -33,7 +33,7 @@ def parts_of(
     names, columns = [name] if isinstance(name, str) else name, parse_dataset_map(data.dataset_map)
     parts: list[Sequence[Any]] = []
     for records in load_parts(names, split=data.dataset_split, columns=columns, max_samples=max_samples):
-        options: dict[str, Any] = {"max_length": data.max_length, "on_bad_record": data.on_bad_record}
+        options: dict[str, Any] = {"max_length": within_positions(data.max_length, loaded.model), "on_bad_record": data.on_bad_record}
         options |= {"system_prompt": data.system_prompt, "vocab_size": head_of(loaded.model).weight.shape[0]}
         records = conditions(args, records)
         if row is not None and row.ranks:
@@ -68,7 +68,7 @@ def streamed(args: Arguments, loaded: Loaded, row: SupervisedLoss) -> tuple[Sequ
         raise ValueError("--streaming reads plain records; ranked completions, --source_weights and --source_prompts need them in memory")
     names = [data.dataset_name] if isinstance(data.dataset_name, str) else data.dataset_name
     read = Reader(names, split=data.dataset_split, columns=parse_dataset_map(data.dataset_map), max_samples=data.max_samples)
-    limits = Limits(data.max_length, "--max_length", head_of(loaded.model).weight.shape[0])
+    limits = Limits(within_positions(data.max_length, loaded.model), "--max_length", head_of(loaded.model).weight.shape[0])
     encode, again = (
         supervised_encoding(read.head, loaded.tokenizer, limits, on_bad_record=data.on_bad_record, system_prompt=data.system_prompt)
         for _ in range(2)

@@ -9,7 +9,7 @@ from typing import Any
 from ..data import Completions, DataOrder, labelled_examples, partners
 from ..generation import Engine, SamplingParams
 from ..models.adapters import is_adapted
-from ..models.backbone import head_of
+from ..models.backbone import head_of, within_positions
 from .arguments import Arguments
 from .label_objective import LabelObjective, objective_of
 from .preference import batch_size_of, records_read
@@ -30,7 +30,7 @@ def completions_of(args: Arguments, loaded: Loaded, name: str | list[str], max_s
     return labelled_examples(
         records_of(data, name, max_samples),
         loaded.tokenizer,
-        max_length=data.max_length,
+        max_length=within_positions(data.max_length, loaded.model),
         max_prompt_length=data.max_prompt_length,
         on_bad_record=data.on_bad_record,
         system_prompt=data.system_prompt,
