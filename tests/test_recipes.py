@@ -290,3 +290,24 @@ def test_a_record_over_the_models_positions_is_named(task, tmp_path, kind, capsy
     assert cli.main([{"streamed": "sft"}.get(kind, kind), *flags]) == 2
     assert f"data.jsonl:1: expected at most {positions} tokens, got" in (told := capsys.readouterr().err)
     assert "at most to the model's positions" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("sft --lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type: expected one of linear, "),
+        ("sft --adam_beta1 1", "--adam_beta1: expected a number in [0, 1), got 1.0"),
+        ("sft --seed 99999999999999999999999", "--seed: expected an integer in [0, 2**63), got 99999999999999999999999"),
+        ("sft --use_peft --lora_alpha 0", "--lora_alpha: expected at least 1, got 0"),
+        ("dpo --loss sft --loss_weights -1", "--loss_weights: expected finite numbers >= 0, not all of them 0, got -1.0"),
+        ("dpo --loss dpo --loss_weights 0", "--loss_weights: expected finite numbers >= 0, not all of them 0, got 0.0"),
+    ],
+)
+def test_values_that_undo_learning_are_refused(task, tmp_path, flags, message, capsys):
+    command, *rest = flags.split()
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "1+1=", "completion": "2", "chosen": "2", "rejected": "3"}) + "\n")
+    common = ["--model_name_or_path", str(task / "model"), "--dataset_name", str(tmp_path / "data.jsonl"), "--max_steps", "1"]
+    assert cli.main([command, *common, "--output_dir", str(tmp_path / "out"), "--max_length", "8", *rest]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main([command, *common, "--output_dir", ""]) == 2
+    assert "--output_dir: expected a folder, got an empty text" in capsys.readouterr().err

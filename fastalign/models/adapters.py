@@ -33,6 +33,11 @@ class AdapterOptions:
     alpha: int = 32
     target_modules: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for flag, value in (("--lora_r", self.r), ("--lora_alpha", self.alpha)):
+            if value < 1:
+                raise ValueError(f"{flag}: expected at least 1, got {value}")
+
 
 def attach_adapter(model: PreTrainedModel, method: str, options: AdapterOptions = AdapterOptions()) -> nn.Module:
     """Freezes a causal LM and gives it what the method trains.

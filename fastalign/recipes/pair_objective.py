@@ -6,6 +6,7 @@ does, there is no such pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,6 +199,8 @@ def objective_of(args: Arguments) -> PairObjective:
     weights = given.loss_weights or [1.0] * len(names)
     if len(weights) != len(names):
         raise ValueError(f"--loss_weights: expected one a loss ({len(names)}: {' '.join(names)}), got {len(weights)}")
+    if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise ValueError(f"--loss_weights: expected finite numbers >= 0, not all of them 0, got {' '.join(map(str, weights))}")
     options = {name: value for name in ("beta", "label_smoothing") if (value := getattr(given, name)) is not None} | dict(args.loss_options)
     _check_read(options, names, given)
     terms = tuple(_term(name, weight, options, given) for name, weight in zip(names, weights, strict=True))

@@ -102,6 +102,8 @@ def widen_head(model: nn.Module) -> None:
 
 def seed_everything(seed: int) -> None:
     """Seeds torch, numpy and random (adapter initialization, dropout); sampling has counters of its own."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed: expected an integer in [0, 2**63), got {seed}")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -123,6 +125,8 @@ def check_output(run: RunArguments, eval_dataset_name: str | list[str]) -> Path 
     Raises:
         FileExistsError: output_dir holds a run and neither resuming nor overwriting was asked for.
     """
+    if not run.output_dir:
+        raise ValueError("--output_dir: expected a folder, got an empty text")
     output_dir = Path(run.output_dir)
     check_trackers(run.report_to)
     if StopAt.parse(run.stop_at) is not None and not eval_dataset_name:
@@ -165,6 +169,9 @@ def build_updater(loaded: Loaded, args: Arguments, max_steps: int, *, temperatur
     optim = args.optim
     if optim.learning_rate <= 0:
         raise ValueError(f"--learning_rate must be > 0, got {optim.learning_rate}")
+    for name, beta in (("adam_beta1", optim.adam_beta1), ("adam_beta2", optim.adam_beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"--{name}: expected a number in [0, 1), got {beta}")
     optimizer = build_optimizer(
         loaded.model,
         lr=optim.learning_rate,

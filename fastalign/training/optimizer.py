@@ -134,11 +134,15 @@ def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], 
     return SplitMasterAdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
+WANTING = ("reduce_lr_on_plateau", "greedy", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay")
+"""Schedules that want more than steps: a metric at every one, or settings of their own."""
+
+
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: float, max_steps: int):
     """A transformers schedule by name; warmup_steps below 1 is a fraction of max_steps."""
     from transformers import SchedulerType, get_scheduler
 
-    known = [member.value for member in SchedulerType if member.value != "reduce_lr_on_plateau"]  # wants a metric at every step
+    known = [member.value for member in SchedulerType if member.value not in WANTING]
     if name not in known:
         raise ValueError(f"--lr_scheduler_type: expected one of {', '.join(known)}; got {name!r}")
     warmup = math.ceil(warmup_steps * max_steps) if 0 < warmup_steps < 1 else int(warmup_steps)
