@@ -149,7 +149,11 @@ def test_columns_of_prompts_fills_what_a_record_has_not():
         ({"prompt": 1, "completion": "b"}, "wrong type", "expected text in column 'prompt', got int 1"),
         ({"prompt": "a", "completion": " \n"}, "empty completion", "expected text in column 'completion', got ' \\n'"),
         ({"text": ""}, "empty text", "expected text in column 'text', got ''"),
-        ({"text": "a" * 64}, "too long", "expected at most 64 tokens, got 66; raise --max_length or give --on_bad_record skip"),
+        (
+            {"text": "a" * 64},
+            "too long",
+            "expected at most 64 tokens, got 66; raise --max_length (at most to the model's positions) or give --on_bad_record skip",
+        ),
         ({"text": "a", "weight": "heavy"}, "wrong type", "expected a finite number >= 0 in column 'weight', got 'heavy'"),
         ({"text": "a", "weight": -1}, "wrong type", "expected a finite number >= 0 in column 'weight', got -1"),
         ({"question": "a"}, "missing column", "expected column 'prompt', got columns ['question']; "

@@ -171,7 +171,7 @@ class Limits:
     def check(self, record: Record, ids: Sequence[int]) -> None:
         if self.max_length and len(ids) > self.max_length:
             remedy = f"raise {self.flag}" if self.flag.startswith("--") else self.flag
-            remedy += ", at most to the model's positions" if self.flag == "--max_length" else ""
+            remedy += " (at most to the model's positions)" if self.flag == "--max_length" else ""
             message = f"expected at most {self.max_length} tokens, got {len(ids)}; {remedy}{OR_SKIP}"
             raise record.bad("too long", message)
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
